@@ -1,0 +1,92 @@
+"""Every error that promprune raises on purpose.
+
+::
+
+    PrompruneError
+    ├── ConfigError             an option or argument is out of range, or contradicts another
+    ├── ModelError              the source checkpoint cannot be read
+    │   └── UnsupportedModelError   it can be read, but this family or feature is not exported
+    ├── PackageError            an exported package is missing, damaged, or of another schema
+    ├── ImageError              an image cannot be read
+    ├── PromptError             a prompt cannot be built, or does not fit the context
+    ├── VerificationError       an exported graph disagrees with its source
+    ├── BackendError            an execution backend cannot be loaded, or fails while running
+    ├── MissingDependencyError  an optional extra is not installed
+    └── OutputError             something cannot be written where it was asked for
+
+Every message is one line that says what was received, what was expected, and what to do. The command line
+prints it without a traceback and exits with 1.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BackendError",
+    "ConfigError",
+    "ImageError",
+    "MissingDependencyError",
+    "ModelError",
+    "OutputError",
+    "PackageError",
+    "PrompruneError",
+    "PromptError",
+    "UnsupportedModelError",
+    "VerificationError",
+]
+
+
+class PrompruneError(Exception):
+    """Base of every error raised on purpose.
+
+    Args:
+        received: what was found, in words that a user can match with what they typed.
+        expected: what would have been accepted.
+        fix: what to do next; a command where there is one.
+    """
+
+    def __init__(self, received: str, *, expected: str = "", fix: str = "") -> None:
+        parts = [received, f"expected {expected}" if expected else "", fix]
+        super().__init__("; ".join(" ".join(part.split()) for part in parts if part))
+        self.received = received
+        self.expected = expected
+        self.fix = fix
+
+
+class ConfigError(PrompruneError):
+    """An option or argument is out of range, or contradicts another."""
+
+
+class ModelError(PrompruneError):
+    """The source checkpoint cannot be read."""
+
+
+class UnsupportedModelError(ModelError):
+    """The checkpoint can be read, but its family, or a feature it uses, is not exported."""
+
+
+class PackageError(PrompruneError):
+    """An exported package is missing, damaged, or of another schema version."""
+
+
+class ImageError(PrompruneError):
+    """An image cannot be read."""
+
+
+class PromptError(PrompruneError):
+    """A prompt cannot be built, or does not fit the context."""
+
+
+class VerificationError(PrompruneError):
+    """An exported graph disagrees with the model it was made from."""
+
+
+class BackendError(PrompruneError):
+    """An execution backend cannot be loaded, or fails while running."""
+
+
+class MissingDependencyError(PrompruneError):
+    """An optional extra is not installed; the message is the install command."""
+
+
+class OutputError(PrompruneError):
+    """Something cannot be written where it was asked for."""
