@@ -41,7 +41,7 @@ class SelectionConfig:
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.mu):
-            raise ConfigError(f"received mu = {self.mu}", expected="a finite number, near the tower's entropy")
+            raise ConfigError(f"received mu = {self.mu}", expected="a finite number")
         if not (math.isfinite(self.tau) and self.tau > 0):
             raise ConfigError(f"received tau = {self.tau}", expected="a finite number above 0")
         if not 0 <= self.saliency_ratio_min <= self.saliency_ratio_max <= 1:

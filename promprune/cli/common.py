@@ -1,0 +1,76 @@
+"""What every command shares: how it is started, how it fails, and what it prints its tables with."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any, Final, NoReturn
+
+import typer
+from rich.console import Console
+
+from promprune._version import __version__
+from promprune.errors import PrompruneError
+
+__all__ = ["EXIT_REFUSED", "EXIT_USAGE", "console", "print_json", "run_command"]
+
+EXIT_REFUSED: Final = 1  # refused, failed, or failed verification
+EXIT_USAGE: Final = 2
+
+# Progress and tables go to stderr; stdout carries the answer, or the JSON.
+console = Console(stderr=True, highlight=False)
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """Print one JSON object on one line of stdout."""
+    sys.stdout.write(json.dumps(content, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def run_command(command: Callable[..., None]) -> NoReturn:
+    """Run one function as a command line program, and exit.
+
+    Exit codes: 0 done; 1 refused, failed, or failed verification; 2 wrong usage; 130 interrupted. Whatever the
+    user could have caused is reported as one line on stderr.
+    """
+    app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+    app.command()(command)
+    try:
+        exit_code = app(standalone_mode=False)
+    except PrompruneError as error:
+        _fail(str(error), EXIT_REFUSED)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(EXIT_REFUSED)
+    except OSError as error:
+        _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", EXIT_REFUSED)
+    except MemoryError:
+        _fail("out of memory; expected more free memory; use a smaller model or fewer images at a time", EXIT_REFUSED)
+    except Exception as error:
+        if type(error).__name__ == "Abort":  # Ctrl-C, seen by the command line library first
+            _fail("interrupted", 130)
+        if not hasattr(error, "format_message"):  # not a usage error of the command line library
+            raise
+        _fail(f"{error.format_message().rstrip('.')}; see --help", EXIT_USAGE)
+    sys.exit(exit_code if isinstance(exit_code, int) else 0)
+
+
+def version_callback(value: bool) -> None:
+    """Print the version and stop."""
+    if value:
+        sys.stdout.write(f"promprune {__version__}\n")
+        raise typer.Exit
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    console.print(f"[bold red]error:[/] {_escape(message)}", soft_wrap=True)
+    sys.exit(exit_code)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(" ".join(text.split()))

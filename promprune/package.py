@@ -1,0 +1,384 @@
+"""The exported package: its files, its manifest, and how it is written and read.
+
+Layout (that of transformers.js and onnx-community, so that other clients can load it)::
+
+    OUT/
+      promprune.json                  the manifest, described by :class:`Manifest`
+      onnx/vision_encoder.onnx        pixel_values -> image_features [images, T, D], token_indices, ...
+      onnx/embed_tokens.onnx          input_ids -> inputs_embeds
+      onnx/decoder_model_merged.onnx  inputs_embeds, attention_mask, position_ids, past_key_values.*
+                                      -> logits, present.*
+      config.json  generation_config.json  preprocessor_config.json
+      tokenizer.json  tokenizer_config.json  chat_template.jinja
+
+Weights lie beside each graph as ``<graph>.onnx_data``. Nothing here needs torch or onnx.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Final, Literal
+
+import msgspec
+
+from promprune.config import TokenOrder
+from promprune.errors import OutputError, PackageError
+
+__all__ = [
+    "CHAT_TEMPLATE_FILE",
+    "DECODER",
+    "EMBED_TOKENS",
+    "MANIFEST_FILE",
+    "SCHEMA_VERSION",
+    "TOKEN_SELECTOR",
+    "VISION_ENCODER",
+    "CheckRecord",
+    "FileRecord",
+    "GraphRecord",
+    "ImageRecord",
+    "Manifest",
+    "SelectionRecord",
+    "SourceRecord",
+    "TensorRecord",
+    "VerificationRecord",
+    "file_records",
+    "read_manifest",
+    "sha256_of_file",
+    "write_manifest",
+    "writing_package",
+]
+
+SCHEMA_VERSION: Final = 1
+MANIFEST_FILE: Final = "promprune.json"
+CHAT_TEMPLATE_FILE: Final = "chat_template.jinja"
+
+# Names of the graphs in the manifest; the file of each is onnx/<name>.onnx.
+VISION_ENCODER: Final = "vision_encoder"
+EMBED_TOKENS: Final = "embed_tokens"
+DECODER: Final = "decoder_model_merged"
+TOKEN_SELECTOR: Final = "token_selector"
+REQUIRED_GRAPHS: Final = (VISION_ENCODER, EMBED_TOKENS, DECODER)
+
+_MAX_MANIFEST_BYTES: Final = 16 * 1024 * 1024
+_AGAIN: Final = "copy the package again, or export it again"
+# The operating system's ways of saying that writing, rather than anything else, went wrong.
+_WRITE_ERRORS: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
+
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Size = Annotated[int, msgspec.Meta(ge=0)]
+Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of the manifest's parts: immutable, and strict about unknown keys."""
+
+
+class SourceRecord(_Record, frozen=True):
+    """Where the weights came from."""
+
+    model: str  # hub id, folder name, or "embedded"
+    revision: str | None  # commit of a hub repository, where known
+    weights_sha256: Digest  # over the names and digests of the weight files, in order
+
+
+class SelectionRecord(_Record, frozen=True):
+    """What the selection inside the vision graph does. Ratios are fractions KEPT unless named otherwise."""
+
+    num_tokens: Count  # N, visual tokens of one image before selection
+    keep_tokens: Count  # T, visual tokens of one image after it; a constant of the graph
+    ratio: Fraction  # T / N
+    ratio_removed: Fraction  # 1 - T / N
+    requested_ratio: Fraction | None  # what --ratio said; None where --keep-tokens was given
+    rounding: str
+    mu: float
+    tau: Annotated[float, msgspec.Meta(gt=0)]
+    saliency_ratio_min: Fraction
+    saliency_ratio_max: Fraction
+    order: TokenOrder
+    parameters_from: str  # who chose mu and tau: "defaults", "model", "command line"
+
+
+class ImageRecord(_Record, frozen=True):
+    """How one image enters the model."""
+
+    token: str  # placeholder text in a prompt
+    token_id: Size
+    height: Count  # of pixel_values, pixels
+    width: Count
+    patch_rows: Count  # patch_rows * patch_columns == num_tokens, in raster order
+    patch_columns: Count
+
+
+class TensorRecord(_Record, frozen=True):
+    """One input or output of a graph; a dimension is a number, or the name of a dynamic one."""
+
+    name: str
+    dtype: str  # numpy's name
+    shape: tuple[int | str, ...]
+
+
+class GraphRecord(_Record, frozen=True):
+    """One ONNX graph."""
+
+    file: str
+    inputs: tuple[TensorRecord, ...]
+    outputs: tuple[TensorRecord, ...]
+
+
+class FileRecord(_Record, frozen=True):
+    """One file of the package."""
+
+    path: str  # relative, with forward slashes
+    size_bytes: Size
+    sha256: Digest
+
+
+class CheckRecord(_Record, frozen=True):
+    """One verification check: passed when ``measured`` is within ``limit`` as ``comparison`` says."""
+
+    name: str
+    measured: float
+    comparison: Literal["<=", ">=", "=="]
+    limit: float
+    passed: bool
+    detail: str = ""
+
+
+class VerificationRecord(_Record, frozen=True):
+    """What was verified when the package was written; ``None`` in the manifest means not verified."""
+
+    passed: bool
+    checks: tuple[CheckRecord, ...]
+
+
+class Manifest(_Record, frozen=True):
+    """The content of ``promprune.json``."""
+
+    schema_version: int
+    family: str  # Hugging Face model_type
+    dtype: Literal["fp32", "fp16", "bf16"]
+    opset: Count
+    context_length: Count  # positions the language model was made for
+    source: SourceRecord
+    selection: SelectionRecord
+    image: ImageRecord
+    graphs: dict[str, GraphRecord]
+    files: tuple[FileRecord, ...]
+    tools: dict[str, str]
+    verification: VerificationRecord | None = None
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def file_records(folder: Path) -> tuple[FileRecord, ...]:
+    """Describe every file under ``folder`` but the manifest, in the order of their paths."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_FILE)
+    return tuple(
+        FileRecord(
+            path=path.relative_to(folder).as_posix(),
+            size_bytes=path.stat().st_size,
+            sha256=sha256_of_file(path),
+        )
+        for path in files
+    )
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of a package that is still being made."""
+    content = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
+    (folder / MANIFEST_FILE).write_bytes(content + b"\n")
+
+
+def read_manifest(folder: Path, *, check_weights: bool = False) -> Manifest:
+    """Read and validate a package.
+
+    Every file must be there with its recorded size; the SHA-256 of every file but the weights
+    (``*.onnx_data``, which can be many gigabytes) is compared too, and that of the weights on request.
+
+    Args:
+        folder: the package.
+        check_weights: also compare the SHA-256 of the weights; reads them whole.
+
+    Raises:
+        PackageError: not a package, another schema version, a file missing, changed, or outside the folder.
+    """
+    manifest = _parse_manifest(folder)
+    listed = {record.path for record in manifest.files}
+    for name in REQUIRED_GRAPHS:
+        if name not in manifest.graphs:
+            raise PackageError(f"{MANIFEST_FILE} in {folder} has no graph {name!r}", fix=_AGAIN)
+    for name, graph in manifest.graphs.items():
+        if graph.file not in listed:
+            raise PackageError(
+                f"{MANIFEST_FILE} in {folder} names {graph.file!r} for the graph {name!r}, but does not list it",
+                fix=_AGAIN,
+            )
+    for record in manifest.files:
+        _check_file(folder, record, check_digest=check_weights or not record.path.endswith(".onnx_data"))
+    return manifest
+
+
+def _parse_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST_FILE
+    try:
+        if path.stat().st_size > _MAX_MANIFEST_BYTES:
+            raise PackageError(f"{path} is larger than {_MAX_MANIFEST_BYTES} bytes", fix=_AGAIN)
+        content = path.read_bytes()
+    except OSError as error:
+        found = "no such folder" if not folder.exists() else "no readable promprune.json in it"
+        raise PackageError(
+            f"{folder} is not an exported package ({found})",
+            expected="a folder written by promprune-export",
+            fix="run promprune-export first",
+        ) from error
+    try:
+        version = msgspec.json.decode(content, type=_Versioned).schema_version
+        if version != SCHEMA_VERSION:
+            raise PackageError(
+                f"{path} has schema version {version}",
+                expected=f"version {SCHEMA_VERSION}",
+                fix="export the package again, or install the promprune version that wrote it",
+            )
+        return msgspec.json.decode(content, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise PackageError(f"{path} is not a valid manifest ({error})", fix=_AGAIN) from error
+
+
+class _Versioned(msgspec.Struct):
+    schema_version: int
+
+
+def _check_file(folder: Path, record: FileRecord, *, check_digest: bool) -> None:
+    path = _path_inside(folder, record.path)
+    try:
+        size_bytes = path.stat().st_size if path.is_file() else None
+        if size_bytes is None:
+            raise PackageError(f"{record.path} is missing from {folder}", fix=_AGAIN)
+        if size_bytes != record.size_bytes:
+            raise PackageError(
+                f"{record.path} in {folder} has {size_bytes} bytes",
+                expected=f"{record.size_bytes}",
+                fix=_AGAIN,
+            )
+        if check_digest and sha256_of_file(path) != record.sha256:
+            raise PackageError(f"{record.path} in {folder} was changed (SHA-256 differs)", fix=_AGAIN)
+    except OSError as error:
+        raise PackageError(f"{record.path} in {folder} cannot be read ({error.strerror})", fix=_AGAIN) from error
+
+
+def _path_inside(folder: Path, relative: str) -> Path:
+    """Return ``folder / relative``; refuse what would leave the folder, by name or through a link."""
+    parts = PurePosixPath(relative)
+    clean = (
+        relative not in ("", ".")
+        and not parts.is_absolute()
+        and ".." not in parts.parts
+        and re.search(r"[\\:\x00]", relative) is None
+    )
+    path = folder / relative
+    if not clean or not path.resolve().is_relative_to(folder.resolve()):
+        raise PackageError(
+            f"{MANIFEST_FILE} in {folder} lists {relative!r}",
+            expected="a path inside the package",
+            fix="do not use this package; export it again",
+        )
+    return path
+
+
+@contextmanager
+def writing_package(output: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside ``output`` that becomes ``output`` by one rename when the block succeeds.
+
+    When the block fails, or the process is killed, ``output`` is as it was. What a killed process left behind
+    (``.NAME.partial-PID-*``) is removed by the next one that writes the same package.
+
+    Raises:
+        OutputError: ``output`` exists and ``force`` is off, or it cannot be written.
+    """
+    check_output(output, force=force)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _remove_partials_of_dead_processes(output)
+        prefix = f".{output.name}.partial-{os.getpid()}-"
+        partial = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
+    except OSError as error:
+        raise OutputError(f"{output} cannot be written ({error.strerror})", fix="choose another -o") from error
+    try:
+        yield partial
+        partial.chmod(0o755)
+        _move_into_place(partial, output, force=force)
+    except OSError as error:
+        if error.errno not in _WRITE_ERRORS:
+            raise
+        raise _unwritable(output, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _unwritable(output: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"{output} cannot be written ({error.strerror})", fix="free space there, or choose another output folder"
+    )
+
+
+def check_output(output: Path, *, force: bool) -> None:
+    """Refuse an output that would overwrite something not asked for.
+
+    Raises:
+        OutputError: ``output`` exists and ``force`` is off, or it exists and is no package.
+    """
+    if not output.exists() and not output.is_symlink():
+        return
+    if not force:
+        raise OutputError(
+            f"{output} already exists",
+            expected="a new folder",
+            fix="choose another -o, or add --force to replace it",
+        )
+    replaceable = output.is_dir() and not output.is_symlink()
+    if not replaceable or (any(output.iterdir()) and not (output / MANIFEST_FILE).is_file()):
+        raise OutputError(
+            f"{output} exists and is not an exported package, so --force does not replace it",
+            fix="choose another with -o, or remove it yourself",
+        )
+
+
+def _move_into_place(partial: Path, output: Path, *, force: bool) -> None:
+    if not (force and output.exists()):
+        partial.rename(output)  # fails, rather than overwrites, when somebody else has written it meanwhile
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-{os.getpid()}-", dir=output.parent))
+    output.rename(old)
+    partial.rename(output)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_partials_of_dead_processes(output: Path) -> None:
+    pattern = re.compile(re.escape(f".{output.name}.partial-") + r"(\d+)-")
+    for path in output.parent.iterdir():
+        match = pattern.match(path.name)
+        if match and not _is_alive(int(match[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
