@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Final, Literal, get_args
 
 from promprune.errors import ConfigError
 
-__all__ = ["SelectionConfig", "TokenOrder"]
+__all__ = ["DTYPES", "Dtype", "ExportConfig", "SelectionConfig", "TokenOrder"]
 
 TokenOrder = Literal["spatial", "selection"]
+Dtype = Literal["fp32", "fp16"]
+
+DTYPES: Final = get_args(Dtype)
+MIN_OPSET: Final = 18
+MAX_OPSET: Final = 23
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,3 +58,67 @@ class SelectionConfig:
             )
         if self.order not in ("spatial", "selection"):
             raise ConfigError(f"received order = {self.order!r}", expected="'spatial' or 'selection'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What ``promprune-export`` is asked to do.
+
+    Attributes:
+        model: folder in Hugging Face format, or hub id; ``None`` is the embedded model.
+        output: folder to write; ``None`` derives a name from the model and the ratio.
+        ratio: fraction of the visual tokens that is KEPT, in (0, 1]; 1 is the unpruned baseline.
+        keep_tokens: visual tokens kept per image; overrides ``ratio``.
+        dtype: of the weights and activations in the graphs; the selection computes in fp32 whatever it is.
+        opset: ONNX operator set of the default domain.
+        split_selector: also write the selection as a graph of its own.
+        verify: compare the package with the source model before it appears.
+        force: replace ``output`` if it is a package already.
+        mu, tau: override the entropy constants of the model (see :class:`SelectionConfig`).
+        order: order of the kept tokens.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    model: str | None = None
+    output: Path | None = None
+    ratio: float = 0.12
+    keep_tokens: int | None = None
+    dtype: Dtype = "fp32"
+    opset: int = 20
+    split_selector: bool = False
+    verify: bool = True
+    force: bool = False
+    mu: float | None = None
+    tau: float | None = None
+    order: TokenOrder = SelectionConfig.order
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio <= 1:
+            raise ConfigError(
+                f"received ratio = {self.ratio:g}",
+                expected="a fraction above 0 and at most 1: the share of the visual tokens that is KEPT",
+                fix="--ratio 0.12 keeps 12 %",
+            )
+        if self.keep_tokens is not None and self.keep_tokens < 1:
+            raise ConfigError(f"received keep_tokens = {self.keep_tokens}", expected="at least 1")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"received dtype = {self.dtype!r}", expected="one of " + ", ".join(DTYPES))
+        if not MIN_OPSET <= self.opset <= MAX_OPSET:
+            raise ConfigError(f"received opset = {self.opset}", expected=f"{MIN_OPSET} to {MAX_OPSET}")
+
+    def keep_tokens_of(self, num_tokens: int) -> int:
+        """Return T for images of N visual tokens: ``keep_tokens``, or N ratio rounded half to even, at least 1.
+
+        Raises:
+            ConfigError: ``keep_tokens`` is larger than N.
+        """
+        if self.keep_tokens is None:
+            return max(1, round(self.ratio * num_tokens))
+        if self.keep_tokens > num_tokens:
+            raise ConfigError(
+                f"received keep_tokens = {self.keep_tokens}",
+                expected=f"1 to {num_tokens}, the visual tokens of one image of this model",
+            )
+        return self.keep_tokens

@@ -20,6 +20,8 @@ prints it without a traceback and exits with 1.
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "BackendError",
     "ConfigError",
@@ -77,7 +79,16 @@ class PromptError(PrompruneError):
 
 
 class VerificationError(PrompruneError):
-    """An exported graph disagrees with the model it was made from."""
+    """An exported graph disagrees with the model it was made from.
+
+    Args:
+        received: what was found.
+        checks: every check that was made, passed or not (:class:`promprune.package.CheckRecord`).
+    """
+
+    def __init__(self, received: str, *, expected: str = "", fix: str = "", checks: tuple[Any, ...] = ()) -> None:
+        super().__init__(received, expected=expected, fix=fix)
+        self.checks = checks
 
 
 class BackendError(PrompruneError):

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final, NoReturn
 
 import typer
 from rich.console import Console
 
 from promprune._version import __version__
-from promprune.errors import PrompruneError
+from promprune.errors import MissingDependencyError, PrompruneError
 
-__all__ = ["EXIT_REFUSED", "EXIT_USAGE", "console", "print_json", "run_command"]
+__all__ = [
+    "EXIT_REFUSED",
+    "EXIT_USAGE",
+    "console",
+    "missing_extra",
+    "option_type",
+    "print_json",
+    "run_command",
+    "version_callback",
+]
 
 EXIT_REFUSED: Final = 1  # refused, failed, or failed verification
 EXIT_USAGE: Final = 2
@@ -56,6 +66,31 @@ def run_command(command: Callable[..., None]) -> NoReturn:
             raise
         _fail(f"{error.format_message().rstrip('.')}; see --help", EXIT_USAGE)
     sys.exit(exit_code if isinstance(exit_code, int) else 0)
+
+
+def option_type(convert: Callable[[str], Any], expected: str) -> Callable[[Any], Any]:
+    """Make a parser for an option that says what was received and what was expected."""
+
+    def parse(value: Any) -> Any:
+        try:
+            return convert(value)
+        except ValueError as error:
+            raise typer.BadParameter(f"received {value!r}; expected {expected}") from error
+
+    return parse
+
+
+@contextlib.contextmanager
+def missing_extra(extra: str) -> Iterator[None]:
+    """Answer an import that fails for want of a package with the command that installs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("promprune"):
+            raise
+        raise MissingDependencyError(
+            f"this command needs {error.name}, which is not installed", fix=f"pip install 'promprune[{extra}]'"
+        ) from error
 
 
 def version_callback(value: bool) -> None:

@@ -1,0 +1,206 @@
+"""Reading a source checkpoint: a local folder in Hugging Face format, a hub id, or the embedded model."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import torch
+import transformers
+from safetensors import SafetensorError
+
+from promprune.config import ExportConfig, SelectionConfig
+from promprune.errors import ModelError, UnsupportedModelError
+from promprune.export.families import FAMILIES, Family
+from promprune.package import SourceRecord, sha256_of_file
+
+__all__ = ["EMBEDDED_MODEL", "Checkpoint", "embedded_model_folder", "load_checkpoint", "selection_config"]
+
+EMBEDDED_MODEL: Final = "embedded"
+# What a model's own folder may say about the selection: {"mu": ..., "tau": ...}.
+SELECTION_FILE: Final = "promprune_config.json"
+
+_HUB_ID: Final = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+_EXPECTED: Final = "a folder in Hugging Face format, a hub id such as llava-hf/llava-1.5-7b-hf, or nothing"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A loaded source model.
+
+    Attributes:
+        source: what the manifest says of it.
+        folder: where its files lie.
+        family: its row of the table.
+        model: the transformers model, fp32, in evaluation mode.
+        processor: the transformers processor: tokenizer, image processor, chat template.
+    """
+
+    source: SourceRecord
+    folder: Path
+    family: Family
+    model: Any
+    processor: Any
+
+
+def embedded_model_folder() -> Path:
+    """Return the folder of the model that ships with promprune."""
+    return Path(str(importlib.resources.files("promprune.assets") / EMBEDDED_MODEL))
+
+
+def load_checkpoint(name: str | None) -> Checkpoint:
+    """Load a model and its processor.
+
+    Args:
+        name: folder or hub id; ``None`` is the embedded model. Code from a checkpoint is never run.
+
+    Raises:
+        ModelError: not a model, incomplete, or not to be had.
+        UnsupportedModelError: a family that is not exported.
+    """
+    folder, revision = _resolve(name)
+    family = _family_of(folder)
+    model = _load_model(folder, family)
+    processor = _load_processor(folder)
+    source = SourceRecord(
+        model=EMBEDDED_MODEL if name is None else name if revision else folder.resolve().name,
+        revision=revision,
+        weights_sha256=_weights_digest(folder),
+    )
+    return Checkpoint(source=source, folder=folder, family=family, model=model, processor=processor)
+
+
+def selection_config(folder: Path, config: ExportConfig) -> tuple[SelectionConfig, str]:
+    """Return the parameters of the selection, and who chose mu and tau.
+
+    The command line comes first, then the model's own ``promprune_config.json``, then the paper's defaults.
+
+    Raises:
+        ModelError: the model's file is not ``{"mu": number, "tau": number}``.
+        ConfigError: a value is out of its range.
+    """
+    path, constants, chosen_by = folder / SELECTION_FILE, {}, "defaults"
+    if path.is_file():
+        try:
+            constants = msgspec.json.decode(path.read_bytes(), type=dict[str, float])
+        except msgspec.DecodeError as error:
+            raise ModelError(f"{path} cannot be read ({error})", expected='{"mu": number, "tau": number}') from error
+        if not constants.keys() <= {"mu", "tau"}:
+            raise ModelError(f"{path} has the keys {sorted(constants)}", expected="mu and tau")
+        chosen_by = "model"
+    given = {"mu": config.mu, "tau": config.tau}
+    overrides = {key: value for key, value in given.items() if value is not None}
+    if overrides:
+        chosen_by = "command line"
+    return SelectionConfig(order=config.order, **{**constants, **overrides}), chosen_by
+
+
+def _resolve(name: str | None) -> tuple[Path, str | None]:
+    """Return the folder of a checkpoint, and the revision where it came from a hub."""
+    if name is None:
+        return embedded_model_folder(), None
+    folder = Path(name)
+    if folder.is_dir():
+        return folder, None
+    if folder.exists():
+        raise ModelError(f"received {name!r}, which is a file", expected=_EXPECTED)
+    if not _HUB_ID.match(name):
+        raise ModelError(f"received {name!r}: there is no such folder", expected=_EXPECTED)
+    return _download(name)
+
+
+def _download(name: str) -> tuple[Path, str | None]:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"received {name!r}: no such folder, and the hub did not give it ({type(error).__name__}: {reason})",
+            expected=_EXPECTED,
+            fix="check the name and the network, or download it elsewhere and give its folder",
+        ) from error
+    return folder, folder.name
+
+
+def _family_of(folder: Path) -> Family:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+        model_type = str(config["model_type"])
+    except OSError as error:
+        raise ModelError(f"{folder} has no config.json", expected=_EXPECTED) from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ModelError(f"{path} is not a model's configuration", expected="JSON with a model_type") from error
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"{folder.name} is of the family {model_type!r}", expected=f"one of the families {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[model_type]
+
+
+def _load_model(folder: Path, family: Family) -> Any:
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{folder} has no *.safetensors file",
+            expected="weights in safetensors format; pickled .bin files can run code and are not read",
+            fix="convert them with transformers' save_pretrained",
+        )
+    model_class = getattr(transformers, family.model_class)
+    transformers.utils.logging.disable_progress_bar()  # the command has its own
+    try:
+        model, info = model_class.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"{folder} cannot be loaded as {family.model_class} ({_first_line(error)})",
+            expected="a complete checkpoint in Hugging Face format",
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{folder} has no weights for {len(missing)} tensors, {missing[0]} among them",
+            expected="a complete checkpoint: the missing ones would be random",
+        )
+    return model.eval()
+
+
+def _load_processor(folder: Path) -> Any:
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds for a missing or broken file
+        raise ModelError(
+            f"{folder} has no usable processor ({_first_line(error)})",
+            expected="tokenizer.json and preprocessor_config.json (or processor_config.json) beside the weights",
+        ) from error
+    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        raise ModelError(f"{folder} has a {type(processor).__name__}", expected="a tokenizer and an image processor")
+    return processor
+
+
+def _weights_digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{path.name} {sha256_of_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]

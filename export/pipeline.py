@@ -1,0 +1,227 @@
+"""The export, whole: from a checkpoint to a verified package."""
+
+from __future__ import annotations
+
+import copy
+import json
+import platform
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import msgspec
+import onnx_ir as ir
+import torch
+
+from promprune._version import __version__
+from promprune.config import ExportConfig, SelectionConfig
+from promprune.errors import VerificationError
+from promprune.export.checkpoint import EMBEDDED_MODEL, Checkpoint, load_checkpoint, selection_config
+from promprune.export.decoder_graph import decoder_graph, embed_tokens_graph
+from promprune.export.families import AdaptedModel
+from promprune.export.graphs import graph_record, save_graph
+from promprune.export.progress import NO_PROGRESS, Progress
+from promprune.export.selector_graph import build_selector
+from promprune.export.verify import verify_package
+from promprune.export.vision_graph import drop_saliency, fuse_selector, vision_graph
+from promprune.package import (
+    CHAT_TEMPLATE_FILE,
+    DECODER,
+    EMBED_TOKENS,
+    SCHEMA_VERSION,
+    TOKEN_SELECTOR,
+    VISION_ENCODER,
+    GraphRecord,
+    ImageRecord,
+    Manifest,
+    SelectionRecord,
+    file_records,
+    write_manifest,
+    writing_package,
+)
+
+__all__ = ["ExportResult", "default_output", "export_package"]
+
+_TORCH_DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16}
+_NUMPY_DTYPES: Final[dict[str, Literal["float32", "float16"]]] = {"fp32": "float32", "fp16": "float16"}
+ROUNDING: Final = "ratio x num_tokens rounded half to even, at least 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportResult:
+    """A package that was written.
+
+    Attributes:
+        output: its folder.
+        manifest: as written.
+        seconds: wall time of the whole export.
+    """
+
+    output: Path
+    manifest: Manifest
+    seconds: float
+
+
+def export_package(config: ExportConfig, *, progress: Progress = NO_PROGRESS) -> ExportResult:
+    """Export a model with its selection, verify the package, and let it appear by one rename.
+
+    Raises:
+        PrompruneError: one of its subclasses, when something is refused or fails; nothing is left behind then.
+    """
+    started = time.perf_counter()
+    output = config.output or default_output(config)
+    with writing_package(output, force=config.force) as folder:
+        with progress.step("load the model"):
+            checkpoint = load_checkpoint(config.model)
+            model = checkpoint.family.adapt(in_dtype(checkpoint.model, config.dtype))
+            selection = selection_record(config, checkpoint, model.geometry.num_tokens)
+        graphs = write_graphs(folder, config, model, selection, progress)
+        with progress.step("write tokenizer and configuration"):
+            write_configs(folder, checkpoint)
+            manifest = build_manifest(folder, config, checkpoint, model, selection, graphs)
+            write_manifest(folder, manifest)
+        if config.verify:
+            with progress.step("verify against the model"):
+                verification = verify_package(folder, checkpoint)
+            if not verification.passed:
+                raise VerificationError("the package disagrees with the model", checks=verification.checks)
+            manifest = msgspec.structs.replace(manifest, verification=verification)
+            write_manifest(folder, manifest)
+    return ExportResult(output=output, manifest=manifest, seconds=time.perf_counter() - started)
+
+
+def default_output(config: ExportConfig) -> Path:
+    """Return the folder that is written when none is named: ``promprune-<model>-<ratio or T>``."""
+    name = EMBEDDED_MODEL if config.model is None else Path(config.model).resolve().name
+    kept = f"{config.ratio:g}" if config.keep_tokens is None else f"{config.keep_tokens}-tokens"
+    return Path(f"promprune-{name}-{kept}" + ("" if config.dtype == "fp32" else f"-{config.dtype}"))
+
+
+def in_dtype(model: Any, dtype: str) -> Any:
+    """Return the model itself in fp32, or a copy in another dtype; the original stays the reference."""
+    return model if dtype == "fp32" else copy.deepcopy(model).to(_TORCH_DTYPES[dtype])
+
+
+def selection_record(config: ExportConfig, checkpoint: Checkpoint, num_tokens: int) -> SelectionRecord:
+    """Settle N, T and the parameters of the selection, as the manifest records them."""
+    keep_tokens = config.keep_tokens_of(num_tokens)
+    parameters, chosen_by = selection_config(checkpoint.folder, config)
+    return SelectionRecord(
+        num_tokens=num_tokens,
+        keep_tokens=keep_tokens,
+        ratio=keep_tokens / num_tokens,
+        ratio_removed=1 - keep_tokens / num_tokens,
+        requested_ratio=config.ratio if config.keep_tokens is None else None,
+        rounding=ROUNDING,
+        mu=parameters.mu,
+        tau=parameters.tau,
+        saliency_ratio_min=parameters.saliency_ratio_min,
+        saliency_ratio_max=parameters.saliency_ratio_max,
+        order=parameters.order,
+        parameters_from=chosen_by,
+    )
+
+
+def write_graphs(
+    folder: Path, config: ExportConfig, model: AdaptedModel, selection: SelectionRecord, progress: Progress
+) -> dict[str, GraphRecord]:
+    """Export every graph into ``folder/onnx``, and return their records by name."""
+    makers = {
+        VISION_ENCODER: lambda: vision_with_selection(config, model, selection),
+        EMBED_TOKENS: lambda: embed_tokens_graph(model, opset=config.opset),
+        DECODER: lambda: decoder_graph(model, opset=config.opset),
+    }
+    if config.split_selector:
+        makers[TOKEN_SELECTOR] = lambda: selector(config, model, selection)
+    (folder / "onnx").mkdir()
+    records = {}
+    for name, make in makers.items():
+        with progress.step(f"export {name}"):
+            graph = make()
+            records[name] = graph_record(graph, f"onnx/{name}.onnx")
+            save_graph(graph, folder / "onnx" / f"{name}.onnx")
+    return records
+
+
+def vision_with_selection(config: ExportConfig, model: AdaptedModel, selection: SelectionRecord) -> ir.Model:
+    """Export the vision encoder with the selection inside; with nothing to remove, without it."""
+    vision = vision_graph(model, opset=config.opset)
+    if selection.keep_tokens == selection.num_tokens:
+        return drop_saliency(vision)
+    return fuse_selector(vision, selector(config, model, selection))
+
+
+def selector(config: ExportConfig, model: AdaptedModel, selection: SelectionRecord) -> ir.Model:
+    """Author the selection for this model, with a dynamic batch."""
+    proto = build_selector(
+        selection.num_tokens,
+        model.text_config.hidden_size,
+        selection.keep_tokens,
+        batch_size="batch",
+        dtype=_NUMPY_DTYPES[config.dtype],
+        config=SelectionConfig(
+            mu=selection.mu,
+            tau=selection.tau,
+            saliency_ratio_min=selection.saliency_ratio_min,
+            saliency_ratio_max=selection.saliency_ratio_max,
+            order=selection.order,
+        ),
+        opset=config.opset,
+    )
+    return ir.from_proto(proto)
+
+
+def write_configs(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write tokenizer, chat template, preprocessing and model configuration, as other clients expect them."""
+    processor, model = checkpoint.processor, checkpoint.model
+    processor.tokenizer.save_pretrained(folder)
+    template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
+    (folder / CHAT_TEMPLATE_FILE).unlink(missing_ok=True)
+    if isinstance(template, str):
+        (folder / CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
+    preprocessor = processor.image_processor.to_dict()
+    preprocessor["image_processor_type"] = preprocessor["image_processor_type"].removesuffix("Pil").removesuffix("Fast")
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2, default=str) + "\n")
+    (folder / "config.json").write_text(model.config.to_json_string(use_diff=False))
+    (folder / "generation_config.json").write_text(model.generation_config.to_json_string())
+
+
+def build_manifest(
+    folder: Path,
+    config: ExportConfig,
+    checkpoint: Checkpoint,
+    model: AdaptedModel,
+    selection: SelectionRecord,
+    graphs: dict[str, GraphRecord],
+) -> Manifest:
+    """Describe the package as it lies on disk."""
+    geometry = model.geometry
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        family=checkpoint.family.model_type,
+        dtype=config.dtype,
+        opset=config.opset,
+        context_length=model.text_config.max_position_embeddings,
+        source=checkpoint.source,
+        selection=selection,
+        image=ImageRecord(
+            token=checkpoint.processor.tokenizer.convert_ids_to_tokens(model.image_token_id),
+            token_id=model.image_token_id,
+            height=geometry.height,
+            width=geometry.width,
+            patch_rows=geometry.patch_rows,
+            patch_columns=geometry.patch_columns,
+        ),
+        graphs=graphs,
+        files=file_records(folder),
+        tools=tool_versions(),
+    )
+
+
+def tool_versions() -> dict[str, str]:
+    """Return the versions of everything that shapes an export."""
+    packages = ("onnx", "onnx-ir", "onnxscript", "torch", "transformers")
+    versions = {name: metadata.version(name) for name in packages}
+    return {"promprune": __version__, "python": platform.python_version(), **versions}

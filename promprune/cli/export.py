@@ -1,0 +1,190 @@
+"""``promprune-export``: write a package with the selection inside the vision graph."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import msgspec
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from promprune.cli.common import console, missing_extra, option_type, print_json, run_command, version_callback
+from promprune.config import DTYPES, ExportConfig
+from promprune.errors import VerificationError
+from promprune.package import CheckRecord, Manifest
+
+if TYPE_CHECKING:
+    from promprune.export.pipeline import ExportResult
+
+__all__ = ["checks_table", "export", "main"]
+
+DEFAULTS: Final = ExportConfig()
+
+
+def export(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Folder in Hugging Face format, or hub id. Left out: the embedded model.", metavar="MODEL"),
+    ] = None,
+    ratio: Annotated[
+        float,
+        typer.Option(
+            help="Fraction of the visual tokens that is KEPT, in (0, 1]; 1 is the unpruned baseline.",
+            parser=option_type(float, "a fraction above 0 and at most 1, such as 0.12"),
+            metavar="FRACTION",
+        ),
+    ] = DEFAULTS.ratio,
+    keep_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Visual tokens kept per image, instead of --ratio.",
+            parser=option_type(int, "a whole number of tokens, at least 1"),
+            metavar="COUNT",
+        ),
+    ] = DEFAULTS.keep_tokens,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Folder to write.", metavar="OUT", show_default="promprune-MODEL-RATIO"),
+    ] = DEFAULTS.output,
+    dtype: Annotated[
+        str, typer.Option(help=f"Of weights and activations: {' or '.join(DTYPES)}. The selection is always fp32.")
+    ] = DEFAULTS.dtype,
+    opset: Annotated[int, typer.Option(help="ONNX operator set.", metavar="VERSION")] = DEFAULTS.opset,
+    mu: Annotated[
+        float | None,
+        typer.Option(
+            help="Spectral entropy at which the budget splits half and half.",
+            show_default="the model's own, else the paper's 0.42",
+            metavar="ENTROPY",
+        ),
+    ] = DEFAULTS.mu,
+    tau: Annotated[
+        float | None,
+        typer.Option(
+            help="Width of that transition.", show_default="the model's own, else the paper's 0.02", metavar="ENTROPY"
+        ),
+    ] = DEFAULTS.tau,
+    order: Annotated[
+        str, typer.Option(help="Of the kept tokens: spatial, or selection (the authors' order).")
+    ] = DEFAULTS.order,
+    split_selector: Annotated[
+        bool, typer.Option("--split-selector", help="Also write the selection as a graph of its own.")
+    ] = DEFAULTS.split_selector,
+    verify: Annotated[
+        bool, typer.Option(help="Compare the package with the model before it appears.")
+    ] = DEFAULTS.verify,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is a package already.")] = DEFAULTS.force,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as one line of JSON on stdout.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=version_callback, is_eager=True)
+    ] = False,
+) -> None:
+    """Export a vision-language model to ONNX, with PromPrune's token selection inside the vision graph.
+
+    Examples:
+
+      promprune-export --ratio 0.12
+
+      promprune-export ./llava-1.5-7b-hf --ratio 0.12 --dtype fp16 -o llava-0.12
+
+      promprune-export ./llava-1.5-7b-hf --ratio 1.0     (the unpruned baseline)
+    """
+    config = ExportConfig(
+        model=model,
+        output=output,
+        ratio=ratio,
+        keep_tokens=keep_tokens,
+        dtype=dtype,  # type: ignore[arg-type]  # validated by ExportConfig
+        opset=opset,
+        split_selector=split_selector,
+        verify=verify,
+        force=force,
+        mu=mu,
+        tau=tau,
+        order=order,  # type: ignore[arg-type]  # validated by SelectionConfig
+    )
+    with missing_extra("export"):
+        from promprune.export.pipeline import export_package
+    try:
+        with _progress(config) as progress:
+            result = export_package(config, progress=progress)
+    except VerificationError as error:
+        if error.checks:
+            console.print(checks_table(error.checks))
+        raise
+    if as_json:
+        print_json({"output": str(result.output), **msgspec.to_builtins(result.manifest)})
+    else:
+        _print_summary(result)
+
+
+def main() -> None:
+    """Entry point of ``promprune-export``."""
+    run_command(export)
+
+
+class _RichProgress:
+    """A bar over the steps, and a line with its time for every finished one."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self.progress = progress
+        self.task = progress.add_task("", total=total)
+
+    @contextlib.contextmanager
+    def step(self, description: str) -> Iterator[None]:
+        self.progress.update(self.task, description=description)
+        started = time.perf_counter()
+        yield
+        self.progress.advance(self.task)
+        self.progress.console.print(f"[green]done[/]  {description:<36} {time.perf_counter() - started:6.1f} s")
+
+
+@contextlib.contextmanager
+def _progress(config: ExportConfig) -> Iterator[_RichProgress]:
+    total = 5 + config.split_selector + config.verify
+    columns = (SpinnerColumn(), TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+        yield _RichProgress(progress, total)
+
+
+def _print_summary(result: ExportResult) -> None:
+    manifest = result.manifest
+    if manifest.verification is not None:
+        console.print(checks_table(manifest.verification.checks))
+    size_mb = sum(file.size_bytes for file in manifest.files) / 1e6
+    verified = "not verified" if manifest.verification is None else "verified"
+    print(f"{result.output}: {describe_selection(manifest)}, {manifest.dtype}, {size_mb:.1f} MB, {verified}")
+    console.print(
+        f"exported in {result.seconds:.1f} s; next: promprune-run {result.output} --image FILE --prompt TEXT",
+        soft_wrap=True,
+    )
+
+
+def describe_selection(manifest: Manifest) -> str:
+    """Say in words what is kept and what is removed."""
+    record = manifest.selection
+    if record.keep_tokens == record.num_tokens:
+        return f"keeps all {record.num_tokens} visual tokens (the unpruned baseline)"
+    return (
+        f"keeps {record.keep_tokens} of {record.num_tokens} visual tokens "
+        f"({record.ratio:.1%}), removes {record.ratio_removed:.1%}"
+    )
+
+
+def checks_table(checks: tuple[CheckRecord, ...]) -> Table:
+    """Lay out a verification for a person."""
+    table = Table(title="Verification", title_justify="left", title_style="bold")
+    table.add_column("check")
+    table.add_column("measured", justify="right")
+    table.add_column("wanted", justify="right")
+    table.add_column("")
+    for check in checks:
+        verdict = "[green]ok[/]" if check.passed else "[bold red]FAILED[/]"
+        name = f"{check.name} ({check.detail})" if check.detail else check.name
+        table.add_row(name, f"{check.measured:.3g}", f"{check.comparison} {check.limit:g}", verdict)
+    return table
