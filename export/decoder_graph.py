@@ -71,12 +71,13 @@ def decoder_graph(model: AdaptedModel, *, opset: int) -> ir.Model:
     batch, length, past, layers = 2, 3, 4, text.num_hidden_layers
     dtype = next(model.language_model.parameters()).dtype
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    cached = torch.zeros(batch, text.num_key_value_heads, past, head_dim, dtype=dtype)
+    shape = (batch, text.num_key_value_heads, past, head_dim)
     args = (
         torch.zeros(batch, length, text.hidden_size, dtype=dtype),
         torch.ones(batch, past + length, dtype=torch.int64),
         torch.arange(past, past + length).repeat(batch, 1),
-        [(cached, cached.clone()) for _ in range(layers)],
+        # A tensor of its own for each: torch.export takes one tensor given twice for one input.
+        [(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in range(layers)],
     )
     return graph_from_module(
         DecoderWithCache(model.language_model, model.lm_head),
