@@ -1,0 +1,139 @@
+"""The language model: prefill and decode with one graph, whose keys and values stay on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from promprune.errors import PackageError
+from promprune.runtime.sessions import Array, Session, TensorSpec, Value
+
+__all__ = ["Cache", "Decoder"]
+
+_PAST = "past_key_values."
+_PRESENT = "present."
+
+
+@dataclass(frozen=True, eq=False)
+class Cache:
+    """Keys and values of everything the model has read; never changed, every step makes the next one.
+
+    Attributes:
+        tensors: by the name of the graph input, [batch, kv_heads, length, head_dim] each.
+        mask: int64 [batch, length]; 0 where a row is padded.
+    """
+
+    tensors: Mapping[str, Value]
+    mask: npt.NDArray[np.int64]
+
+    @property
+    def length(self) -> int:
+        """Positions held, padding included."""
+        return int(self.mask.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the keys and values, in bytes."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def truncated(self, length: int) -> Cache:
+        """Return a cache of the first ``length`` positions; copies them through the host."""
+        if length == self.length:
+            return self
+        kept = {name: _on_host(tensor)[:, :, :length].copy() for name, tensor in self.tensors.items()}
+        return Cache(kept, self.mask[:, :length])
+
+    def of_rows(self, rows: Sequence[int]) -> Cache:
+        """Return a cache of some of the rows; copies them through the host."""
+        if list(rows) == list(range(len(self.mask))):
+            return self
+        kept = {name: _on_host(tensor)[list(rows)] for name, tensor in self.tensors.items()}
+        return Cache(kept, self.mask[list(rows)])
+
+
+class Decoder:
+    """Runs ``decoder_model_merged.onnx``.
+
+    Args:
+        session: the loaded graph.
+
+    Attributes:
+        hidden_size: of ``inputs_embeds``.
+        embeds_dtype: of ``inputs_embeds``.
+        cache_bytes_per_token: memory of one position's keys and values, in bytes.
+
+    Raises:
+        PackageError: the graph has not the inputs and outputs of a decoder with a cache.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._past = {name: spec for name, spec in session.inputs.items() if name.startswith(_PAST)}
+        self._present = {_PRESENT + name.removeprefix(_PAST): name for name in self._past}
+        wanted = {"inputs_embeds", "attention_mask", "position_ids", *self._past}
+        made = {"logits", *self._present}
+        if not self._past or session.inputs.keys() != wanted or session.outputs.keys() != made:
+            raise PackageError(
+                f"{session.name} has inputs {sorted(session.inputs)} and outputs {sorted(session.outputs)}",
+                expected="inputs_embeds, attention_mask, position_ids, past_key_values.*; logits, present.*",
+                fix="export again",
+            )
+        embeds = session.inputs["inputs_embeds"]
+        self.embeds_dtype = np.dtype(embeds.dtype)
+        self.hidden_size = _fixed(embeds, -1)
+        self.cache_bytes_per_token = sum(
+            _fixed(spec, 1) * _fixed(spec, 3) * np.dtype(spec.dtype).itemsize for spec in self._past.values()
+        )
+
+    def empty_cache(self, batch: int) -> Cache:
+        """Return the cache of a model that has read nothing."""
+        tensors: dict[str, Value] = {
+            name: np.zeros((batch, _fixed(spec, 1), 0, _fixed(spec, 3)), spec.dtype)
+            for name, spec in self._past.items()
+        }
+        return Cache(tensors, np.zeros((batch, 0), np.int64))
+
+    def read(
+        self, embeds: Array, cache: Cache, mask: npt.NDArray[np.int64] | None = None
+    ) -> tuple[npt.NDArray[np.float32], Cache]:
+        """Read more positions: a prompt, the rest of one, or one token per row.
+
+        Args:
+            embeds: ``embeds_dtype`` [batch, sequence, hidden].
+            cache: what was read before.
+            mask: int64 [batch, sequence], 0 where a row is padded; ``None``: nowhere.
+
+        Returns:
+            The logits after the last position, float32 [batch, vocabulary], and the cache with the new positions.
+
+        Raises:
+            BackendError: the backend fails.
+        """
+        new = np.ones(embeds.shape[:2], np.int64) if mask is None else mask
+        whole = np.concatenate([cache.mask, new], axis=1)
+        positions = np.maximum(whole.cumsum(axis=1) - 1, 0)[:, cache.length :]
+        inputs: dict[str, Value] = {
+            "inputs_embeds": embeds,
+            "attention_mask": whole,
+            "position_ids": positions,
+            **cache.tensors,
+        }
+        outputs = self._session.run_keeping(inputs, keep=self._present)
+        logits: npt.NDArray[np.float32] = outputs["logits"].numpy()[:, -1]
+        return logits, Cache({past: outputs[present] for present, past in self._present.items()}, whole)
+
+
+def _fixed(spec: TensorSpec, axis: int) -> int:
+    size = spec.shape[axis]
+    if not isinstance(size, int):
+        raise PackageError(
+            f"{spec.name} has a dynamic axis {axis}: {spec}", expected="a fixed size", fix="export again"
+        )
+    return size
+
+
+def _on_host(tensor: Value) -> Array:
+    return tensor if isinstance(tensor, np.ndarray) else tensor.numpy()

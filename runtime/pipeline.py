@@ -1,0 +1,502 @@
+"""The whole way from images and a prompt to an answer, from an exported package and without PyTorch.
+
+::
+
+    with VisionLanguagePipeline.from_package("llava-r0.12") as pipeline:
+        print(pipeline.generate("photo.jpg", "What is on the table?").text)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self, TypeAlias, Unpack
+
+import numpy as np
+import numpy.typing as npt
+
+from promprune.errors import BackendError, ConfigError, PackageError, PromptError
+from promprune.package import DECODER, EMBED_TOKENS, VISION_ENCODER, Manifest, read_manifest
+from promprune.runtime.config import DEFAULT_NEW_TOKENS, GenerationConfig, GenerationOptions, Provider, RuntimeConfig
+from promprune.runtime.decoder import Cache, Decoder
+from promprune.runtime.generation import Row, eos_token_ids_of
+from promprune.runtime.preprocess import ImagePreprocessor, load_image
+from promprune.runtime.prompt import Message, PromptBuilder, TokenIds, as_messages, read_json
+from promprune.runtime.results import EncodedImage, Result, Stopwatch, Timings, encoded_image_of
+from promprune.runtime.sessions import Array, Session, SessionOptions, open_session
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["AnswerStream", "Chat", "ImageSource", "Images", "Prompt", "VisionLanguagePipeline"]
+
+# A file, its encoded bytes, a PIL image, an array [height, width, 3] of uint8, or an image encoded before.
+ImageSource: TypeAlias = "str | Path | bytes | Image | npt.NDArray[np.uint8] | EncodedImage"
+# One image, or a list of images.
+Images: TypeAlias = "ImageSource | Sequence[ImageSource]"
+# A text, which comes after the images, or messages with {"type": "image"} parts where the images are.
+Prompt: TypeAlias = "str | Sequence[Message]"
+
+_DEFAULTS: Final = RuntimeConfig()
+
+
+class VisionLanguagePipeline:
+    """An exported vision-language model, ready to answer. Make one with :meth:`from_package`.
+
+    Several threads may use one pipeline at once: every call has its own state, and the cache of encoded images
+    is locked. A :class:`Chat` belongs to one thread at a time.
+
+    Attributes:
+        manifest: what the package says of itself.
+        preprocessor: from pictures to ``pixel_values``.
+        prompts: from messages to token ids; holds the tokenizer.
+        device: where the graphs run: ``"CPU"`` or ``"CUDA"``.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, sessions: Mapping[str, Session], config: RuntimeConfig):
+        self.manifest = manifest
+        image = manifest.image
+        self.preprocessor = ImagePreprocessor.from_file(
+            folder / "preprocessor_config.json", height=image.height, width=image.width
+        )
+        self.prompts = PromptBuilder.from_package(folder, manifest)
+        self.device = sessions[DECODER].device
+        self._sessions = dict(sessions)
+        self._decoder = Decoder(sessions[DECODER])
+        self._eos_token_ids = eos_token_ids_of(read_json(folder / "generation_config.json"))
+        self._images = _ImageCache(config.image_cache_size)
+
+    @classmethod
+    def from_package(
+        cls,
+        path: str | Path,
+        *,
+        provider: Provider = _DEFAULTS.provider,
+        num_threads: int | None = _DEFAULTS.num_threads,
+        check_weights: bool = _DEFAULTS.check_weights,
+        image_cache_size: int = _DEFAULTS.image_cache_size,
+    ) -> Self:
+        """Load a package that ``promprune-export`` wrote.
+
+        Args:
+            path: its folder.
+            provider, num_threads, check_weights, image_cache_size: see :class:`RuntimeConfig`.
+
+        Raises:
+            PackageError: it is no package, damaged, or its graphs are not what its manifest says.
+            BackendError: a graph, or the provider that was asked for, cannot be loaded.
+            ConfigError: an argument is out of range.
+        """
+        config = RuntimeConfig(
+            provider=provider, num_threads=num_threads, check_weights=check_weights, image_cache_size=image_cache_size
+        )
+        folder = Path(path)
+        manifest = read_manifest(folder, check_weights=config.check_weights)
+        return cls(folder, manifest, _open_sessions(folder, manifest, config), config)
+
+    def generate(self, images: Images = (), prompt: Prompt = "", **options: Unpack[GenerationOptions]) -> Result:
+        """Answer one prompt about any number of images.
+
+        Args:
+            images: one image, or a list; in a prompt of messages, one per ``{"type": "image"}`` part, in order.
+            prompt: a text, or messages.
+            options: see :class:`GenerationConfig`; greedy unless told otherwise.
+
+        Raises:
+            ImageError: an image cannot be read.
+            PromptError: the prompt is malformed, or does not fit the context; nothing was run.
+            ConfigError: an option is out of range.
+            BackendError: a graph failed, or returned something that is not a number.
+        """
+        return self.generate_batch([(images, prompt)], **options)[0]
+
+    def generate_batch(
+        self, requests: Sequence[tuple[Images, Prompt]], **options: Unpack[GenerationOptions]
+    ) -> list[Result]:
+        """Answer several prompts together; each answer is the one that :meth:`generate` would give.
+
+        Args:
+            requests: images and prompt of each.
+            options, and errors: as in :meth:`generate`; they hold for all prompts.
+        """
+        if not requests:
+            return []
+        return _finished(self._answer(self._prepare(requests, GenerationConfig(**options))))
+
+    def stream(self, images: Images = (), prompt: Prompt = "", **options: Unpack[GenerationOptions]) -> AnswerStream:
+        """Answer one prompt, giving out the text as it comes.
+
+        Images and prompt are checked at once; the model runs as the stream is read.
+
+        Args and errors: as in :meth:`generate`.
+        """
+        return AnswerStream(self._answer(self._prepare([(images, prompt)], GenerationConfig(**options))))
+
+    def chat(self, system: str | None = None) -> Chat:
+        """Begin a conversation, in which every image and every text is read only once."""
+        return Chat(self, system)
+
+    def encode_image(self, image: ImageSource) -> EncodedImage:
+        """Return the kept visual tokens of one image, for a language model elsewhere or for later prompts.
+
+        Raises:
+            ImageError: it cannot be read.
+            BackendError: the vision graph failed, or returned something that is not a number.
+        """
+        encoded, _ = self._encoded(self._prepared_image(image))
+        return encoded
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Memory of the keys and values of one token, in bytes; ``context_length`` tokens at most are held."""
+        return self._decoder.cache_bytes_per_token
+
+    def close(self) -> None:
+        """Free the graphs; using the pipeline afterwards is a BackendError."""
+        for session in self._sessions.values():
+            session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _prepare(
+        self, requests: Sequence[tuple[Images, Prompt]], config: GenerationConfig, memory: _Memory | None = None
+    ) -> _Job:
+        """Read images and prompts, and refuse what cannot be answered, before anything runs."""
+        watch = Stopwatch()
+        with watch.stage("preprocess"):
+            images = [[self._prepared_image(image) for image in _listed(given)] for given, _ in requests]
+        with watch.stage("prompt"):
+            prompts = [
+                self.prompts.build(as_messages(prompt, len(found)), len(found))
+                for found, (_, prompt) in zip(images, requests, strict=True)
+            ]
+            rows = [self._row(prompt, config) for prompt in prompts]
+        return _Job(images=images, prompts=prompts, rows=rows, watch=watch, memory=memory or _Memory())
+
+    def _answer(self, job: _Job) -> Generator[list[str], None, list[Result]]:
+        """Yield the new text of every row, step by step; return the results."""
+        watch, memory = job.watch, job.memory
+        with watch.stage("vision"):
+            job.encode(self._encoded)
+        with watch.stage("splice"):
+            reused = memory.reusable(job.prompts)
+            embeds, mask = self._spliced(job.prompts, job.encoded, reused)
+        with watch.stage("prefill"):
+            cache = memory.cache.truncated(reused) if memory.cache else self._decoder.empty_cache(len(job.rows))
+            logits, cache = self._decoder.read(embeds, cache, mask)
+            memory.store(job.prompts[0], cache)
+        texts = [row.step(logits[i]) for i, row in enumerate(job.rows)]
+        watch.mark("first_token")
+        yield texts
+
+        running = list(range(len(job.rows)))
+        while running := _unfinished(job.rows, before := running):
+            with watch.stage("decode"):
+                cache = cache.of_rows([before.index(i) for i in running])
+                tokens = [job.rows[i].token_ids[-1:] for i in running]
+                logits, cache = self._decoder.read(self._embedded(np.array(tokens, np.int64)), cache)
+                memory.store(np.append(memory.ids, tokens[0]), cache)
+                texts = [""] * len(job.rows)
+                for i, row_logits in zip(running, logits, strict=True):
+                    texts[i] = job.rows[i].step(row_logits)
+            yield texts
+        watch.mark("total")
+        return [_result(job, i, reused, cache) for i in range(len(job.rows))]
+
+    def _prepared_image(self, source: ImageSource) -> EncodedImage | _Pixels:
+        if isinstance(source, EncodedImage):
+            expected = (self.manifest.selection.keep_tokens, self._decoder.hidden_size)
+            if source.image_features.shape != expected:
+                raise ConfigError(
+                    f"received an encoded image of shape {list(source.image_features.shape)}",
+                    expected=f"{list(expected)}",
+                    fix="encode it with this package",
+                )
+            return source
+        crop = self.preprocessor.crop(load_image(source))
+        return _Pixels(self.preprocessor.pixel_values(crop), hashlib.sha256(crop.tobytes()).digest())
+
+    def _encoded(self, image: EncodedImage | _Pixels) -> tuple[EncodedImage, bool]:
+        """Return an encoded image, and whether the vision encoder had to run for it."""
+        if isinstance(image, EncodedImage):
+            return image, False
+        known = self._images.get(image.digest)
+        if known is not None:
+            return known, False
+        session = self._sessions[VISION_ENCODER]
+        pixel_values = image.values.astype(session.inputs["pixel_values"].dtype, copy=False)
+        outputs = session.run({"pixel_values": pixel_values})
+        encoded = encoded_image_of(outputs, self.manifest.selection)
+        self._images.put(image.digest, encoded)
+        return encoded, True
+
+    def _spliced(
+        self, prompts: Sequence[TokenIds], images: Sequence[Sequence[EncodedImage]], reused: int
+    ) -> tuple[Array, npt.NDArray[np.int64]]:
+        """Return the embeddings of the prompts from position ``reused`` on, with the image features in place.
+
+        Returns:
+            ``[batch, longest, hidden]``, shorter prompts padded on the left, and the mask [batch, longest].
+        """
+        longest = max(len(prompt) for prompt in prompts) - reused
+        embeds = np.zeros((len(prompts), longest, self._decoder.hidden_size), self._decoder.embeds_dtype)
+        mask = np.zeros((len(prompts), longest), np.int64)
+        for row, (prompt, encoded) in enumerate(zip(prompts, images, strict=True)):
+            new = self._embedded(prompt[None, reused:])[0]
+            places = np.flatnonzero(prompt == self.prompts.image_token_id) - reused
+            if encoded:
+                features = np.concatenate([image.image_features for image in encoded])
+                new[places[places >= 0]] = features[places >= 0]
+            embeds[row, longest - len(new) :] = new
+            mask[row, longest - len(new) :] = 1
+        return embeds, mask
+
+    def _embedded(self, ids: TokenIds) -> Array:
+        """Return the embeddings of [batch, sequence] token ids: [batch, sequence, hidden]."""
+        embeds = self._sessions[EMBED_TOKENS].run({"input_ids": ids})["inputs_embeds"]
+        return embeds.astype(self._decoder.embeds_dtype, copy=False)
+
+    def _row(self, prompt: TokenIds, config: GenerationConfig) -> Row:
+        limit = self.prompts.check_fits(len(prompt), config.max_new_tokens, at_most=DEFAULT_NEW_TOKENS)
+        return Row(
+            self.prompts.tokenizer,
+            config,
+            prompt_ids=prompt.tolist(),
+            eos_token_ids=self._eos_token_ids,
+            max_new_tokens=limit,
+        )
+
+
+class AnswerStream:
+    """The text of one answer as it comes: iterate over it, then ask for the ``result``.
+
+    The pieces, joined, are ``result.text``. Leaving early is fine: the model runs only while it is read.
+    """
+
+    def __init__(self, steps: Generator[list[str], None, list[Result]]) -> None:
+        self._steps = steps
+        self._result: Result | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        while True:
+            try:
+                text = next(self._steps)[0]
+            except StopIteration as end:
+                if end.value is not None:
+                    self._result = end.value[0]
+                raise
+            if text:
+                return text
+
+    @property
+    def result(self) -> Result:
+        """The whole answer; reads the rest of the stream first.
+
+        Raises:
+            BackendError: the stream failed, or was closed, before its end.
+        """
+        for _ in self:
+            pass
+        if self._result is None:
+            raise BackendError("the answer was not finished", fix="ask again")
+        return self._result
+
+    def close(self) -> None:
+        """Stop generating."""
+        self._steps.close()
+
+
+class Chat:
+    """A conversation: what was said and seen before is not read again.
+
+    Keys and values of all turns stay in memory: at most ``context_length`` times
+    ``pipeline.cache_bytes_per_token`` bytes. For one thread at a time.
+
+    Args:
+        pipeline: that answers.
+        system: text of a system message, if the chat template knows such.
+
+    Attributes:
+        messages: the finished turns, as messages.
+    """
+
+    def __init__(self, pipeline: VisionLanguagePipeline, system: str | None = None) -> None:
+        self.messages: list[Message] = [] if system is None else [_message("system", system)]
+        self._pipeline = pipeline
+        self._images: list[EncodedImage] = []
+        self._memory = _Memory()
+
+    def ask(self, prompt: str, images: Images = (), **options: Unpack[GenerationOptions]) -> Result:
+        """Say something, with or without further images; return the answer.
+
+        A turn that fails, or is interrupted, leaves the conversation as it was before.
+
+        Args and errors: as in :meth:`VisionLanguagePipeline.generate`.
+        """
+        return self.stream(prompt, images, **options).result
+
+    def stream(self, prompt: str, images: Images = (), **options: Unpack[GenerationOptions]) -> AnswerStream:
+        """Like :meth:`ask`, giving out the text as it comes; the turn counts once the stream was read to its end."""
+        added = _listed(images)
+        messages = [*self.messages, *as_messages(prompt, len(added))]
+        request: tuple[Images, Prompt] = ([*self._images, *added], messages)
+        job = self._pipeline._prepare([request], GenerationConfig(**options), self._memory)
+        return AnswerStream(self._turn(job, messages))
+
+    def _turn(self, job: _Job, messages: list[Message]) -> Generator[list[str], None, list[Result]]:
+        results = yield from self._pipeline._answer(job)
+        self.messages = [*messages, _message("assistant", results[0].text)]
+        self._images = job.encoded[0]
+        return results
+
+
+@dataclass(frozen=True, eq=False)
+class _Pixels:
+    """An image that is ready for the vision encoder."""
+
+    values: npt.NDArray[np.float32]  # [1, 3, height, width]
+    digest: bytes  # SHA-256 of its 8-bit pixels
+
+
+@dataclass(eq=False)
+class _Memory:
+    """What a conversation's keys and values hold."""
+
+    ids: TokenIds = field(default_factory=lambda: np.zeros(0, np.int64))
+    cache: Cache | None = None
+
+    def reusable(self, prompts: Sequence[TokenIds]) -> int:
+        """Return how many tokens at the beginning of a prompt need not be read again; at least one is left to read.
+
+        Images are only ever appended to a conversation, so equal placeholders stand for equal images.
+        """
+        if self.cache is None:
+            return 0
+        both = min(len(self.ids), len(prompts[0]) - 1)
+        different = np.flatnonzero(self.ids[:both] != prompts[0][:both])
+        return int(different[0]) if len(different) else both
+
+    def store(self, ids: TokenIds, cache: Cache) -> None:
+        """Remember what was read; ``ids`` is that of the first row, the only one of a conversation."""
+        self.ids, self.cache = ids, cache
+
+
+@dataclass(eq=False, kw_only=True)
+class _Job:
+    """One call: what was asked, and how far it is."""
+
+    images: list[list[EncodedImage | _Pixels]]
+    prompts: list[TokenIds]
+    rows: list[Row]
+    watch: Stopwatch
+    memory: _Memory
+    encoded: list[list[EncodedImage]] = field(default_factory=list)
+    encoded_now: int = 0  # images that the vision encoder had to run for
+
+    def encode(self, encode: Callable[[EncodedImage | _Pixels], tuple[EncodedImage, bool]]) -> None:
+        """Fill ``encoded``, image by image: a batch could round differently, and keep other tokens."""
+        pairs = [[encode(image) for image in images] for images in self.images]
+        self.encoded = [[image for image, _ in row] for row in pairs]
+        self.encoded_now = sum(ran for row in pairs for _, ran in row)
+
+
+class _ImageCache:
+    """The images encoded last, by the digest of their pixels."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._lock = threading.Lock()
+        self._images: OrderedDict[bytes, EncodedImage] = OrderedDict()
+
+    def get(self, digest: bytes) -> EncodedImage | None:
+        with self._lock:
+            if digest in self._images:
+                self._images.move_to_end(digest)
+            return self._images.get(digest)
+
+    def put(self, digest: bytes, image: EncodedImage) -> None:
+        with self._lock:
+            self._images[digest] = image
+            self._images.move_to_end(digest)
+            while len(self._images) > self._size:
+                self._images.popitem(last=False)
+
+
+def _open_sessions(folder: Path, manifest: Manifest, config: RuntimeConfig) -> dict[str, Session]:
+    options = SessionOptions(provider=config.provider, num_threads=config.num_threads)
+    sessions: dict[str, Session] = {}
+    for name in (VISION_ENCODER, EMBED_TOKENS, DECODER):
+        record = manifest.graphs[name]
+        sessions[name] = open_session(folder / record.file, options)
+        sessions[name].check_against(record, folder / record.file)
+    features = sessions[VISION_ENCODER].outputs.get("image_features")
+    if features is None or "pixel_values" not in sessions[VISION_ENCODER].inputs:
+        raise PackageError(
+            f"{manifest.graphs[VISION_ENCODER].file} takes {list(sessions[VISION_ENCODER].inputs)}",
+            expected="pixel_values -> image_features, ...",
+            fix="export again",
+        )
+    return sessions
+
+
+def _listed(images: Images) -> list[ImageSource]:
+    return list(images) if isinstance(images, (list, tuple)) else [images]  # type: ignore[list-item]
+
+
+def _message(role: str, text: str) -> Message:
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+def _unfinished(rows: Sequence[Row], candidates: Sequence[int]) -> list[int]:
+    return [i for i in candidates if rows[i].finish_reason is None]
+
+
+def _finished(steps: Generator[list[str], None, list[Result]]) -> list[Result]:
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            results: list[Result] = end.value
+            return results
+
+
+def _result(job: _Job, row: int, reused: int, cache: Cache) -> Result:
+    watch, answer = job.watch, job.rows[row]
+    if answer.finish_reason is None:
+        raise PromptError("the answer is not finished")
+    timings = Timings(
+        preprocess_ms=watch["preprocess"],
+        prompt_ms=watch["prompt"],
+        vision_ms=watch["vision"],
+        splice_ms=watch["splice"],
+        prefill_ms=watch["prefill"],
+        decode_ms=watch["decode"],
+        first_token_ms=watch["first_token"],
+        total_ms=watch["total"],
+        prompt_tokens=max(len(prompt) for prompt in job.prompts),
+        reused_tokens=reused,
+        new_tokens=len(answer.token_ids),
+        encoded_images=job.encoded_now,
+        kv_cache_bytes=cache.nbytes,
+    )
+    return Result(
+        text=answer.text,
+        token_ids=tuple(answer.token_ids),
+        finish_reason=answer.finish_reason,
+        timings=timings,
+        selection=tuple(image.selection for image in job.encoded[row]),
+    )

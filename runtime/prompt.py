@@ -1,0 +1,327 @@
+"""From messages to token ids: chat template, tokenizer, and one run of T placeholders per image.
+
+A message is ``{"role": "user", "content": TEXT}`` or ``{"role": ..., "content": [PART, ...]}`` with parts
+``{"type": "text", "text": TEXT}`` and ``{"type": "image"}``, as in Hugging Face chats. Text may not contain the
+image placeholder itself: it would stand for an image that is not there, so it is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from promprune.errors import PackageError, PromptError
+from promprune.package import CHAT_TEMPLATE_FILE, Manifest
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+    from tokenizers import Tokenizer
+
+__all__ = ["FALLBACK_TEMPLATE", "Message", "PromptBuilder", "TokenIds", "as_messages"]
+
+Message = Mapping[str, Any]
+TokenIds = npt.NDArray[np.int64]
+
+# For packages without a chat template: the format LLaVA-1.5 was tuned on.
+FALLBACK_TEMPLATE: Final = (
+    "{%- for message in messages -%}"
+    "{{ message.role.upper() }}: "
+    "{%- for part in message.content if part.type == 'image' %}{{ image_token }}\n{% endfor -%}"
+    "{%- for part in message.content if part.type == 'text' %}{{ part.text }} {% endfor -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt %}ASSISTANT:{% endif -%}"
+)
+_MAX_RENDERED_CHARACTERS: Final = 8_000_000
+_SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_AGAIN: Final = "copy the package again, or export it again"
+
+
+@dataclass(frozen=True)
+class PromptBuilder:
+    """Turns messages into token ids. Safe to use from several threads at once.
+
+    Attributes:
+        image_token: the placeholder's text.
+        image_token_id: its id.
+        keep_tokens: T, the placeholders of one image in the ids.
+        context_length: positions the language model was made for.
+    """
+
+    folder: Path
+    image_token: str
+    image_token_id: int
+    keep_tokens: int
+    context_length: int
+
+    @classmethod
+    def from_package(cls, folder: Path, manifest: Manifest) -> PromptBuilder:
+        """Describe the prompts of a package; its files are read when first used."""
+        return cls(
+            folder=folder,
+            image_token=manifest.image.token,
+            image_token_id=manifest.image.token_id,
+            keep_tokens=manifest.selection.keep_tokens,
+            context_length=manifest.context_length,
+        )
+
+    def build(self, messages: Sequence[Message], num_images: int) -> TokenIds:
+        """Return the token ids of a conversation that the assistant is to continue, int64 [length].
+
+        Every image part became ``keep_tokens`` placeholders.
+
+        Raises:
+            PromptError: a message is malformed, its text contains the placeholder, the template refuses it, or
+                images and placeholders do not match.
+        """
+        text = self.render(messages)
+        ids = self._encoded(text)
+        is_image = ids == self.image_token_id
+        if int(is_image.sum()) != num_images:
+            raise PromptError(
+                f"the prompt has {int(is_image.sum())} image placeholders for {num_images} images",
+                expected="one per image",
+                fix="give one {'type': 'image'} part per image, before or between the texts",
+            )
+        return np.repeat(ids, np.where(is_image, self.keep_tokens, 1))
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """Return the text of a conversation, one placeholder per image.
+
+        Raises:
+            PromptError: a message is malformed, its text contains the placeholder, or the template refuses it.
+        """
+        from jinja2 import TemplateError
+
+        values = {name: self._special_tokens.get(name, "") for name in self._special_tokens}
+        parts: list[str] = []
+        length = 0
+        try:
+            for part in self._template.generate(
+                messages=[self._checked(message) for message in messages],
+                add_generation_prompt=True,
+                image_token=self.image_token,
+                **values,
+            ):
+                parts.append(part)
+                length += len(part)
+                if length > _MAX_RENDERED_CHARACTERS:
+                    raise PromptError(
+                        f"the prompt is longer than {_MAX_RENDERED_CHARACTERS} characters", fix="shorten it"
+                    )
+        except TemplateError as error:
+            raise PromptError(f"the chat template refuses the messages ({error})", fix="change the messages") from error
+        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
+            raise PromptError(
+                f"the chat template fails on these messages ({type(error).__name__}: {error})",
+                fix="change the messages, or the package's chat template",
+            ) from error
+        return "".join(parts)
+
+    def check_fits(self, prompt_tokens: int, new_tokens: int | None, *, at_most: int) -> int:
+        """Return how many tokens may be generated after a prompt.
+
+        Args:
+            prompt_tokens: length of the prompt, images included.
+            new_tokens: what was asked for; ``None``: what the context leaves, at most ``at_most``.
+            at_most: see ``new_tokens``.
+
+        Raises:
+            PromptError: the prompt, or the prompt and the answer, do not fit the context.
+        """
+        left = self.context_length - prompt_tokens
+        if left < 1 or (new_tokens is not None and new_tokens > left):
+            asked = f" and max_new_tokens is {new_tokens}" if new_tokens is not None and left >= 1 else ""
+            raise PromptError(
+                f"the prompt is {prompt_tokens} tokens long{asked}",
+                expected=f"at most {self.context_length} tokens in all ({max(left, 0)} are left for the answer)",
+                fix="shorten the prompt, use fewer images, or ask for fewer new tokens",
+            )
+        return min(left, at_most) if new_tokens is None else new_tokens
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The package's tokenizer.
+
+        Raises:
+            PackageError: it cannot be read, or knows no image placeholder.
+        """
+        from tokenizers import Tokenizer
+
+        path = self.folder / "tokenizer.json"
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exceptions
+            raise PackageError(f"{path} is not a usable tokenizer ({error})", fix=_AGAIN) from error
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        if tokenizer.token_to_id(self.image_token) != self.image_token_id:
+            raise PackageError(
+                f"{path} gives {self.image_token!r} the id {tokenizer.token_to_id(self.image_token)}",
+                expected=f"{self.image_token_id}, as the manifest says",
+                fix=_AGAIN,
+            )
+        return tokenizer
+
+    @cached_property
+    def _template(self) -> Template:
+        from jinja2 import TemplateError
+
+        source = self._template_source()
+        try:
+            return _compiled(source)
+        except (TemplateError, RecursionError) as error:
+            raise PackageError(f"{self.folder} has a broken chat template ({error})", fix=_AGAIN) from error
+
+    def _template_source(self) -> str:
+        path = self.folder / CHAT_TEMPLATE_FILE
+        if path.is_file():
+            try:
+                return path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise PackageError(f"{path} cannot be read ({error})", fix=_AGAIN) from error
+        template = self._tokenizer_config.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+            template = named.get("default")
+        return template if isinstance(template, str) else FALLBACK_TEMPLATE
+
+    @cached_property
+    def _tokenizer_config(self) -> dict[str, Any]:
+        return read_json(self.folder / "tokenizer_config.json")
+
+    @cached_property
+    def _special_tokens(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for name in _SPECIAL_TOKENS:
+            token = self._tokenizer_config.get(name)
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str):
+                found[name] = token
+        return found
+
+    def _encoded(self, text: str) -> TokenIds:
+        """Tokenize; a template that writes the beginning-of-sequence token itself gets no second one."""
+        bos = self._special_tokens.get("bos_token")
+        add_special_tokens = not (bos and text.startswith(bos))
+        try:
+            ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except Exception as error:  # the library raises bare Exceptions, and UnicodeEncodeError on lone surrogates
+            raise PromptError(f"the prompt cannot be tokenized ({error})", expected="valid Unicode text") from error
+        return np.array(ids, np.int64)
+
+    def _checked(self, message: Message) -> dict[str, Any]:
+        """Return a message of plain strings, lists and dicts, with its content as a list of parts."""
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            _refuse_message(message, "a mapping with 'role' and 'content'")
+        content = message.get("content")
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        if not isinstance(content, Sequence) or isinstance(content, (str, bytes)):
+            _refuse_message(message, "content that is a text, or a list of parts")
+        return {"role": message["role"], "content": [self._checked_part(part) for part in content]}
+
+    def _checked_part(self, part: object) -> dict[str, str]:
+        if isinstance(part, Mapping) and part.get("type") == "image":
+            return {"type": "image"}
+        if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+            _refuse_message(part, "{'type': 'image'}, or {'type': 'text', 'text': ...}")
+        text = str(part["text"])
+        if self.image_token in text:
+            raise PromptError(
+                f"the text contains {self.image_token!r}, which stands for an image",
+                expected="text without it",
+                fix="leave it out (the image is put in front of the text), or place {'type': 'image'} parts",
+            )
+        return {"type": "text", "text": text}
+
+
+def as_messages(prompt: str | Sequence[Message], num_images: int) -> list[Message]:
+    """Return the messages of a prompt; a text becomes one user message with the images in front of it.
+
+    Raises:
+        PromptError: it is neither a text nor a sequence of messages, or it is empty.
+    """
+    if isinstance(prompt, str):
+        images: list[dict[str, str]] = [{"type": "image"}] * num_images
+        return [{"role": "user", "content": [*images, {"type": "text", "text": prompt}]}]
+    if not isinstance(prompt, (list, tuple)) or not prompt:
+        raise PromptError(
+            f"received a prompt of type {type(prompt).__name__}", expected="a text, or a list of one message or more"
+        )
+    return list(prompt)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of a package; a file that is not there is empty.
+
+    Raises:
+        PackageError: it is no JSON object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise PackageError(f"{path} cannot be read ({error})", fix=_AGAIN) from error
+    if not isinstance(content, dict):
+        raise PackageError(f"{path} holds a {type(content).__name__}", expected="a JSON object", fix=_AGAIN)
+    return content
+
+
+def _refuse_message(received: object, expected: str) -> NoReturn:
+    raise PromptError(f"received the message {str(received)[:100]!r}", expected=expected)
+
+
+def _compiled(source: str) -> Template:
+    """Compile a template in a sandbox, with what Hugging Face chat templates may use."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _generation_extension()]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment.from_string(source)
+
+
+def _generation_extension() -> Any:
+    """Return a jinja extension for ``{% generation %}...{% endgeneration %}``, which marks what was generated."""
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        tags: set[str] = {"generation"}  # noqa: RUF012 - jinja's own declaration
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    return Generation
+
+
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    from jinja2 import TemplateError
+
+    raise TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)

@@ -1,0 +1,219 @@
+"""What the runtime returns: answers, encoded images, what was selected, and how long it took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from promprune.errors import BackendError
+from promprune.package import SelectionRecord
+from promprune.runtime.generation import FinishReason
+from promprune.runtime.sessions import Array
+
+__all__ = ["EncodedImage", "Result", "Stopwatch", "Timings", "TokenSelection"]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSelection:
+    """Which visual tokens of one image were kept, and why.
+
+    Attributes:
+        num_tokens: N, visual tokens before selection.
+        token_indices: int64 [T]; positions of the kept tokens in raster order of the patch grid.
+        saliency_mask: bool [T]; kept for its saliency (stage 1), else for coverage (stage 2). ``None`` in a
+            package without selection, which keeps every token.
+        spectral_entropy: normalised spectral entropy of the image's tokens, in [0, 1]; ``None`` likewise.
+    """
+
+    num_tokens: int
+    token_indices: npt.NDArray[np.int64]
+    saliency_mask: npt.NDArray[np.bool_] | None = None
+    spectral_entropy: float | None = None
+
+    @property
+    def ran(self) -> bool:
+        """Whether a selection ran; if not, every token was kept."""
+        return self.saliency_mask is not None
+
+    @property
+    def keep_tokens(self) -> int:
+        """T, visual tokens kept."""
+        return len(self.token_indices)
+
+    @property
+    def saliency_count(self) -> int | None:
+        """T_sal, tokens kept for their saliency; ``None`` in a package without selection."""
+        return None if self.saliency_mask is None else int(self.saliency_mask.sum())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers, strings and lists, for JSON."""
+        mask = self.saliency_mask
+        return {
+            "ran": self.ran,
+            "num_tokens": self.num_tokens,
+            "keep_tokens": self.keep_tokens,
+            "saliency_count": self.saliency_count,
+            "spectral_entropy": self.spectral_entropy,
+            "token_indices": self.token_indices.tolist(),
+            "saliency_mask": None if mask is None else mask.tolist(),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """The kept visual tokens of one image; can be used as an image again, in any prompt of the same package.
+
+    Attributes:
+        image_features: float32 or float16 [T, D], what takes the place of the image's placeholders; read-only.
+        selection: which tokens they are.
+    """
+
+    image_features: Array
+    selection: TokenSelection
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """Wall-clock times of one call, in milliseconds; answers of one batch share them.
+
+    Attributes:
+        preprocess_ms: decoding and preparing the images.
+        prompt_ms: chat template and tokenizer.
+        vision_ms: vision encoder and selection; near 0 when every image was encoded before.
+        splice_ms: token embeddings, and the image features put in their places.
+        prefill_ms: the language model on the prompt.
+        decode_ms: all further tokens.
+        first_token_ms: from the call to the first token.
+        total_ms: from the call to the end; of a stream, includes waiting for the reader.
+        prompt_tokens: tokens of the prompt, visual tokens included; of the longest one of a batch.
+        reused_tokens: those whose keys and values were still there from the turn before.
+        new_tokens: tokens generated for this answer.
+        encoded_images: images that went through the vision encoder; the others were encoded before.
+        kv_cache_bytes: keys and values held at the end.
+    """
+
+    preprocess_ms: float
+    prompt_ms: float
+    vision_ms: float
+    splice_ms: float
+    prefill_ms: float
+    decode_ms: float
+    first_token_ms: float
+    total_ms: float
+    prompt_tokens: int
+    reused_tokens: int
+    new_tokens: int
+    encoded_images: int
+    kv_cache_bytes: int
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """Tokens per second after the first; ``None`` where there are no others."""
+        return (self.new_tokens - 1) / self.decode_ms * 1000 if self.new_tokens > 1 and self.decode_ms > 0 else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers, for JSON; times rounded to microseconds."""
+        values = {name: round(value, 3) if name.endswith("_ms") else value for name, value in asdict(self).items()}
+        rate = self.decode_tokens_per_s
+        return {**values, "decode_tokens_per_s": None if rate is None else round(rate, 2)}
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """One answer.
+
+    Attributes:
+        text: decoded, without special tokens, up to the first stop text.
+        token_ids: everything generated, the end-of-sequence token included.
+        finish_reason: ``"stop"``: end-of-sequence token or stop text; ``"length"``: as many tokens as allowed.
+        timings: how long each stage took.
+        selection: of each image, in the order of the images.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    timings: Timings
+    selection: tuple[TokenSelection, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers, strings and lists, for JSON."""
+        return {
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+            "token_ids": list(self.token_ids),
+            "timings": self.timings.to_dict(),
+            "selection": [selection.to_dict() for selection in self.selection],
+        }
+
+
+class Stopwatch:
+    """Adds up the time of named stages."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._stages: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the block's time to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._stages[name] = self._stages.get(name, 0.0) + (time.perf_counter() - start) * 1000
+
+    def mark(self, name: str) -> None:
+        """Record the time since the beginning as a stage of its own."""
+        self._stages[name] = (time.perf_counter() - self._start) * 1000
+
+    def __getitem__(self, name: str) -> float:
+        """Return a stage's time, in milliseconds."""
+        return self._stages.get(name, 0.0)
+
+
+def encoded_image_of(outputs: Mapping[str, Array], record: SelectionRecord) -> EncodedImage:
+    """Check what the vision graph returned for one image, and give it its names.
+
+    Args:
+        outputs: of the vision graph, for a batch of one; a package that keeps every token has only
+            ``image_features``.
+        record: the manifest's selection.
+
+    Raises:
+        BackendError: features or entropy are not numbers, or the selection is not T distinct tokens of N.
+    """
+    features = outputs["image_features"][0]
+    if not np.isfinite(features).all():
+        raise _not_numbers("image features")
+    features.flags.writeable = False
+    if "token_indices" not in outputs:
+        return EncodedImage(features, TokenSelection(record.num_tokens, np.arange(record.keep_tokens)))
+    indices, mask = outputs["token_indices"][0], outputs["saliency_mask"][0]
+    entropy, count = float(outputs["spectral_entropy"][0, 0]), int(outputs["saliency_count"][0, 0])
+    if not np.isfinite(entropy):
+        raise _not_numbers("a spectral entropy")
+    distinct = np.unique(indices)
+    valid = len(distinct) == record.keep_tokens and distinct[0] >= 0 and distinct[-1] < record.num_tokens
+    if not valid or count != int(mask.sum()):
+        raise BackendError(
+            f"the vision graph selected {len(distinct)} distinct tokens in {distinct[0]} ... {distinct[-1]}, "
+            f"{int(mask.sum())} of them for saliency with a count of {count}",
+            expected=f"{record.keep_tokens} distinct tokens of {record.num_tokens}",
+            fix="export the package again",
+        )
+    return EncodedImage(features, TokenSelection(record.num_tokens, indices, mask, entropy))
+
+
+def _not_numbers(what: str) -> BackendError:
+    return BackendError(
+        f"the vision encoder returned {what} that are not finite numbers",
+        expected="finite values",
+        fix="export with --dtype fp32: fp16 overflows in some models",
+    )

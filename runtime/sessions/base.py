@@ -1,0 +1,190 @@
+"""What every backend offers: named arrays in, named arrays out, checked before anything runs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from promprune.errors import BackendError, PackageError
+from promprune.package import GraphRecord, TensorRecord
+
+__all__ = ["Array", "DeviceTensor", "Session", "SessionOptions", "TensorSpec", "Value"]
+
+Array = npt.NDArray[Any]
+
+
+class DeviceTensor(Protocol):
+    """A tensor that stays where the backend computed it.
+
+    It lives as long as this object; it may be fed to a later run of any session of the same backend and device.
+    """
+
+    @property
+    def dtype(self) -> str:
+        """Numpy's name of the element type."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its size, in bytes."""
+
+    def numpy(self) -> Array:
+        """Return its content as an array on the host; do not write to it."""
+
+
+Value = Array | DeviceTensor
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a graph; a dimension is a number, or the name of a dynamic one."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionOptions:
+    """What opening a session needs to know.
+
+    Attributes:
+        provider: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        num_threads: CPU threads of one operator; ``None``: as many as this process may use.
+    """
+
+    provider: str = "auto"
+    num_threads: int | None = None
+
+
+class Session(ABC):
+    """One graph, loaded on one device. Safe to run from several threads at once.
+
+    Attributes:
+        inputs, outputs: the graph's tensors by name.
+        device: where it runs, as a short word: ``"CPU"``, ``"CUDA"``.
+    """
+
+    name: str
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec]
+    device: str
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the graph on host arrays and return every output as a host array.
+
+        Raises:
+            BackendError: a name, dtype or shape is not the graph's, or the backend fails.
+        """
+        self._check(inputs)
+        return {name: value.numpy() for name, value in self._run(inputs, keep=()).items()}
+
+    def run_keeping(self, inputs: Mapping[str, Value], keep: Collection[str]) -> dict[str, DeviceTensor]:
+        """Like :meth:`run`, on host arrays or device tensors; the outputs named in ``keep`` stay on the device.
+
+        The other outputs are brought to the host, so that calling ``numpy()`` on them costs nothing.
+
+        Raises:
+            BackendError: a name, dtype or shape is not the graph's, or the backend fails.
+        """
+        self._check(inputs)
+        return self._run(inputs, keep=keep)
+
+    @abstractmethod
+    def _run(self, inputs: Mapping[str, Value], keep: Collection[str]) -> dict[str, DeviceTensor]:
+        """Run on inputs that were checked."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the graph; running it afterwards is a BackendError."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def check_against(self, record: GraphRecord, file: Path) -> None:
+        """Compare the graph with what the manifest says of it.
+
+        Raises:
+            PackageError: a name, dtype or fixed dimension differs.
+        """
+        for kind, specs, records in (
+            ("input", self.inputs, record.inputs),
+            ("output", self.outputs, record.outputs),
+        ):
+            found = {name: str(spec) for name, spec in specs.items()}
+            stated = {tensor.name: str(_spec_of(tensor)) for tensor in records}
+            for name in sorted(found.keys() | stated.keys()):
+                if name not in found or name not in stated or not _agree(specs[name], _spec_of_name(records, name)):
+                    raise PackageError(
+                        f"{file} has {kind} {name}: {found.get(name, 'none')}",
+                        expected=f"{stated.get(name, 'none')}, as the manifest says",
+                        fix="export the package again",
+                    )
+
+    def _check(self, inputs: Mapping[str, Value]) -> None:
+        if inputs.keys() != self.inputs.keys():
+            raise BackendError(
+                f"{self.name} received inputs {sorted(inputs)}",
+                expected=f"{sorted(self.inputs)}",
+            )
+        sizes: dict[str, int] = {}
+        for name, spec in self.inputs.items():
+            value = inputs[name]
+            dtype, shape = str(value.dtype), tuple(value.shape)
+            if dtype != spec.dtype or not _fits(shape, spec.shape, sizes):
+                known = f" with {sizes}" if sizes else ""
+                raise BackendError(
+                    f"{self.name} received {name}: {dtype}{list(shape)}",
+                    expected=f"{spec}{known}",
+                )
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int | str, ...], sizes: dict[str, int]) -> bool:
+    """Compare a shape with a spec; a dynamic dimension of one name must have one size in all inputs of a run."""
+    if len(shape) != len(expected):
+        return False
+    for size, dimension in zip(shape, expected, strict=True):
+        wanted = sizes.setdefault(dimension, size) if isinstance(dimension, str) else dimension
+        if size != wanted:
+            return False
+    return True
+
+
+def _spec_of(record: TensorRecord) -> TensorSpec:
+    return TensorSpec(record.name, record.dtype, record.shape)
+
+
+def _spec_of_name(records: tuple[TensorRecord, ...], name: str) -> TensorSpec:
+    return next(_spec_of(record) for record in records if record.name == name)
+
+
+def _agree(found: TensorSpec, stated: TensorSpec) -> bool:
+    """Same dtype, rank and fixed dimensions; names of dynamic dimensions may differ."""
+    if found.dtype != stated.dtype or len(found.shape) != len(stated.shape):
+        return False
+    pairs = zip(found.shape, stated.shape, strict=True)
+    return all(a == b or (isinstance(a, str) and isinstance(b, str)) for a, b in pairs)
+
+
+def zeros(spec: TensorSpec, sizes: Mapping[str, int]) -> Array:
+    """Return an array of zeros of a spec whose dynamic dimensions have these sizes."""
+    shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
+    return np.zeros(shape, np.dtype(spec.dtype))

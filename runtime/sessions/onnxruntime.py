@@ -1,0 +1,190 @@
+"""ONNX Runtime, on the CPU or with CUDA."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import os
+import sys
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnxruntime as ort
+
+from promprune.errors import BackendError
+from promprune.runtime.sessions.base import Array, DeviceTensor, Session, SessionOptions, TensorSpec, Value
+
+__all__ = ["OnnxRuntimeSession", "open_session"]
+
+_CPU: Final = "CPUExecutionProvider"
+_CUDA: Final = "CUDAExecutionProvider"
+_FATAL: Final = 4  # ORT's severity above which nothing it does is logged: every error reaches us as an exception
+_WARNING: Final = 2  # ORT's own default
+
+# ORT's type names -> numpy's.
+_DTYPES: Final[Mapping[str, str]] = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(uint8)": "uint8",
+    "tensor(int8)": "int8",
+    "tensor(bool)": "bool",
+}
+
+
+def open_session(path: Path, options: SessionOptions) -> OnnxRuntimeSession:
+    """Load an ONNX file.
+
+    Raises:
+        BackendError: the file is no graph ORT can run, or CUDA was asked for and cannot be loaded.
+    """
+    return OnnxRuntimeSession(path, options)
+
+
+class OnnxRuntimeSession(Session):
+    """An ONNX graph in ONNX Runtime.
+
+    Args:
+        path: the ``.onnx`` file; external weights lie beside it.
+        options: provider and threads. With ``"auto"``, ``device`` says which provider was really got.
+
+    Raises:
+        BackendError: the graph, or the provider that was asked for, cannot be loaded.
+    """
+
+    def __init__(self, path: Path, options: SessionOptions) -> None:
+        self.name = path.name
+        self._session: ort.InferenceSession | None = _load(path, options)
+        self.device = "CUDA" if _CUDA in self._session.get_providers() else "CPU"
+        self.inputs = {node.name: _spec(node, path) for node in self._session.get_inputs()}
+        self.outputs = {node.name: _spec(node, path) for node in self._session.get_outputs()}
+
+    def _run(self, inputs: Mapping[str, Value], keep: Collection[str]) -> dict[str, DeviceTensor]:
+        session = self._session
+        if session is None:
+            raise BackendError(f"{self.name} was closed", fix="load the package again")
+        try:
+            binding = session.io_binding()
+            for name, value in inputs.items():
+                binding.bind_ortvalue_input(name, _ort_value(value))
+            for name in self.outputs:
+                binding.bind_output(name, self.device.lower() if name in keep else "cpu")
+            session.run_with_iobinding(binding)
+            values = binding.get_outputs()
+        except Exception as error:  # ORT raises bare RuntimeErrors and types of its own, in no common tree
+            raise _failure(f"{self.name} failed while running", error) from error
+        return {name: _OrtTensor(value) for name, value in zip(self.outputs, values, strict=True)}
+
+    def close(self) -> None:
+        """Free the graph; running it afterwards is a BackendError."""
+        self._session = None
+
+
+class _OrtTensor:
+    """A tensor held by ORT; satisfies :class:`DeviceTensor`."""
+
+    def __init__(self, value: ort.OrtValue) -> None:
+        self.value = value
+        self.shape = tuple(value.shape())
+        self.dtype = _DTYPES[value.data_type()]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+    def numpy(self) -> Array:
+        array: Array = self.value.numpy()
+        return array
+
+
+def _ort_value(value: Value) -> ort.OrtValue:
+    if isinstance(value, _OrtTensor):
+        return value.value
+    array = value if isinstance(value, np.ndarray) else value.numpy()
+    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+
+def _load(path: Path, options: SessionOptions) -> ort.InferenceSession:
+    if not path.is_file():
+        raise BackendError(f"{path} does not exist", fix="copy the package again, or export it again")
+    wanted = _providers(options.provider)
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = options.num_threads or _usable_cpus()
+    settings.log_severity_level = _FATAL
+    ort.set_default_logger_severity(_FATAL)
+    try:
+        session = ort.InferenceSession(os.fspath(path), settings, providers=wanted, enable_fallback=0)
+    except Exception as error:  # as above: no common tree
+        raise _failure(f"{path} cannot be loaded by ONNX Runtime", error) from error
+    finally:
+        ort.set_default_logger_severity(_WARNING)
+    if options.provider == "cuda" and _CUDA not in session.get_providers():
+        raise _no_cuda("its libraries do not load")
+    return session
+
+
+def _providers(provider: str) -> list[str]:
+    if provider == "cpu":
+        return [_CPU]
+    reason = _why_no_cuda()
+    if reason is None:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+            ort.preload_dlls()
+        return [_CUDA, _CPU]
+    if provider == "cuda":
+        raise _no_cuda(reason)
+    return [_CPU]
+
+
+def _why_no_cuda() -> str | None:
+    """Say why CUDA cannot be used, as far as that can be told without trying; ``None``: try it."""
+    if _CUDA not in ort.get_available_providers():
+        return "this ONNX Runtime is built without it"
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return "no NVIDIA driver"
+    return None
+
+
+def _no_cuda(reason: str) -> BackendError:
+    return BackendError(
+        f"received provider 'cuda', which cannot be used here ({reason})",
+        expected="an NVIDIA GPU with its driver, CUDA and cuDNN",
+        fix="use --provider cpu, or pip install 'onnxruntime-gpu[cuda,cudnn]'",
+    )
+
+
+def _usable_cpus() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _spec(node: Any, path: Path) -> TensorSpec:
+    if node.type not in _DTYPES:
+        raise BackendError(
+            f"{path} has {node.name} of type {node.type}",
+            expected=f"one of {', '.join(_DTYPES.values())}",
+            fix="export with --dtype fp32 or --dtype fp16",
+        )
+    shape = tuple(size if isinstance(size, int) else str(size) for size in node.shape)
+    return TensorSpec(node.name, _DTYPES[node.type], shape)
+
+
+def _failure(what: str, error: Exception) -> BackendError:
+    if isinstance(error, BackendError):
+        return error
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return BackendError(f"{what} ({lines[0][:300]})", fix=_hint(str(error)))
+
+
+def _hint(text: str) -> str:
+    lowered = text.lower()
+    if "memory" in lowered or "bad_alloc" in lowered or "bad allocation" in lowered:
+        return "use fewer images or tokens at a time, or free memory"
+    return "check the package with --check-weights, or export it again"
