@@ -303,7 +303,8 @@ def _coverage_stage(
             loss, coordinates, pick = _greedy_step(g, kernel, loss, coordinates, n)
             picks.append(pick)
         return g("Concat", *picks, axis=1)
-    steps = g("Sub", _i(keep_tokens), g("ReduceMin", count, keepdims=0))
+    # At least one step: the stacked picks of a Loop that never runs have no rank in ONNX Runtime.
+    steps = g("Max", g("Sub", _i(keep_tokens), g("ReduceMin", count, keepdims=0)), _i(1))
     body = _Graph(parent=g)
     next_loss, next_coordinates, pick = _greedy_step(body, kernel, "loss_in", "coordinates_in", n)
     graph = _loop_body(body, next_loss, next_coordinates, pick)
