@@ -35,6 +35,7 @@ from promprune.package import (
     VerificationRecord,
     read_manifest,
 )
+from promprune.runtime import VisionLanguagePipeline
 from promprune.selection import select_tokens
 
 __all__ = ["LIMITS", "Limits", "Sample", "check_samples", "verify_package"]
@@ -189,7 +190,8 @@ def check_language(
     embed = _session(folder / manifest.graphs[EMBED_TOKENS].file)
     embeds = _run(embed, {"input_ids": input_ids.numpy()})[0]
     reference = model.embed_tokens(input_ids)
-    yield _check("token embeddings, relative error", relative_error(embeds, reference.numpy()), "<=", 1e-3)
+    error = relative_error(embeds, reference.numpy())
+    yield _check("token embeddings, relative error", error, "<=", limits.relative_error)
 
     split = input_ids.shape[1] - 3  # the last three positions are decoded one by one
     decoder = _Decoder(_session(folder / manifest.graphs[DECODER].file), manifest.graphs[DECODER])
@@ -219,8 +221,6 @@ def check_answers(
     """Greedy answers of the runtime, against transformers' ``generate`` on the same kept tokens."""
     features = checkpoint.family.reference_features(checkpoint.model, pixel_values)
     equal = 0
-    from promprune.runtime import VisionLanguagePipeline
-
     with VisionLanguagePipeline.from_package(folder, provider="cpu") as pipeline:
         for sample, row in zip(samples, features, strict=True):
             result = pipeline.generate([sample.image], sample.question, max_new_tokens=MAX_NEW_TOKENS)

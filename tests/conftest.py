@@ -1,0 +1,41 @@
+"""Checkpoints and packages that many tests look at; made once a run, and never changed by a test."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Nothing in the tests may look for a hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+
+from promprune.config import ExportConfig
+from promprune.export import ExportResult, export_package
+from tests.tiny_models import save_tiny_llava
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LLaVA of 16 visual tokens per image."""
+    return save_tiny_llava(tmp_path_factory.mktemp("checkpoints") / "tiny-llava")
+
+
+@pytest.fixture(scope="session")
+def tiny_export(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+    """It, exported and verified: 4 of 16 visual tokens."""
+    output = tmp_path_factory.mktemp("packages") / "tiny"
+    return export_package(ExportConfig(model=str(tiny_llava), ratio=0.25, output=output, split_selector=True))
+
+
+@pytest.fixture(scope="session")
+def tiny_full_export(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+    """The unpruned baseline of the same model."""
+    output = tmp_path_factory.mktemp("packages") / "tiny-full"
+    return export_package(ExportConfig(model=str(tiny_llava), ratio=1.0, output=output))
+
+
+@pytest.fixture(scope="session")
+def embedded_export(tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+    """The embedded model at the default ratio, exported and verified."""
+    return export_package(ExportConfig(output=tmp_path_factory.mktemp("packages") / "embedded"))
