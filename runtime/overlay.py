@@ -18,7 +18,7 @@ COVERAGE_COLOUR: Final = (0, 190, 255)  # sky blue: stage 2; told apart with any
 _BACKGROUND: Final = (22, 24, 29)
 _TEXT: Final = (235, 235, 235)
 _MIN_SIDE_PIXELS: Final = 896  # smaller images are enlarged by a whole factor
-_DIMMED: Final = 0.28  # brightness left to a dropped patch
+_DIMMED: Final = 0.36  # brightness left to a dropped patch
 
 
 def draw_kept_tokens(crop: Image, selection: TokenSelection, image: ImageRecord) -> Image:

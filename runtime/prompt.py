@@ -211,8 +211,9 @@ class PromptBuilder:
         """Tokenize; a template that writes the beginning-of-sequence token itself gets no second one."""
         bos = self._special_tokens.get("bos_token")
         add_special_tokens = not (bos and text.startswith(bos))
+        tokenizer = self.tokenizer
         try:
-            ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            ids = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         except Exception as error:  # the library raises bare Exceptions, and UnicodeEncodeError on lone surrogates
             raise PromptError(f"the prompt cannot be tokenized ({error})", expected="valid Unicode text") from error
         return np.array(ids, np.int64)

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-import numpy as np
 import numpy.typing as npt
 
 from promprune.errors import BackendError, PackageError
@@ -132,7 +131,11 @@ class Session(ABC):
             found = {name: str(spec) for name, spec in specs.items()}
             stated = {tensor.name: str(_spec_of(tensor)) for tensor in records}
             for name in sorted(found.keys() | stated.keys()):
-                if name not in found or name not in stated or not _agree(specs[name], _spec_of_name(records, name)):
+                if (
+                    name not in found
+                    or name not in stated
+                    or not _agree(specs[name], _spec_of_name(records, name), strict=kind == "input")
+                ):
                     raise PackageError(
                         f"{file} has {kind} {name}: {found.get(name, 'none')}",
                         expected=f"{stated.get(name, 'none')}, as the manifest says",
@@ -176,15 +179,15 @@ def _spec_of_name(records: tuple[TensorRecord, ...], name: str) -> TensorSpec:
     return next(_spec_of(record) for record in records if record.name == name)
 
 
-def _agree(found: TensorSpec, stated: TensorSpec) -> bool:
-    """Same dtype, rank and fixed dimensions; names of dynamic dimensions may differ."""
+def _agree(found: TensorSpec, stated: TensorSpec, *, strict: bool) -> bool:
+    """Same dtype, rank and fixed dimensions; names of dynamic dimensions may differ.
+
+    Unless ``strict``, one side may know a dimension that the other does not: backends infer more than a file says.
+    """
     if found.dtype != stated.dtype or len(found.shape) != len(stated.shape):
         return False
-    pairs = zip(found.shape, stated.shape, strict=True)
-    return all(a == b or (isinstance(a, str) and isinstance(b, str)) for a, b in pairs)
-
-
-def zeros(spec: TensorSpec, sizes: Mapping[str, int]) -> Array:
-    """Return an array of zeros of a spec whose dynamic dimensions have these sizes."""
-    shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
-    return np.zeros(shape, np.dtype(spec.dtype))
+    for a, b in zip(found.shape, stated.shape, strict=True):
+        dynamic = isinstance(a, str) + isinstance(b, str)
+        if a != b and dynamic < (2 if strict else 1):
+            return False
+    return True
