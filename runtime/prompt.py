@@ -31,14 +31,13 @@ Message = Mapping[str, Any]
 TokenIds = npt.NDArray[np.int64]
 
 # For packages without a chat template: the format LLaVA-1.5 was tuned on.
-FALLBACK_TEMPLATE: Final = (
-    "{%- for message in messages -%}"
-    "{{ message.role.upper() }}: "
-    "{%- for part in message.content if part.type == 'image' %}{{ image_token }}\n{% endfor -%}"
-    "{%- for part in message.content if part.type == 'text' %}{{ part.text }} {% endfor -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt %}ASSISTANT:{% endif -%}"
-)
+FALLBACK_TEMPLATE: Final = """\
+{% for message in messages %}
+{{- message.role.upper() + ': ' }}
+{%- for part in message.content if part.type == 'image' %}{{ image_token + '\n' }}{% endfor %}
+{%- for part in message.content if part.type == 'text' %}{{ part.text + ' ' }}{% endfor %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
 _MAX_RENDERED_CHARACTERS: Final = 8_000_000
 _SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _AGAIN: Final = "copy the package again, or export it again"
