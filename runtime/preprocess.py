@@ -33,8 +33,10 @@ ImageSource = "str | Path | bytes | Image | npt.NDArray[np.uint8]"
 
 Pixels = npt.NDArray[np.uint8]
 
-# Formats that Pillow decodes by itself: nothing here starts another program or reads another file.
-_FORMATS: Final = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO")
+# Formats that Pillow decodes by itself: nothing here starts another program or reads another file. The first
+# ones need no further plugins.
+_COMMON_FORMATS: Final = ("PNG", "JPEG", "GIF", "BMP", "PPM")
+_FORMATS: Final = (*_COMMON_FORMATS, "WEBP", "TIFF", "AVIF", "JPEG2000", "TGA", "ICO")
 _READABLE: Final = "a picture Pillow can read (PNG, JPEG, WebP, GIF, BMP, TIFF, ...)"
 _FILTER_REACH: Final = 4  # output or input pixels, whichever is larger, beyond which no filter looks
 _LARGE_PIXELS: Final = 16_000_000  # a resized image larger than this is computed only where the crop needs it
@@ -191,13 +193,12 @@ def _load_file(path: Path) -> Image:
 
 
 def _opened(stream: Any, name: str, size_bytes: int) -> Image:
-    from PIL import Image as PILImage
     from PIL import UnidentifiedImageError
 
     if size_bytes == 0:
         raise ImageError(f"{name} is empty (0 bytes)", expected=_READABLE, fix="fetch the file again")
     try:
-        image = PILImage.open(stream, formats=_FORMATS)
+        image = _identified(stream)
     except UnidentifiedImageError as error:
         raise ImageError(
             f"{name} is not an image, or of a format that is not read", expected=_READABLE, fix="convert it to PNG"
@@ -205,6 +206,18 @@ def _opened(stream: Any, name: str, size_bytes: int) -> Image:
     except Exception as error:  # the decoders raise nearly every type on hostile bytes
         raise _undecodable(name, error) from error
     return _decoded(image, name, upright=True)
+
+
+def _identified(stream: Any) -> Image:
+    from PIL import Image as PILImage
+    from PIL import UnidentifiedImageError
+
+    try:
+        return PILImage.open(stream, formats=_COMMON_FORMATS)
+    except UnidentifiedImageError:
+        PILImage.init()
+        stream.seek(0)
+        return PILImage.open(stream, formats=[name for name in _FORMATS if name in PILImage.OPEN])
 
 
 def _decoded(image: Image, name: str, *, upright: bool) -> Image:

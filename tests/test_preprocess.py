@@ -183,11 +183,16 @@ def test_hostile_files_are_refused_in_one_line(tmp_path: Path) -> None:
     synthetic("RGB", (64, 64)).save(encoded, format="PNG")
     contents = {
         "empty.png": b"",
-        "text.png": b"this is no picture\n" * 10,
+        "not an image, text.png": b"this is no picture\n" * 10,
         "truncated.png": encoded.getvalue()[:3000],
-        "header.png": encoded.getvalue()[:20],
-        "postscript.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
-        "bomb.bmp": b"BM" + bytes(12) + b"(\0\0\0" + (60000).to_bytes(4, "little") * 2 + b"\1\0\x18\0" + bytes(24),
+        "damaged or truncated, header.png": encoded.getvalue()[:20],
+        "not an image, postscript.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
+        "too many pixels, bomb.bmp": b"BM"
+        + bytes(12)
+        + b"(\0\0\0"
+        + (60000).to_bytes(4, "little") * 2
+        + b"\1\0\x18\0"
+        + bytes(24),
     }
     for name, content in contents.items():
         path = tmp_path / name
@@ -195,6 +200,7 @@ def test_hostile_files_are_refused_in_one_line(tmp_path: Path) -> None:
         with pytest.raises(ImageError) as caught:
             load_image(path)
         assert name in str(caught.value)
+        assert name.split(",")[0].split(".")[0] in str(caught.value).replace(str(path), "")
         assert "\n" not in str(caught.value)
 
 

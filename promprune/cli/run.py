@@ -7,6 +7,7 @@ import re
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -125,6 +126,7 @@ def run(
 
       promprune-run llava-0.12 -i before.png -i after.png -p "What changed?" --json
     """
+    warnings.filterwarnings("ignore", module="PIL")  # of damaged metadata; damaged pixels are errors
     images = image or []
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -147,6 +149,8 @@ def run(
             _converse(pipeline, images, question, options, stats=stats)
             return
         answer = pipeline.stream(list(images), question or "", **options)
+        if not images and not as_json:
+            console.print("[dim]no --image: answering from the text alone[/]")
         result = answer.result if as_json else _print_answer(answer)
         if show_tokens is not None:
             _draw(pipeline, images, result, show_tokens, quiet=as_json)

@@ -1,0 +1,109 @@
+"""Answers of exported packages against Hugging Face ``generate``, fed with the same kept tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import skimage
+import torch
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from promprune.export import ExportResult
+from promprune.runtime import VisionLanguagePipeline
+
+DATA = Path(skimage.__file__).parent / "data"
+PHOTOGRAPHS = [DATA / name for name in ("astronaut.png", "coffee.png", "rocket.jpg")]
+QUESTIONS = ["What is this?", "How many cups are on the table, and which colour have they?", "héllo 世界"]
+
+
+def messages_of(text: str, num_images: int) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [*[{"type": "image"}] * num_images, {"type": "text", "text": text}]}]
+
+
+class Reference:
+    """The checkpoint in Hugging Face: processor, model, generate; image tokens kept as told."""
+
+    def __init__(self, folder: Path) -> None:
+        self.processor = AutoProcessor.from_pretrained(folder)
+        self.model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+
+    @torch.no_grad()
+    def generate(
+        self, images: list[Path], messages: list[dict[str, Any]], kept: list[np.ndarray], **options: Any
+    ) -> list[int]:
+        """Drop the placeholders and features of the tokens that are not kept; then generate."""
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        opened = [Image.open(path) for path in images]
+        inputs = self.processor(images=opened or None, text=text, return_tensors="pt")
+        embeds = self.model.get_input_embeddings()(inputs["input_ids"])
+        places = (inputs["input_ids"][0] == 3).nonzero()[:, 0]
+        keep = torch.ones(embeds.shape[1], dtype=torch.bool)
+        if images:
+            features = self.model.model.get_image_features(inputs["pixel_values"]).pooler_output
+            embeds[0, places] = torch.cat(list(features))
+            keep[places] = False
+            tokens = len(places) // len(images)
+            keep[places[np.concatenate([index + n * tokens for n, index in enumerate(kept)])]] = True
+        answer = self.model.generate(
+            inputs_embeds=embeds[:, keep],
+            attention_mask=torch.ones(1, int(keep.sum()), dtype=torch.int64),
+            **{"do_sample": False, **options},
+        )
+        return answer[0].tolist()
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_llava: Path) -> Reference:
+    return Reference(tiny_llava)
+
+
+@pytest.fixture(scope="module", params=["pruned", "unpruned"])
+def pipeline(request: pytest.FixtureRequest, tiny_export: ExportResult, tiny_full_export: ExportResult) -> Any:
+    export = tiny_export if request.param == "pruned" else tiny_full_export
+    with VisionLanguagePipeline.from_package(export.output, provider="cpu", num_threads=1) as loaded:
+        yield loaded
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize("images", [PHOTOGRAPHS[:1], PHOTOGRAPHS[1:], []], ids=["one", "two", "none"])
+def test_greedy_tokens_are_equal(pipeline: Any, reference: Reference, images: list[Path], question: str) -> None:
+    result = pipeline.generate(list(images), question, max_new_tokens=24)
+    kept = [selection.token_indices for selection in result.selection]
+    expected = reference.generate(images, messages_of(question, len(images)), kept, max_new_tokens=24)
+    assert list(result.token_ids) == expected
+    assert result.text == reference.processor.decode(expected, skip_special_tokens=True)
+
+
+def test_batch_stream_chat_and_one_by_one_are_equal(pipeline: Any) -> None:
+    requests = [([path], question) for path, question in zip(PHOTOGRAPHS, QUESTIONS, strict=True)]
+    requests += [(PHOTOGRAPHS[:2], "Which is larger?"), ([], "No image")]
+    one_by_one = [pipeline.generate(*request, max_new_tokens=20).token_ids for request in requests]
+    assert [row.token_ids for row in pipeline.generate_batch(requests, max_new_tokens=20)] == one_by_one
+    assert [pipeline.stream(*request, max_new_tokens=20).result.token_ids for request in requests] == one_by_one
+    assert [pipeline.chat().ask(text, images, max_new_tokens=20).token_ids for images, text in requests] == one_by_one
+
+
+def test_a_conversation_equals_hugging_face(pipeline: Any, reference: Reference) -> None:
+    chat = pipeline.chat()
+    for number, images in enumerate([PHOTOGRAPHS[:1], [], PHOTOGRAPHS[1:2]]):
+        result = chat.ask(QUESTIONS[number][:12], list(images), max_new_tokens=8)
+        kept = [selection.token_indices for selection in result.selection]
+        asked = [dict(message) for message in chat.messages[:-1]]
+        seen = PHOTOGRAPHS[: 1 + (number == 2)]
+        assert list(result.token_ids) == reference.generate(seen, asked, kept, max_new_tokens=8)
+    assert result.timings.reused_tokens > 20
+
+
+def test_several_ends_of_sequence(pipeline: Any, reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = pipeline.generate(PHOTOGRAPHS[0], "What?", max_new_tokens=16).token_ids
+    ends = [free[5], free[9], 2]
+    monkeypatch.setattr(pipeline, "_eos_token_ids", frozenset(ends))
+    result = pipeline.generate(PHOTOGRAPHS[0], "What?", max_new_tokens=16)
+    kept = [selection.token_indices for selection in result.selection]
+    options = {"max_new_tokens": 16, "eos_token_id": ends}
+    assert list(result.token_ids) == reference.generate(PHOTOGRAPHS[:1], messages_of("What?", 1), kept, **options)
+    assert result.finish_reason == "stop"
