@@ -20,15 +20,16 @@ from typing import TYPE_CHECKING, Final, Self, TypeAlias, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from promprune.errors import BackendError, ConfigError, PackageError, PromptError
+from promprune.errors import BackendError, ConfigError, PromptError
 from promprune.package import DECODER, EMBED_TOKENS, VISION_ENCODER, Manifest, read_manifest
 from promprune.runtime.config import DEFAULT_NEW_TOKENS, GenerationConfig, GenerationOptions, Provider, RuntimeConfig
 from promprune.runtime.decoder import Cache, Decoder
 from promprune.runtime.generation import Row, eos_token_ids_of
+from promprune.runtime.loading import open_sessions
 from promprune.runtime.preprocess import ImagePreprocessor, load_image
 from promprune.runtime.prompt import Message, PromptBuilder, TokenIds, as_messages, read_json
 from promprune.runtime.results import EncodedImage, Result, Stopwatch, Timings, encoded_image_of
-from promprune.runtime.sessions import Array, Session, SessionOptions, open_session
+from promprune.runtime.sessions import Array, Session
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -97,7 +98,7 @@ class VisionLanguagePipeline:
         )
         folder = Path(path)
         manifest = read_manifest(folder, check_weights=config.check_weights)
-        return cls(folder, manifest, _open_sessions(folder, manifest, config), config)
+        return cls(folder, manifest, open_sessions(folder, manifest, config), config)
 
     def generate(self, images: Images = (), prompt: Prompt = "", **options: Unpack[GenerationOptions]) -> Result:
         """Answer one prompt about any number of images.
@@ -434,23 +435,6 @@ class _ImageCache:
             self._images.move_to_end(digest)
             while len(self._images) > self._size:
                 self._images.popitem(last=False)
-
-
-def _open_sessions(folder: Path, manifest: Manifest, config: RuntimeConfig) -> dict[str, Session]:
-    options = SessionOptions(provider=config.provider, num_threads=config.num_threads)
-    sessions: dict[str, Session] = {}
-    for name in (VISION_ENCODER, EMBED_TOKENS, DECODER):
-        record = manifest.graphs[name]
-        sessions[name] = open_session(folder / record.file, options)
-        sessions[name].check_against(record, folder / record.file)
-    features = sessions[VISION_ENCODER].outputs.get("image_features")
-    if features is None or "pixel_values" not in sessions[VISION_ENCODER].inputs:
-        raise PackageError(
-            f"{manifest.graphs[VISION_ENCODER].file} takes {list(sessions[VISION_ENCODER].inputs)}",
-            expected="pixel_values -> image_features, ...",
-            fix="export again",
-        )
-    return sessions
 
 
 def _listed(images: Images) -> list[ImageSource]:

@@ -104,7 +104,14 @@ class ImagePreprocessor:
                 expected=f"{height} x {width}, as the vision graph takes",
                 fix="export again",
             )
-        return cls(height, width, config, _levels(config))
+        levels = _levels(config)
+        if not np.isfinite(levels).all():
+            raise PackageError(
+                f"{path} rescales or normalises to values that are not finite",
+                expected="a finite rescale_factor and image_mean, image_std other than 0",
+                fix="export again",
+            )
+        return cls(height, width, config, levels)
 
     def crop(self, image: Image) -> Image:
         """Return the part of an RGB image that the model sees, ``height`` x ``width`` pixels, 8 bits."""
@@ -260,11 +267,12 @@ def _undecodable(name: str, error: Exception) -> ImageError:
 def _levels(config: _Config) -> npt.NDArray[np.float32]:
     """Return what every 8-bit level becomes, per channel; in the precision and order of the reference."""
     levels = np.arange(256, dtype=np.float64)
-    scaled = (levels * config.rescale_factor if config.do_rescale else levels).astype(np.float32)
-    table = np.repeat(scaled[None], 3, axis=0)
-    if config.do_normalize:
-        mean = np.array(config.image_mean, np.float32)[:, None]
-        table = (table - mean) / np.array(config.image_std, np.float32)[:, None]
+    with np.errstate(all="ignore"):  # the caller refuses what is not finite
+        scaled = (levels * config.rescale_factor if config.do_rescale else levels).astype(np.float32)
+        table = np.repeat(scaled[None], 3, axis=0)
+        if config.do_normalize:
+            mean = np.array(config.image_mean, np.float32)[:, None]
+            table = (table - mean) / np.array(config.image_std, np.float32)[:, None]
     return table.astype(np.float32)
 
 

@@ -226,6 +226,7 @@ def test_other_sources_are_refused(source: object) -> None:
         load_image(source)  # type: ignore[arg-type]
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of damaged metadata
 @given(data=st.data(), kind=st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"]))
 @settings(max_examples=150, deadline=None)
 def test_damaged_bytes_are_read_or_refused(data: st.DataObject, kind: str) -> None:
@@ -254,6 +255,8 @@ def test_damaged_bytes_are_read_or_refused(data: st.DataObject, kind: str) -> No
         b'{"image_mean": [0.5], "crop_size": 32}',
         b'{"resample": 9, "crop_size": 32}',
         b'{"crop_size": 31}',
+        b'{"crop_size": 32, "image_std": [0.5, 0, 0.5]}',
+        b'{"crop_size": 32, "rescale_factor": 1e300}',
         b"\xff\xfe",
     ],
 )

@@ -145,6 +145,8 @@ def run(
     pipeline = _load(package, provider=provider, num_threads=num_threads, check_weights=check_weights)
     load_ms = (time.perf_counter() - started) * 1000
     with pipeline:
+        if console.is_terminal and not as_json:
+            console.print(f"[dim]{_describe_package(pipeline)}[/]", soft_wrap=True)
         if interactive:
             _converse(pipeline, images, question, options, stats=stats)
             return
@@ -175,6 +177,12 @@ def _load(package: Path, *, provider: str, num_threads: int | None, check_weight
         num_threads=num_threads,
         check_weights=check_weights,
     )
+
+
+def _describe_package(pipeline: VisionLanguagePipeline) -> str:
+    selection = pipeline.manifest.selection
+    removed = f"removes {selection.ratio_removed:.1%}" if selection.ratio_removed else "no selection"
+    return f"on {pipeline.device}; keeps {selection.keep_tokens} of {selection.num_tokens} visual tokens, {removed}"
 
 
 def _question(prompt: str | None, *, interactive: bool, as_json: bool) -> str | None:
