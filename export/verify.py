@@ -8,8 +8,9 @@ reference, because the features of a real tower have a standard deviation of sev
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -22,7 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from promprune import scenes
-from promprune.config import SelectionConfig
+from promprune.config import DEFAULT_CHECK_IMAGES, SelectionConfig
+from promprune.errors import PrompruneError
 from promprune.export.checkpoint import Checkpoint
 from promprune.export.families import AdaptedModel
 from promprune.package import (
@@ -42,7 +44,7 @@ __all__ = ["LIMITS", "Limits", "Sample", "check_samples", "verify_package"]
 
 Array = NDArray[Any]
 MAX_NEW_TOKENS: Final = 16
-DEFAULT_NUM_IMAGES: Final = 8
+BATCH_SIZE: Final = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +89,9 @@ def check_samples(count: int, *, image_size: int) -> list[Sample]:
     ]
 
 
-def verify_package(folder: Path, checkpoint: Checkpoint, *, num_images: int = DEFAULT_NUM_IMAGES) -> VerificationRecord:
+def verify_package(
+    folder: Path, checkpoint: Checkpoint, *, num_images: int = DEFAULT_CHECK_IMAGES
+) -> VerificationRecord:
     """Compare a package with its source on ``num_images`` rendered images.
 
     Args:
@@ -102,13 +106,15 @@ def verify_package(folder: Path, checkpoint: Checkpoint, *, num_images: int = DE
     limits = LIMITS[manifest.dtype]
     model = checkpoint.family.adapt(checkpoint.model)
     samples = check_samples(num_images, image_size=manifest.image.height)
-    pixel_values = pixel_values_of(checkpoint, samples)
     with torch.inference_mode():
+        pixel_values = pixel_values_of(checkpoint, samples)
+        features = in_batches(partial(checkpoint.family.reference_features, checkpoint.model), pixel_values)
+        saliency = in_batches(lambda batch: model.vision(batch)[1], pixel_values)
         checks = [
             *check_structure(folder, manifest),
-            *check_vision(folder, manifest, checkpoint, model, pixel_values, limits),
+            *check_vision(folder, manifest, pixel_values.numpy(), features.numpy(), saliency.numpy(), limits),
             *check_language(folder, manifest, checkpoint, model, samples, limits),
-            *check_answers(folder, checkpoint, model, samples, pixel_values, limits),
+            *check_answers(folder, checkpoint, model, samples, features, limits),
         ]
     return VerificationRecord(passed=all(check.passed for check in checks), checks=tuple(checks))
 
@@ -123,23 +129,18 @@ def check_structure(folder: Path, manifest: Manifest) -> Iterator[CheckRecord]:
 
 
 def check_vision(
-    folder: Path,
-    manifest: Manifest,
-    checkpoint: Checkpoint,
-    model: AdaptedModel,
-    pixel_values: Tensor,
-    limits: Limits,
+    folder: Path, manifest: Manifest, pixel_values: Array, features: Array, saliency: Array, limits: Limits
 ) -> Iterator[CheckRecord]:
     """Features against torch, and the selection against the float64 method on the graph's own features."""
     path = folder / manifest.graphs[VISION_ENCODER].file
-    features = checkpoint.family.reference_features(checkpoint.model, pixel_values).numpy()
     if manifest.selection.keep_tokens == manifest.selection.num_tokens:
-        output = _run(_session(path), {"pixel_values": pixel_values.numpy()})[0]
-        yield _check("image features, relative error", relative_error(output, features), "<=", limits.relative_error)
+        outputs = _run_in_batches(_session(path), pixel_values)
+        error = relative_error(outputs["image_features"], features)
+        yield _check("image features, relative error", error, "<=", limits.relative_error)
         return
-    outputs = _run_with_inner_outputs(path, pixel_values.numpy())
+    with _probe(path) as probe:
+        outputs = _run_in_batches(_session(probe), pixel_values)
     inner, scores = outputs["encoder/image_features"], outputs["encoder/saliency"]
-    saliency = model.vision(pixel_values)[1].numpy()
     yield _check("image features, relative error", relative_error(inner, features), "<=", limits.relative_error)
     yield _check("saliency, relative error", relative_error(scores, saliency), "<=", limits.relative_error)
     yield from check_selection(manifest, outputs, limits)
@@ -215,18 +216,21 @@ def check_answers(
     checkpoint: Checkpoint,
     model: AdaptedModel,
     samples: Sequence[Sample],
-    pixel_values: Tensor,
+    features: Tensor,
     limits: Limits,
 ) -> Iterator[CheckRecord]:
     """Greedy answers of the runtime, against transformers' ``generate`` on the same kept tokens."""
-    features = checkpoint.family.reference_features(checkpoint.model, pixel_values)
-    equal = 0
+    equal, refusal = 0, ""
     with VisionLanguagePipeline.from_package(folder, provider="cpu") as pipeline:
         for sample, row in zip(samples, features, strict=True):
-            result = pipeline.generate([sample.image], sample.question, max_new_tokens=MAX_NEW_TOKENS)
+            try:
+                result = pipeline.generate([sample.image], sample.question, max_new_tokens=MAX_NEW_TOKENS)
+            except PrompruneError as error:  # the runtime refuses what the graphs gave
+                refusal = f"; {error}"
+                continue
             kept = row[torch.as_tensor(np.array(result.selection[0].token_indices))]
             equal += torch_answer(checkpoint, model, sample.question, kept) == list(result.token_ids)
-    detail = f"{equal} of {len(samples)}"
+    detail = f"{equal} of {len(samples)}{refusal}"
     yield _check("greedy answers equal to torch's", equal / len(samples), ">=", limits.equal_answers, detail)
 
 
@@ -310,13 +314,19 @@ def _is_valid(indices: Array, keep_tokens: int, num_tokens: int) -> bool:
     return distinct and bool((indices >= 0).all() and (indices < num_tokens).all())
 
 
-def _run_with_inner_outputs(path: Path, pixel_values: Array) -> dict[str, Array]:
-    """Run the fused vision graph with the selector's inputs exposed as outputs beside its own."""
-    with _probe(path) as probe:
-        session = _session(probe)
-        names = [output.name for output in session.get_outputs()]
-        values = _run(session, {"pixel_values": pixel_values})
-    return dict(zip(names, values, strict=True))
+def in_batches(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+    """Apply a function to a few rows at a time, so that many images need no more memory than a few."""
+    return torch.cat([function(batch) for batch in values.split(BATCH_SIZE)])
+
+
+def _run_in_batches(session: ort.InferenceSession, pixel_values: Array) -> dict[str, Array]:
+    """Run a vision graph on a few images at a time; returns every output by name."""
+    names = [output.name for output in session.get_outputs()]
+    batches = [
+        _run(session, {"pixel_values": pixel_values[begin : begin + BATCH_SIZE]})
+        for begin in range(0, len(pixel_values), BATCH_SIZE)
+    ]
+    return {name: np.concatenate(parts) for name, parts in zip(names, zip(*batches, strict=True), strict=True)}
 
 
 @contextlib.contextmanager

@@ -12,12 +12,13 @@ from typing import Final, Literal, get_args
 
 from promprune.errors import ConfigError
 
-__all__ = ["DTYPES", "Dtype", "ExportConfig", "SelectionConfig", "TokenOrder"]
+__all__ = ["DEFAULT_CHECK_IMAGES", "DTYPES", "Dtype", "ExportConfig", "SelectionConfig", "TokenOrder"]
 
 TokenOrder = Literal["spatial", "selection"]
 Dtype = Literal["fp32", "fp16"]
 
 DTYPES: Final = get_args(Dtype)
+DEFAULT_CHECK_IMAGES: Final = 8  # rendered images that a package is verified on
 MIN_OPSET: Final = 18
 MAX_OPSET: Final = 23
 

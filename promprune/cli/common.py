@@ -10,14 +10,18 @@ from typing import Any, Final, NoReturn
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from promprune._version import __version__
 from promprune.errors import MissingDependencyError, PrompruneError
+from promprune.package import CheckRecord, Manifest
 
 __all__ = [
     "EXIT_REFUSED",
     "EXIT_USAGE",
+    "checks_table",
     "console",
+    "describe_selection",
     "missing_extra",
     "option_type",
     "print_json",
@@ -91,6 +95,31 @@ def missing_extra(extra: str) -> Iterator[None]:
         raise MissingDependencyError(
             f"this command needs {error.name}, which is not installed", fix=f"pip install 'promprune[{extra}]'"
         ) from error
+
+
+def describe_selection(manifest: Manifest) -> str:
+    """Say in words what is kept and what is removed."""
+    record = manifest.selection
+    if record.keep_tokens == record.num_tokens:
+        return f"keeps all {record.num_tokens} visual tokens (the unpruned baseline)"
+    return (
+        f"keeps {record.keep_tokens} of {record.num_tokens} visual tokens "
+        f"({record.ratio:.1%}), removes {record.ratio_removed:.1%}"
+    )
+
+
+def checks_table(checks: tuple[CheckRecord, ...]) -> Table:
+    """Lay out a verification for a person."""
+    table = Table(title="Verification", title_justify="left", title_style="bold")
+    table.add_column("check")
+    table.add_column("measured", justify="right")
+    table.add_column("wanted", justify="right")
+    table.add_column("")
+    for check in checks:
+        verdict = "[green]ok[/]" if check.passed else "[bold red]FAILED[/]"
+        name = f"{check.name} ({check.detail})" if check.detail else check.name
+        table.add_row(name, f"{check.measured:.3g}", f"{check.comparison} {check.limit:g}", verdict)
+    return table
 
 
 def version_callback(value: bool) -> None:

@@ -11,17 +11,24 @@ from typing import TYPE_CHECKING, Annotated, Final
 import msgspec
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from promprune.cli.common import console, missing_extra, option_type, print_json, run_command, version_callback
+from promprune.cli.common import (
+    checks_table,
+    console,
+    describe_selection,
+    missing_extra,
+    option_type,
+    print_json,
+    run_command,
+    version_callback,
+)
 from promprune.config import DTYPES, ExportConfig
 from promprune.errors import VerificationError
-from promprune.package import CheckRecord, Manifest
 
 if TYPE_CHECKING:
     from promprune.export.pipeline import ExportResult
 
-__all__ = ["checks_table", "export", "main"]
+__all__ = ["export", "main"]
 
 DEFAULTS: Final = ExportConfig()
 
@@ -163,28 +170,3 @@ def _print_summary(result: ExportResult) -> None:
         f"exported in {result.seconds:.1f} s; next: promprune-run {result.output} --image FILE --prompt TEXT",
         soft_wrap=True,
     )
-
-
-def describe_selection(manifest: Manifest) -> str:
-    """Say in words what is kept and what is removed."""
-    record = manifest.selection
-    if record.keep_tokens == record.num_tokens:
-        return f"keeps all {record.num_tokens} visual tokens (the unpruned baseline)"
-    return (
-        f"keeps {record.keep_tokens} of {record.num_tokens} visual tokens "
-        f"({record.ratio:.1%}), removes {record.ratio_removed:.1%}"
-    )
-
-
-def checks_table(checks: tuple[CheckRecord, ...]) -> Table:
-    """Lay out a verification for a person."""
-    table = Table(title="Verification", title_justify="left", title_style="bold")
-    table.add_column("check")
-    table.add_column("measured", justify="right")
-    table.add_column("wanted", justify="right")
-    table.add_column("")
-    for check in checks:
-        verdict = "[green]ok[/]" if check.passed else "[bold red]FAILED[/]"
-        name = f"{check.name} ({check.detail})" if check.detail else check.name
-        table.add_row(name, f"{check.measured:.3g}", f"{check.comparison} {check.limit:g}", verdict)
-    return table

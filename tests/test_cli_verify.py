@@ -1,0 +1,77 @@
+"""``promprune-verify``: a package is compared again, later and elsewhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import msgspec
+import onnx
+import pytest
+
+from promprune.cli import verify as command
+from promprune.export import ExportResult
+from promprune.package import MANIFEST_FILE, Manifest, file_records, write_manifest
+from tests.command_line import run
+from tests.tiny_models import save_tiny_llava
+
+
+def test_a_good_package_passes(tiny_export: ExportResult, tiny_llava: Path) -> None:
+    outcome = run(command.main, str(tiny_export.output), "--model", str(tiny_llava), "--images", "3", "--json")
+    printed = json.loads(outcome.stdout)
+    assert outcome.exit_code == 0
+    assert printed["passed"]
+    answers = next(check for check in printed["checks"] if check["name"].startswith("greedy answers"))
+    assert answers["detail"] == "3 of 3"
+
+
+def test_a_package_whose_selection_was_tampered_with_fails(
+    tiny_export: ExportResult, tiny_llava: Path, tmp_path: Path
+) -> None:
+    """Coverage picks the worst token; every file's digest is put right, so that only the values can tell."""
+    package = Path(shutil.copytree(tiny_export.output, tmp_path / "package"))
+    path = package / "onnx/vision_encoder.onnx"
+    model = onnx.load(path, load_external_data=False)
+    loops = [node for node in model.graph.node if node.op_type == "Loop"]
+    steps = [node for loop in loops for attribute in loop.attribute for node in attribute.g.node]
+    for node in [*model.graph.node, *steps]:
+        if node.op_type == "ArgMin":
+            node.op_type = "ArgMax"
+    path.write_bytes(model.SerializeToString())
+    write_manifest(package, msgspec.structs.replace(read_manifest_unchecked(package), files=file_records(package)))
+    outcome = run(command.main, str(package), "--model", str(tiny_llava), "--images", "4")
+    assert outcome.exit_code == 1
+    assert "FAILED" in outcome.stdout
+    assert outcome.stderr.count("FAILED") >= 1
+
+
+def read_manifest_unchecked(package: Path) -> Manifest:
+    return msgspec.json.decode((package / MANIFEST_FILE).read_bytes(), type=Manifest)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "wanted"),
+    [
+        (["--images", "0"], 1, "received images = 0; expected 1 to 10000"),
+        (["--images", "many"], 2, "received 'many'; expected a whole number"),
+        (["--model", "./nowhere"], 1, "received './nowhere': there is no such folder"),
+    ],
+)
+def test_mistakes(tiny_export: ExportResult, arguments: list[str], exit_code: int, wanted: str) -> None:
+    outcome = run(command.main, str(tiny_export.output), *arguments)
+    assert outcome.exit_code == exit_code
+    assert wanted in outcome.stderr
+
+
+def test_another_models_weights_are_refused(tiny_export: ExportResult, tmp_path: Path) -> None:
+    other = save_tiny_llava(tmp_path / "other", seed=5)
+    outcome = run(command.main, str(tiny_export.output), "--model", str(other))
+    assert outcome.exit_code == 1
+    assert "are not those that" in outcome.stderr
+
+
+def test_what_is_no_package_is_refused(tmp_path: Path) -> None:
+    outcome = run(command.main, str(tmp_path))
+    assert outcome.exit_code == 1
+    assert "is not an exported package" in outcome.stderr
