@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -26,10 +27,11 @@ def open_sessions(folder: Path, manifest: Manifest, config: RuntimeConfig) -> di
         BackendError: a graph, or the provider that was asked for, cannot be loaded.
     """
     options = SessionOptions(provider=config.provider, num_threads=config.num_threads)
+    lookup = replace(options, num_threads=1)  # one Gather: threads of its own would only get in the decoder's way
     sessions: dict[str, Session] = {}
     for name in (VISION_ENCODER, EMBED_TOKENS, DECODER):
         record = manifest.graphs[name]
-        sessions[name] = open_session(folder / record.file, options)
+        sessions[name] = open_session(folder / record.file, lookup if name == EMBED_TOKENS else options)
         sessions[name].check_against(record, folder / record.file)
     _check_consistent(manifest, sessions)
     return sessions
