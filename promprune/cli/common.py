@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, Final, NoReturn
@@ -50,6 +51,7 @@ def run_command(command: Callable[..., None]) -> NoReturn:
     """
     app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
     app.command()(command)
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         exit_code = app(standalone_mode=False)
     except PrompruneError as error:
@@ -127,6 +129,12 @@ def version_callback(value: bool) -> None:
     if value:
         sys.stdout.write(f"promprune {__version__}\n")
         raise typer.Exit
+
+
+def _terminate(signum: int, frame: object) -> NoReturn:
+    """Unwind as on Ctrl-C, so that half-written outputs are removed."""
+    del frame
+    sys.exit(128 + signum)
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:

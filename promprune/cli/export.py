@@ -115,10 +115,10 @@ def export(
         tau=tau,
         order=order,  # type: ignore[arg-type]  # validated by SelectionConfig
     )
-    with missing_extra("export"):
-        from promprune.export.pipeline import export_package
     try:
         with _progress(config) as progress:
+            with progress.step("start PyTorch"), missing_extra("export"):
+                from promprune.export.pipeline import export_package
             result = export_package(config, progress=progress)
     except VerificationError as error:
         if error.checks:
@@ -153,7 +153,7 @@ class _RichProgress:
 
 @contextlib.contextmanager
 def _progress(config: ExportConfig) -> Iterator[_RichProgress]:
-    total = 5 + config.split_selector + config.verify
+    total = 6 + config.split_selector + config.verify
     columns = (SpinnerColumn(), TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
         yield _RichProgress(progress, total)
