@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 from promprune.runtime.config import GenerationConfig, RuntimeConfig
+from promprune.runtime.encoder import ImageEncoder
 from promprune.runtime.overlay import draw_kept_tokens
 from promprune.runtime.pipeline import AnswerStream, Chat, VisionLanguagePipeline
 from promprune.runtime.preprocess import load_image
@@ -22,6 +23,7 @@ __all__ = [
     "Chat",
     "EncodedImage",
     "GenerationConfig",
+    "ImageEncoder",
     "Result",
     "RuntimeConfig",
     "Timings",

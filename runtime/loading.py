@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -12,61 +11,71 @@ from promprune.package import DECODER, EMBED_TOKENS, VISION_ENCODER, Manifest
 from promprune.runtime.config import RuntimeConfig
 from promprune.runtime.sessions import Session, SessionOptions, open_session
 
-__all__ = ["open_sessions"]
+__all__ = ["open_language_model", "open_vision_encoder"]
 
 _VISION_OUTPUTS: Final = frozenset(
     {"image_features", "token_indices", "saliency_mask", "saliency_count", "spectral_entropy"}
 )
 
 
-def open_sessions(folder: Path, manifest: Manifest, config: RuntimeConfig) -> dict[str, Session]:
-    """Load the three graphs of a package, by their names in the manifest.
+def open_vision_encoder(folder: Path, manifest: Manifest, config: RuntimeConfig) -> Session:
+    """Load the vision encoder.
 
     Raises:
-        PackageError: a graph is not what the manifest says, or they do not fit each other.
-        BackendError: a graph, or the provider that was asked for, cannot be loaded.
+        PackageError: it is not what the manifest says.
+        BackendError: it, or the provider that was asked for, cannot be loaded.
     """
-    options = SessionOptions(provider=config.provider, num_threads=config.num_threads)
-    lookup = replace(options, num_threads=1)  # one Gather: threads of its own would only get in the decoder's way
-    sessions: dict[str, Session] = {}
-    for name in (VISION_ENCODER, EMBED_TOKENS, DECODER):
-        record = manifest.graphs[name]
-        sessions[name] = open_session(folder / record.file, lookup if name == EMBED_TOKENS else options)
-        sessions[name].check_against(record, folder / record.file)
-    _check_consistent(manifest, sessions)
-    return sessions
-
-
-def _check_consistent(manifest: Manifest, sessions: Mapping[str, Session]) -> None:
-    """Check that the graphs fit each other and the manifest's numbers; the rest is checked where it is used.
-
-    Raises:
-        PackageError: they do not.
-    """
+    session = _open(folder, manifest, VISION_ENCODER, _options(config))
     selection, image = manifest.selection, manifest.image
-    vision, embed, decoder = (sessions[name] for name in (VISION_ENCODER, EMBED_TOKENS, DECODER))
-    embeds = decoder.inputs.get("inputs_embeds")
-    hidden = embeds.shape[-1] if embeds else None
-    outputs = {"image_features"} if selection.keep_tokens == selection.num_tokens else _VISION_OUTPUTS
-    pairs: dict[str, tuple[object, object]] = {
-        "inputs of the vision encoder": ({*vision.inputs}, {"pixel_values"}),
-        "outputs of the vision encoder": ({*vision.outputs}, outputs),
-        "inputs and outputs of embed_tokens": ({*embed.inputs, *embed.outputs}, {"input_ids", "inputs_embeds"}),
-        "patches": (image.patch_rows * image.patch_columns, selection.num_tokens),
-    }
-    if all(found == expected for found, expected in pairs.values()):
-        pixels, features = vision.inputs["pixel_values"].shape, vision.outputs["image_features"].shape
-        pairs = {
-            "pixel_values": (pixels[1:], (3, image.height, image.width)),
-            "image_features": (features[1:], (selection.keep_tokens, hidden)),
-            "inputs_embeds": (embed.outputs["inputs_embeds"].shape[2:], (hidden,)),
-        }
-    for what, (found, expected) in pairs.items():
-        if found != expected:
-            raise PackageError(
-                f"the package's {what} are {_shown(found)}", expected=f"{_shown(expected)}", fix="export again"
-            )
+    pruned = selection.keep_tokens != selection.num_tokens
+    _expect("the vision encoder's inputs", {*session.inputs}, {"pixel_values"})
+    _expect("the vision encoder's outputs", {*session.outputs}, _VISION_OUTPUTS if pruned else {"image_features"})
+    _expect("pixel_values", session.inputs["pixel_values"].shape[1:], (3, image.height, image.width))
+    _expect("image_features", session.outputs["image_features"].shape[1:2], (selection.keep_tokens,))
+    _expect("patches", image.patch_rows * image.patch_columns, selection.num_tokens)
+    return session
+
+
+def open_language_model(folder: Path, manifest: Manifest, config: RuntimeConfig) -> tuple[Session, Session]:
+    """Load ``embed_tokens`` and the decoder; what the decoder needs is checked where it is run.
+
+    Raises:
+        PackageError: they are not what the manifest says, or do not fit each other.
+        BackendError: one of them, or the provider that was asked for, cannot be loaded.
+    """
+    options = _options(config)
+    # One Gather: threads of its own would only get in the decoder's way.
+    embed = _open(folder, manifest, EMBED_TOKENS, replace(options, num_threads=1))
+    decoder = _open(folder, manifest, DECODER, options)
+    _expect("embed_tokens' inputs", {*embed.inputs}, {"input_ids"})
+    _expect("embed_tokens' outputs", {*embed.outputs}, {"inputs_embeds"})
+    if "inputs_embeds" in decoder.inputs:
+        hidden = decoder.inputs["inputs_embeds"].shape[-1]
+        _expect("embed_tokens' size", embed.outputs["inputs_embeds"].shape[-1], hidden)
+    return embed, decoder
+
+
+def _options(config: RuntimeConfig) -> SessionOptions:
+    return SessionOptions(provider=config.provider, num_threads=config.num_threads)
+
+
+def _open(folder: Path, manifest: Manifest, name: str, options: SessionOptions) -> Session:
+    record = manifest.graphs.get(name)
+    if record is None:
+        raise PackageError(
+            f"{folder} has no language model: it was exported with --vision-only",
+            expected=f"a package with the graph {name!r}",
+            fix="use encode_image and a language model elsewhere, or export again without --vision-only",
+        )
+    session = open_session(folder / record.file, options)
+    session.check_against(record, folder / record.file)
+    return session
+
+
+def _expect(what: str, found: object, expected: object) -> None:
+    if found != expected:
+        raise PackageError(f"{what}: {_shown(found)}", expected=_shown(expected), fix="export the package again")
 
 
 def _shown(value: object) -> str:
-    return ", ".join(map(str, sorted(value))) if isinstance(value, set) else str(value)
+    return ", ".join(sorted(map(str, value))) if isinstance(value, (set, frozenset)) else str(value)

@@ -25,7 +25,7 @@ def draw_kept_tokens(crop: Image, selection: TokenSelection, image: ImageRecord)
     """Draw the kept visual tokens over an image.
 
     Args:
-        crop: what the model sees (``pipeline.preprocessor.crop(load_image(path))``), RGB.
+        crop: what the model sees (``pipeline.encoder.view(path)``), RGB.
         selection: from a result, or from an encoded image.
         image: the manifest's image record, for the patch grid.
 
@@ -39,7 +39,7 @@ def draw_kept_tokens(crop: Image, selection: TokenSelection, image: ImageRecord)
         raise ImageError(
             f"received an image of {crop.width} x {crop.height} pixels",
             expected=f"{image.width} x {image.height}, what the model sees",
-            fix="use pipeline.preprocessor.crop(image)",
+            fix="use pipeline.encoder.view(image)",
         )
     from PIL import Image as PILImage
 

@@ -8,36 +8,28 @@
 
 from __future__ import annotations
 
-import hashlib
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self, TypeAlias, Unpack
+from typing import Final, Self, TypeAlias, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
-from promprune.errors import BackendError, ConfigError, PromptError
-from promprune.package import DECODER, EMBED_TOKENS, VISION_ENCODER, Manifest, read_manifest
+from promprune.errors import BackendError, PromptError
+from promprune.package import read_manifest
 from promprune.runtime.config import DEFAULT_NEW_TOKENS, GenerationConfig, GenerationOptions, Provider, RuntimeConfig
 from promprune.runtime.decoder import Cache, Decoder
+from promprune.runtime.encoder import ImageEncoder, ImageSource, PreparedImage
 from promprune.runtime.generation import Row, eos_token_ids_of
-from promprune.runtime.loading import open_sessions
-from promprune.runtime.preprocess import ImagePreprocessor, load_image
+from promprune.runtime.loading import open_language_model, open_vision_encoder
 from promprune.runtime.prompt import Message, PromptBuilder, TokenIds, as_messages, read_json
-from promprune.runtime.results import EncodedImage, Result, Stopwatch, Timings, encoded_image_of
+from promprune.runtime.results import EncodedImage, Result, Stopwatch, Timings
 from promprune.runtime.sessions import Array, Session
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+__all__ = ["AnswerStream", "Chat", "Images", "Prompt", "VisionLanguagePipeline"]
 
-__all__ = ["AnswerStream", "Chat", "ImageSource", "Images", "Prompt", "VisionLanguagePipeline"]
-
-# A file, its encoded bytes, a PIL image, an array [height, width, 3] of uint8, or an image encoded before.
-ImageSource: TypeAlias = "str | Path | bytes | Image | npt.NDArray[np.uint8] | EncodedImage"
 # One image, or a list of images.
 Images: TypeAlias = "ImageSource | Sequence[ImageSource]"
 # A text, which comes after the images, or messages with {"type": "image"} parts where the images are.
@@ -54,23 +46,21 @@ class VisionLanguagePipeline:
 
     Attributes:
         manifest: what the package says of itself.
-        preprocessor: from pictures to ``pixel_values``.
+        encoder: from pictures to kept visual tokens.
         prompts: from messages to token ids; holds the tokenizer.
         device: where the graphs run: ``"CPU"`` or ``"CUDA"``.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, sessions: Mapping[str, Session], config: RuntimeConfig):
-        self.manifest = manifest
-        image = manifest.image
-        self.preprocessor = ImagePreprocessor.from_file(
-            folder / "preprocessor_config.json", height=image.height, width=image.width
-        )
-        self.prompts = PromptBuilder.from_package(folder, manifest)
-        self.device = sessions[DECODER].device
-        self._sessions = dict(sessions)
-        self._decoder = Decoder(sessions[DECODER])
-        self._eos_token_ids = eos_token_ids_of(read_json(folder / "generation_config.json"))
-        self._images = _ImageCache(config.image_cache_size)
+    def __init__(
+        self, encoder: ImageEncoder, prompts: PromptBuilder, embed: Session, decoder: Session, eos: Collection[int]
+    ) -> None:
+        self.manifest = encoder.manifest
+        self.encoder = encoder
+        self.prompts = prompts
+        self.device = decoder.device
+        self._sessions = (embed, decoder)
+        self._decoder = Decoder(decoder)
+        self._eos_token_ids = frozenset(eos)
 
     @classmethod
     def from_package(
@@ -98,7 +88,10 @@ class VisionLanguagePipeline:
         )
         folder = Path(path)
         manifest = read_manifest(folder, check_weights=config.check_weights)
-        return cls(folder, manifest, open_sessions(folder, manifest, config), config)
+        encoder = ImageEncoder(folder, manifest, open_vision_encoder(folder, manifest, config), config)
+        prompts = PromptBuilder.from_package(folder, manifest)
+        eos = eos_token_ids_of(read_json(folder / "generation_config.json"))
+        return cls(encoder, prompts, *open_language_model(folder, manifest, config), eos)
 
     def generate(self, images: Images = (), prompt: Prompt = "", **options: Unpack[GenerationOptions]) -> Result:
         """Answer one prompt about any number of images.
@@ -149,8 +142,7 @@ class VisionLanguagePipeline:
             ImageError: it cannot be read.
             BackendError: the vision graph failed, or returned something that is not a number.
         """
-        encoded, _ = self._encoded(self._prepared_image(image))
-        return encoded
+        return self.encoder.encode_image(image)
 
     @property
     def cache_bytes_per_token(self) -> int:
@@ -159,7 +151,8 @@ class VisionLanguagePipeline:
 
     def close(self) -> None:
         """Free the graphs; using the pipeline afterwards is a BackendError."""
-        for session in self._sessions.values():
+        self.encoder.close()
+        for session in self._sessions:
             session.close()
 
     def __enter__(self) -> Self:
@@ -176,7 +169,7 @@ class VisionLanguagePipeline:
         """Read images and prompts, and refuse what cannot be answered, before anything runs."""
         watch = Stopwatch()
         with watch.stage("preprocess"):
-            images = [[self._prepared_image(image) for image in _listed(given)] for given, _ in requests]
+            images = [[self.encoder.prepare(image) for image in _listed(given)] for given, _ in requests]
         with watch.stage("prompt"):
             prompts = [
                 self.prompts.build(as_messages(prompt, len(found)), len(found))
@@ -189,7 +182,7 @@ class VisionLanguagePipeline:
         """Yield the new text of every row, step by step; return the results."""
         watch, memory = job.watch, job.memory
         with watch.stage("vision"):
-            job.encode(self._encoded)
+            job.encode(self.encoder)
         with watch.stage("splice"):
             reused = memory.reusable(job.prompts)
             embeds, mask = self._spliced(job.prompts, job.encoded, reused)
@@ -215,33 +208,6 @@ class VisionLanguagePipeline:
         watch.mark("total")
         return [_result(job, i, reused, cache) for i in range(len(job.rows))]
 
-    def _prepared_image(self, source: ImageSource) -> EncodedImage | _Pixels:
-        if isinstance(source, EncodedImage):
-            expected = (self.manifest.selection.keep_tokens, self._decoder.hidden_size)
-            if source.image_features.shape != expected:
-                raise ConfigError(
-                    f"received an encoded image of shape {list(source.image_features.shape)}",
-                    expected=f"{list(expected)}",
-                    fix="encode it with this package",
-                )
-            return source
-        crop = self.preprocessor.crop(load_image(source))
-        return _Pixels(self.preprocessor.pixel_values(crop), hashlib.sha256(crop.tobytes()).digest())
-
-    def _encoded(self, image: EncodedImage | _Pixels) -> tuple[EncodedImage, bool]:
-        """Return an encoded image, and whether the vision encoder had to run for it."""
-        if isinstance(image, EncodedImage):
-            return image, False
-        known = self._images.get(image.digest)
-        if known is not None:
-            return known, False
-        session = self._sessions[VISION_ENCODER]
-        pixel_values = image.values.astype(session.inputs["pixel_values"].dtype, copy=False)
-        outputs = session.run({"pixel_values": pixel_values})
-        encoded = encoded_image_of(outputs, self.manifest.selection)
-        self._images.put(image.digest, encoded)
-        return encoded, True
-
     def _spliced(
         self, prompts: Sequence[TokenIds], images: Sequence[Sequence[EncodedImage]], reused: int
     ) -> tuple[Array, npt.NDArray[np.int64]]:
@@ -265,7 +231,7 @@ class VisionLanguagePipeline:
 
     def _embedded(self, ids: TokenIds) -> Array:
         """Return the embeddings of [batch, sequence] token ids: [batch, sequence, hidden]."""
-        embeds = self._sessions[EMBED_TOKENS].run({"input_ids": ids})["inputs_embeds"]
+        embeds = self._sessions[0].run({"input_ids": ids})["inputs_embeds"]
         return embeds.astype(self._decoder.embeds_dtype, copy=False)
 
     def _row(self, prompt: TokenIds, config: GenerationConfig) -> Row:
@@ -365,14 +331,6 @@ class Chat:
         return results
 
 
-@dataclass(frozen=True, eq=False)
-class _Pixels:
-    """An image that is ready for the vision encoder."""
-
-    values: npt.NDArray[np.float32]  # [1, 3, height, width]
-    digest: bytes  # SHA-256 of its 8-bit pixels
-
-
 @dataclass(eq=False)
 class _Memory:
     """What a conversation's keys and values hold."""
@@ -400,7 +358,7 @@ class _Memory:
 class _Job:
     """One call: what was asked, and how far it is."""
 
-    images: list[list[EncodedImage | _Pixels]]
+    images: list[list[EncodedImage | PreparedImage]]
     prompts: list[TokenIds]
     rows: list[Row]
     watch: Stopwatch
@@ -408,33 +366,11 @@ class _Job:
     encoded: list[list[EncodedImage]] = field(default_factory=list)
     encoded_now: int = 0  # images that the vision encoder had to run for
 
-    def encode(self, encode: Callable[[EncodedImage | _Pixels], tuple[EncodedImage, bool]]) -> None:
+    def encode(self, encoder: ImageEncoder) -> None:
         """Fill ``encoded``, image by image: a batch could round differently, and keep other tokens."""
-        pairs = [[encode(image) for image in images] for images in self.images]
+        pairs = [[encoder.encode(image) for image in images] for images in self.images]
         self.encoded = [[image for image, _ in row] for row in pairs]
         self.encoded_now = sum(ran for row in pairs for _, ran in row)
-
-
-class _ImageCache:
-    """The images encoded last, by the digest of their pixels."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._lock = threading.Lock()
-        self._images: OrderedDict[bytes, EncodedImage] = OrderedDict()
-
-    def get(self, digest: bytes) -> EncodedImage | None:
-        with self._lock:
-            if digest in self._images:
-                self._images.move_to_end(digest)
-            return self._images.get(digest)
-
-    def put(self, digest: bytes, image: EncodedImage) -> None:
-        with self._lock:
-            self._images[digest] = image
-            self._images.move_to_end(digest)
-            while len(self._images) > self._size:
-                self._images.popitem(last=False)
 
 
 def _listed(images: Images) -> list[ImageSource]:

@@ -98,6 +98,20 @@ def test_a_conversation_equals_hugging_face(pipeline: Any, reference: Reference)
     assert result.timings.reused_tokens > 20
 
 
+@torch.no_grad()
+def test_encoded_images_serve_a_hugging_face_model(pipeline: Any, reference: Reference) -> None:
+    """The way for those who run the language model elsewhere."""
+    encoded = pipeline.encode_image(PHOTOGRAPHS[0])
+    ids = torch.tensor(pipeline.prompts.build(messages_of("What is this?", 1), 1))[None]
+    embeds = reference.model.get_input_embeddings()(ids)
+    embeds[ids == 3] = torch.tensor(encoded.image_features)
+    answer = reference.model.generate(
+        inputs_embeds=embeds, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
+    )
+    expected = pipeline.generate(encoded, "What is this?", max_new_tokens=12)
+    assert answer[0].tolist() == list(expected.token_ids)
+
+
 def test_several_ends_of_sequence(pipeline: Any, reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     free = pipeline.generate(PHOTOGRAPHS[0], "What?", max_new_tokens=16).token_ids
     ends = [free[5], free[9], 2]

@@ -15,9 +15,10 @@ import onnx
 import pytest
 from PIL import Image
 
+import promprune.runtime
 from promprune.errors import BackendError, ConfigError, ImageError, PackageError, PrompruneError, PromptError
 from promprune.package import read_manifest
-from promprune.runtime import EncodedImage, VisionLanguagePipeline, draw_kept_tokens, load_image
+from promprune.runtime import EncodedImage, ImageEncoder, VisionLanguagePipeline, draw_kept_tokens
 from promprune.runtime.decoder import Decoder
 from tests.fake_package import (
     HIDDEN,
@@ -54,7 +55,7 @@ def pipeline(folder: Path) -> Any:
 
 def expected_answer(pipeline: Any, model: FakeModel, images: list[Image.Image], text: str, count: int) -> list[int]:
     """Work out the greedy answer in numpy."""
-    features = [model.encode(pipeline.preprocessor(image)[0])[0] for image in images]
+    features = [model.encode(pipeline.encoder.preprocessor(image)[0])[0] for image in images]
     ids: list[int] = []
     for token in pipeline.prompts.tokenizer.encode(f"USER: {'<image>' + chr(10)}{text} ASSISTANT:").ids:
         ids += [3] * 4 * len(images) if token == 3 else [token]
@@ -79,7 +80,7 @@ def test_greedy_answers_are_those_of_the_model(pipeline: Any, model: FakeModel, 
     assert list(result.token_ids) == expected_answer(pipeline, model, images, text, 20)
     assert result.finish_reason == ("stop" if result.token_ids[-1] == 2 else "length")
     for image, selection in zip(images, result.selection, strict=True):
-        np.testing.assert_array_equal(selection.token_indices, model.encode(pipeline.preprocessor(image)[0])[1])
+        np.testing.assert_array_equal(selection.token_indices, model.encode(pipeline.encoder.preprocessor(image)[0])[1])
         np.testing.assert_array_equal(selection.saliency_mask, selection.token_indices % 2 == 0)
 
 
@@ -177,6 +178,19 @@ def test_an_encoded_image_of_another_package_is_refused(pipeline: Any) -> None:
         pipeline.generate(wrong, "What?")
 
 
+def test_the_vision_half_alone(folder: Path, pipeline: Any) -> None:
+    with ImageEncoder.from_package(folder) as encoder:
+        alone = encoder.encode_image(picture(1))
+    whole = pipeline.encode_image(picture(1))
+    np.testing.assert_array_equal(alone.image_features, whole.image_features)
+    np.testing.assert_array_equal(alone.selection.token_indices, whole.selection.token_indices)
+    assert pipeline.generate(alone, "x", max_new_tokens=3).token_ids == (
+        pipeline.generate(picture(1), "x", max_new_tokens=3).token_ids
+    )
+    with pytest.raises(BackendError, match="closed"):
+        encoder.encode_image(picture(2))
+
+
 def test_threads_share_a_pipeline(pipeline: Any) -> None:
     expected = [pipeline.generate(picture(n), f"question {n}", max_new_tokens=15).token_ids for n in range(6)]
     found: dict[int, Any] = {}
@@ -215,7 +229,7 @@ def test_a_package_without_selection_keeps_everything(tmp_path: Path) -> None:
         assert not selection.ran
         assert selection.token_indices.tolist() == list(range(NUM_TOKENS))
         assert result.to_dict()["selection"][0]["spectral_entropy"] is None
-        crop = pipeline.preprocessor.crop(picture(1))
+        crop = pipeline.encoder.view(picture(1))
         assert draw_kept_tokens(crop, selection, pipeline.manifest.image).width == 896
 
 
@@ -224,7 +238,7 @@ def expected_full(pipeline: Any, model: FakeModel) -> list[int]:
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}], 1
     )
     assert (prompt == 3).sum() == NUM_TOKENS
-    return model.greedy(prompt.tolist(), model.encode(pipeline.preprocessor(picture(1))[0])[0], 5)
+    return model.greedy(prompt.tolist(), model.encode(pipeline.encoder.preprocessor(picture(1))[0])[0], 5)
 
 
 # Contexts
@@ -234,7 +248,7 @@ def test_a_prompt_that_does_not_fit_is_refused_before_anything_runs(
     pipeline: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Decoder, "read", lambda *_: pytest.fail("it ran"))
-    monkeypatch.setattr(VisionLanguagePipeline, "_encoded", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(ImageEncoder, "encode", lambda *_: pytest.fail("it ran"))
     with pytest.raises(PromptError, match=r"322 tokens long.*at most 256"):
         pipeline.generate(picture(1), "x" * 300)
     with pytest.raises(PromptError, match=r"max_new_tokens is 240.*at most 256.*233 are left"):
@@ -458,8 +472,25 @@ def test_the_picture_wants_what_the_model_sees(pipeline: Any) -> None:
     selection = pipeline.encode_image(picture(1)).selection
     with pytest.raises(ImageError, match=r"50 x 40.*32 x 32"):
         draw_kept_tokens(picture(1), selection, pipeline.manifest.image)
-    crop = pipeline.preprocessor.crop(load_image(picture(1)))
+    crop = pipeline.encoder.view(picture(1))
     assert draw_kept_tokens(crop, selection, pipeline.manifest.image).size[0] == 896
+
+
+def test_public_names() -> None:
+    assert sorted(promprune.runtime.__all__) == [
+        "AnswerStream",
+        "Chat",
+        "EncodedImage",
+        "GenerationConfig",
+        "ImageEncoder",
+        "Result",
+        "RuntimeConfig",
+        "Timings",
+        "TokenSelection",
+        "VisionLanguagePipeline",
+        "draw_kept_tokens",
+        "load_image",
+    ]
 
 
 def test_the_runtime_needs_no_torch(folder: Path) -> None:

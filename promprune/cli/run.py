@@ -313,10 +313,10 @@ def _check_pictures(output: Path, num_images: int, *, interactive: bool) -> None
 
 def _draw(pipeline: VisionLanguagePipeline, images: list[Path], result: Result, output: Path, *, quiet: bool) -> None:
     """Write one picture per image: OUT.png, OUT-2.png, ..."""
-    from promprune.runtime import draw_kept_tokens, load_image
+    from promprune.runtime import draw_kept_tokens
 
     for number, (path, selection) in enumerate(zip(images, result.selection, strict=True), start=1):
-        crop = pipeline.preprocessor.crop(load_image(path))
+        crop = pipeline.encoder.view(path)
         target = output if number == 1 else output.with_stem(f"{output.stem}-{number}")
         _save(draw_kept_tokens(crop, selection, pipeline.manifest.image), target)
         if not quiet:
