@@ -128,11 +128,10 @@ def write_graphs(
     folder: Path, config: ExportConfig, model: AdaptedModel, selection: SelectionRecord, progress: Progress
 ) -> dict[str, GraphRecord]:
     """Export every graph into ``folder/onnx``, and return their records by name."""
-    makers = {
-        VISION_ENCODER: lambda: vision_with_selection(config, model, selection),
-        EMBED_TOKENS: lambda: embed_tokens_graph(model, opset=config.opset),
-        DECODER: lambda: decoder_graph(model, opset=config.opset),
-    }
+    makers = {VISION_ENCODER: lambda: vision_with_selection(config, model, selection)}
+    if not config.vision_only:
+        makers[EMBED_TOKENS] = lambda: embed_tokens_graph(model, opset=config.opset)
+        makers[DECODER] = lambda: decoder_graph(model, opset=config.opset)
     if config.split_selector:
         makers[TOKEN_SELECTOR] = lambda: selector(config, model, selection)
     (folder / "onnx").mkdir()

@@ -73,6 +73,7 @@ class ExportConfig:
         dtype: of the weights and activations in the graphs; the selection computes in fp32 whatever it is.
         opset: ONNX operator set of the default domain.
         split_selector: also write the selection as a graph of its own.
+        vision_only: write no language model, for one that runs elsewhere on the kept tokens.
         verify: compare the package with the source model before it appears.
         force: replace ``output`` if it is a package already.
         mu, tau: override the entropy constants of the model (see :class:`SelectionConfig`).
@@ -89,6 +90,7 @@ class ExportConfig:
     dtype: Dtype = "fp32"
     opset: int = 20
     split_selector: bool = False
+    vision_only: bool = False
     verify: bool = True
     force: bool = False
     mu: float | None = None

@@ -65,7 +65,7 @@ VISION_ENCODER: Final = "vision_encoder"
 EMBED_TOKENS: Final = "embed_tokens"
 DECODER: Final = "decoder_model_merged"
 TOKEN_SELECTOR: Final = "token_selector"
-REQUIRED_GRAPHS: Final = (VISION_ENCODER, EMBED_TOKENS, DECODER)
+_LANGUAGE_GRAPHS: Final = (EMBED_TOKENS, DECODER)  # both, or neither in a package of the vision encoder only
 
 _MAX_MANIFEST_BYTES: Final = 16 * 1024 * 1024
 _AGAIN: Final = "copy the package again, or export it again"
@@ -161,7 +161,10 @@ class VerificationRecord(_Record, frozen=True):
 
 
 class Manifest(_Record, frozen=True):
-    """The content of ``promprune.json``."""
+    """The content of ``promprune.json``.
+
+    ``graphs`` holds the vision encoder and, unless the package is of the vision encoder only, both language graphs.
+    """
 
     schema_version: int
     family: str  # Hugging Face model_type
@@ -175,6 +178,11 @@ class Manifest(_Record, frozen=True):
     files: tuple[FileRecord, ...]
     tools: dict[str, str]
     verification: VerificationRecord | None = None
+
+    @property
+    def has_language_model(self) -> bool:
+        """Whether the package can answer, rather than only encode images."""
+        return DECODER in self.graphs
 
 
 def sha256_of_file(path: Path) -> str:
@@ -217,7 +225,9 @@ def read_manifest(folder: Path, *, check_weights: bool = False) -> Manifest:
     """
     manifest = _parse_manifest(folder)
     listed = {record.path for record in manifest.files}
-    for name in REQUIRED_GRAPHS:
+    present = [name for name in _LANGUAGE_GRAPHS if name in manifest.graphs]
+    required = (VISION_ENCODER, *_LANGUAGE_GRAPHS) if present else (VISION_ENCODER,)
+    for name in required:
         if name not in manifest.graphs:
             raise PackageError(f"{MANIFEST_FILE} in {folder} has no graph {name!r}", fix=_AGAIN)
     for name, graph in manifest.graphs.items():

@@ -11,14 +11,23 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
 from promprune.config import ExportConfig
-from promprune.errors import ConfigError, ModelError, OutputError, UnsupportedModelError, VerificationError
+from promprune.errors import (
+    ConfigError,
+    ModelError,
+    OutputError,
+    PackageError,
+    UnsupportedModelError,
+    VerificationError,
+)
 from promprune.export import ExportResult, export_package, verify_package
 from promprune.export.checkpoint import load_checkpoint
 from promprune.export.families.llava import adapt
 from promprune.export.verify import Limits
+from promprune.runtime import ImageEncoder, VisionLanguagePipeline
 from tests.tiny_models import IMAGE_SIZE, NUM_TOKENS, save_tiny_llava
 
 
@@ -238,3 +247,16 @@ def test_a_models_own_constants_are_used_unless_overridden(tiny_llava: Path, tmp
     (checkpoint / "promprune_config.json").write_text('{"mu": "high"}')
     with pytest.raises(ModelError, match="cannot be read"):
         selection_config(checkpoint, ExportConfig())
+
+
+def test_a_vision_only_package_encodes_and_does_not_answer(tiny_llava: Path, tmp_path: Path) -> None:
+    config = ExportConfig(model=str(tiny_llava), ratio=0.25, vision_only=True, output=tmp_path / "out")
+    result = export_package(config)
+    assert result.manifest.verification is not None
+    assert result.manifest.verification.passed
+    assert set(result.manifest.graphs) == {"vision_encoder"}
+    assert not list(result.output.glob("onnx/decoder*"))
+    with ImageEncoder.from_package(result.output) as encoder:
+        assert encoder.encode_image(Image.new("RGB", (70, 60), "teal")).image_features.shape == (4, 48)
+    with pytest.raises(PackageError, match="exported with --vision-only"):
+        VisionLanguagePipeline.from_package(result.output)

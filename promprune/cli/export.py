@@ -82,6 +82,9 @@ def export(
     split_selector: Annotated[
         bool, typer.Option("--split-selector", help="Also write the selection as a graph of its own.")
     ] = DEFAULTS.split_selector,
+    vision_only: Annotated[
+        bool, typer.Option("--vision-only", help="Write no language model, for one that runs elsewhere.")
+    ] = DEFAULTS.vision_only,
     verify: Annotated[
         bool, typer.Option(help="Compare the package with the model before it appears.")
     ] = DEFAULTS.verify,
@@ -109,6 +112,7 @@ def export(
         dtype=dtype,  # type: ignore[arg-type]  # validated by ExportConfig
         opset=opset,
         split_selector=split_selector,
+        vision_only=vision_only,
         verify=verify,
         force=force,
         mu=mu,
@@ -153,7 +157,7 @@ class _RichProgress:
 
 @contextlib.contextmanager
 def _progress(config: ExportConfig) -> Iterator[_RichProgress]:
-    total = 6 + config.split_selector + config.verify
+    total = 6 - 2 * config.vision_only + config.split_selector + config.verify
     columns = (SpinnerColumn(), TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
         yield _RichProgress(progress, total)
@@ -166,7 +170,5 @@ def _print_summary(result: ExportResult) -> None:
     size_mb = sum(file.size_bytes for file in manifest.files) / 1e6
     verified = "not verified" if manifest.verification is None else "verified"
     print(f"{result.output}: {describe_selection(manifest)}, {manifest.dtype}, {size_mb:.1f} MB, {verified}")
-    console.print(
-        f"exported in {result.seconds:.1f} s; next: promprune-run {result.output} --image FILE --prompt TEXT",
-        soft_wrap=True,
-    )
+    answers = "promprune-run {} --image FILE --prompt TEXT" if manifest.has_language_model else "see docs/runtime.md"
+    console.print(f"exported in {result.seconds:.1f} s; next: {answers.format(result.output)}", soft_wrap=True)
