@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -195,18 +196,24 @@ class VisionLanguagePipeline:
         yield texts
 
         running = list(range(len(job.rows)))
-        while running := _unfinished(job.rows, before := running):
+        while unfinished := [i for i in running if job.rows[i].finish_reason is None]:
             with watch.stage("decode"):
-                cache = cache.of_rows([before.index(i) for i in running])
-                tokens = [job.rows[i].token_ids[-1:] for i in running]
-                logits, cache = self._decoder.read(self._embedded(np.array(tokens, np.int64)), cache)
-                memory.store(np.append(memory.ids, tokens[0]), cache)
-                texts = [""] * len(job.rows)
-                for i, row_logits in zip(running, logits, strict=True):
-                    texts[i] = job.rows[i].step(row_logits)
+                cache = cache.of_rows([running.index(i) for i in unfinished])
+                running = unfinished
+                texts, cache = self._next_token(job, running, cache)
             yield texts
         watch.mark("total")
         return [_result(job, i, reused, cache) for i in range(len(job.rows))]
+
+    def _next_token(self, job: _Job, running: Sequence[int], cache: Cache) -> tuple[list[str], Cache]:
+        """Read the last token of every running row and choose the next; return the new text of all rows."""
+        tokens = np.array([job.rows[i].token_ids[-1:] for i in running], np.int64)
+        logits, cache = self._decoder.read(self._embedded(tokens), cache)
+        job.memory.store(np.append(job.memory.ids, tokens[0]), cache)
+        texts = [""] * len(job.rows)
+        for i, row_logits in zip(running, logits, strict=True):
+            texts[i] = job.rows[i].step(row_logits)
+        return texts, cache
 
     def _spliced(
         self, prompts: Sequence[TokenIds], images: Sequence[Sequence[EncodedImage]], reused: int
@@ -321,13 +328,13 @@ class Chat:
         added = _listed(images)
         messages = [*self.messages, *as_messages(prompt, len(added))]
         request: tuple[Images, Prompt] = ([*self._images, *added], messages)
-        job = self._pipeline._prepare([request], GenerationConfig(**options), self._memory)
+        job = self._pipeline._prepare([request], GenerationConfig(**options), copy(self._memory))
         return AnswerStream(self._turn(job, messages))
 
     def _turn(self, job: _Job, messages: list[Message]) -> Generator[list[str], None, list[Result]]:
         results = yield from self._pipeline._answer(job)
         self.messages = [*messages, _message("assistant", results[0].text)]
-        self._images = job.encoded[0]
+        self._images, self._memory = job.encoded[0], job.memory
         return results
 
 
@@ -341,7 +348,7 @@ class _Memory:
     def reusable(self, prompts: Sequence[TokenIds]) -> int:
         """Return how many tokens at the beginning of a prompt need not be read again; at least one is left to read.
 
-        Images are only ever appended to a conversation, so equal placeholders stand for equal images.
+        Images are only ever appended to the finished turns, so equal placeholders stand for equal images.
         """
         if self.cache is None:
             return 0
@@ -379,10 +386,6 @@ def _listed(images: Images) -> list[ImageSource]:
 
 def _message(role: str, text: str) -> Message:
     return {"role": role, "content": [{"type": "text", "text": text}]}
-
-
-def _unfinished(rows: Sequence[Row], candidates: Sequence[int]) -> list[int]:
-    return [i for i in candidates if rows[i].finish_reason is None]
 
 
 def _finished(steps: Generator[list[str], None, list[Result]]) -> list[Result]:

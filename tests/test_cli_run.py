@@ -117,6 +117,17 @@ def test_interactive_answers_line_by_line(package: Path, image: Path) -> None:
     assert f"{second.timings.reused_tokens} of them reused" in done.stderr
 
 
+def test_interactive_goes_on_after_a_refusal(package: Path, image: Path) -> None:
+    lines = f"a <image> in the text\n/image {image}\nWhat?\n/image missing.png\nAnd this?\nSure?\n"
+    done = shell([str(package), "--interactive", "--max-new-tokens", "6"], text=lines)
+    assert done.returncode == 1
+    assert done.stderr.count("error: ") == 2
+    with VisionLanguagePipeline.from_package(package) as pipeline:
+        chat = pipeline.chat()
+        texts = [chat.ask("What?", image, max_new_tokens=6).text, chat.ask("Sure?", max_new_tokens=6).text]
+    assert done.stdout == "".join(f"{text.lstrip()}\n" for text in texts)
+
+
 def shell(arguments: list[str], text: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     code = "from promprune.cli.run import main; main()"
     return subprocess.run(

@@ -144,10 +144,12 @@ def test_an_abandoned_turn_leaves_the_conversation_as_it_was(pipeline: Any) -> N
     with pytest.raises(ImageError):
         chat.ask("no such image", "missing.png")
     assert chat.messages == before
-    again = chat.ask("second", max_new_tokens=5)
+    again = chat.ask("abandoned", picture(3), max_new_tokens=5)
     fresh = pipeline.chat()
     fresh.ask("first", picture(1), max_new_tokens=5)
-    assert again.token_ids == fresh.ask("second", max_new_tokens=5).token_ids
+    expected = fresh.ask("abandoned", picture(3), max_new_tokens=5)
+    assert again.token_ids == expected.token_ids
+    assert again.timings.reused_tokens == expected.timings.reused_tokens  # nothing of the other picture's
 
 
 def test_encoded_images_are_reused(pipeline: Any) -> None:

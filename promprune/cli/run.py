@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
-from promprune.cli.common import console, option_type, print_json, run_command, version_callback
-from promprune.errors import ConfigError, OutputError
+from promprune.cli.common import EXIT_REFUSED, console, option_type, print_json, run_command, version_callback
+from promprune.errors import ConfigError, OutputError, PrompruneError
 from promprune.runtime.config import DEFAULT_NEW_TOKENS, GenerationConfig, RuntimeConfig
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from promprune.runtime import AnswerStream, Chat, Result, TokenSelection, VisionLanguagePipeline
+    from promprune.runtime import AnswerStream, Result, TokenSelection, VisionLanguagePipeline
 
 __all__ = ["main", "run"]
 
@@ -221,27 +222,28 @@ def _write(text: str) -> None:
 def _converse(
     pipeline: VisionLanguagePipeline, images: list[Path], question: str | None, options: dict[str, Any], *, stats: bool
 ) -> None:
-    """Ask and answer until the end of the input."""
-    chat = pipeline.chat()
-    pending: list[Path] = list(images)
-    console.print("[dim]one question per line; an empty line or Ctrl-D ends[/]")
-    while question := question if question is not None else _read_line():
-        _turn(pipeline, chat, question, pending, options, stats=stats)
-        pending, question = [], None
-
-
-def _turn(
-    pipeline: VisionLanguagePipeline,
-    chat: Chat,
-    question: str,
-    images: list[Path],
-    options: dict[str, Any],
-    *,
-    stats: bool,
-) -> None:
-    result = _print_answer(chat.stream(question, list(images), **options))
-    if stats:
-        _print_stats(pipeline, result, None)
+    """Ask and answer until the end of the input; what is refused is said, and the conversation goes on."""
+    chat, pending, failed = pipeline.chat(), list(images), False
+    console.print("[dim]one question per line; /image FILE adds an image; an empty line or Ctrl-D ends[/]")
+    while line := question if question is not None else _read_line():
+        question = None
+        if line.startswith("/image "):
+            pending.append(Path(line.removeprefix("/image ").strip()))
+            continue
+        try:
+            result = _print_answer(chat.stream(line, list(pending), **options))
+        except PrompruneError as error:
+            console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+            failed = True
+        except KeyboardInterrupt:  # of an answer; at the prompt it ends the command
+            _write("\n")
+            failed = True
+        else:
+            if stats:
+                _print_stats(pipeline, result, None)
+        pending = []
+    if failed and not sys.stdin.isatty():
+        raise typer.Exit(EXIT_REFUSED)
 
 
 def _read_line() -> str:
