@@ -71,7 +71,8 @@ def decoder_graph(model: AdaptedModel, *, opset: int) -> ir.Model:
     batch, length, past, layers = 2, 3, 4, text.num_hidden_layers
     dtype = next(model.language_model.parameters()).dtype
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    shape = (batch, text.num_key_value_heads, past, head_dim)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    shape = (batch, heads, past, head_dim)
     args = (
         torch.zeros(batch, length, text.hidden_size, dtype=dtype),
         torch.ones(batch, past + length, dtype=torch.int64),

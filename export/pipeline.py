@@ -14,10 +14,11 @@ from typing import Any, Final, Literal
 import msgspec
 import onnx_ir as ir
 import torch
+from PIL import Image
 
 from promprune._version import __version__
 from promprune.config import ExportConfig, SelectionConfig
-from promprune.errors import VerificationError
+from promprune.errors import UnsupportedModelError, VerificationError
 from promprune.export.checkpoint import EMBEDDED_MODEL, Checkpoint, load_checkpoint, selection_config
 from promprune.export.decoder_graph import decoder_graph, embed_tokens_graph
 from promprune.export.families import AdaptedModel
@@ -76,6 +77,7 @@ def export_package(config: ExportConfig, *, progress: Progress = NO_PROGRESS) ->
         with progress.step("load the model"):
             checkpoint = load_checkpoint(config.model)
             model = checkpoint.family.adapt(in_dtype(checkpoint.model, config.dtype))
+            check_image_size(checkpoint, model)
             selection = selection_record(config, checkpoint, model.geometry.num_tokens)
         graphs = write_graphs(folder, config, model, selection, progress)
         with progress.step("write tokenizer and configuration"):
@@ -102,6 +104,23 @@ def default_output(config: ExportConfig) -> Path:
 def in_dtype(model: Any, dtype: str) -> Any:
     """Return the model itself in fp32, or a copy in another dtype; the original stays the reference."""
     return model if dtype == "fp32" else copy.deepcopy(model).to(_TORCH_DTYPES[dtype])
+
+
+def check_image_size(checkpoint: Checkpoint, model: AdaptedModel) -> None:
+    """Refuse a model whose preprocessing makes images of another size than its vision tower takes.
+
+    Raises:
+        UnsupportedModelError: the sizes differ.
+    """
+    blank = Image.new("RGB", (64, 48))
+    values = checkpoint.processor.image_processor(images=[blank], return_tensors="np")["pixel_values"]
+    made, taken = tuple(values[0].shape[-2:]), (model.geometry.height, model.geometry.width)
+    if made != taken:
+        raise UnsupportedModelError(
+            f"the preprocessing of {checkpoint.source.model} makes images of {made[0]} x {made[1]} pixels",
+            expected=f"{taken[0]} x {taken[1]}, the size of its vision tower",
+            fix="set crop_size in its preprocessor_config.json",
+        )
 
 
 def selection_record(config: ExportConfig, checkpoint: Checkpoint, num_tokens: int) -> SelectionRecord:

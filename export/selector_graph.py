@@ -3,20 +3,23 @@
 The graph is authored node by node, not traced: milliseconds instead of minutes. What it computes is
 :func:`promprune.selection.select_tokens`, in float32 whatever the features' dtype, with the spectral entropy from
 matrix products (:mod:`promprune.entropy_table`) because neither ONNX nor TensorRT has an eigensolver.
+
+TensorRT must build it with TF32 off: the Gram matrix needs all 24 bits (docs/method.md has the measurement).
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from promprune._version import __version__
 from promprune.config import SelectionConfig
 from promprune.entropy_table import ENTROPY_TABLE
 from promprune.errors import ConfigError
+from promprune.export.graph_builder import Constant, GraphBuilder, floats, ints
 from promprune.prominence import NORM_FLOOR
 from promprune.selection import RESIDUAL_FLOOR
 
@@ -33,55 +36,17 @@ _ELEMENT_TYPES: dict[str, int] = {
 _IR_VERSION = 10
 _LOWEST = -3.0e38
 _TAKEN = 1.0e30
+_TINY = 1.0e-30
 # Mean variance of the unit tokens below which float32 cannot tell an image from a blank one.
 _BLANK_VARIANCE = 1e-6
 
 
-class _Graph:
-    """Collects nodes and constants; calling it appends one node and returns the name of its output."""
+class Sizes(NamedTuple):
+    """The constants of one graph: N tokens of D features in, T tokens out."""
 
-    def __init__(self, parent: _Graph | None = None) -> None:
-        self.nodes: list[onnx.NodeProto] = []
-        self.root: _Graph = parent.root if parent else self
-        self.initializers: dict[str, onnx.TensorProto] = {}
-        self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
-        self._count = 0
-
-    def __call__(self, op_type: str, *inputs: str | np.ndarray[Any, Any], **attributes: Any) -> str:
-        return self.many(op_type, *inputs, outputs=1, **attributes)[0]
-
-    def many(self, op_type: str, *inputs: str | np.ndarray[Any, Any], outputs: int, **attributes: Any) -> list[str]:
-        names = [x if isinstance(x, str) else self.constant(x) for x in inputs]
-        results = [self.root.fresh(op_type.lower()) for _ in range(outputs)]
-        self.nodes.append(helper.make_node(op_type, names, results, name=results[0], **attributes))
-        return results
-
-    def fresh(self, stem: str) -> str:
-        self._count += 1
-        return f"{stem}_{self._count}"
-
-    def constant(self, value: np.ndarray[Any, Any]) -> str:
-        """Name of an initializer of the outermost graph with this value; equal values share one."""
-        root = self.root
-        value = np.asarray(value)
-        key = (value.dtype.str, value.shape, value.tobytes())
-        if key not in root._constants:
-            name = root.fresh("constant")
-            root._constants[key] = name
-            root.initializers[name] = numpy_helper.from_array(value, name)
-        return root._constants[key]
-
-    def rename(self, name: str, public_name: str) -> None:
-        """Give a value its public name through an Identity."""
-        self.nodes.append(helper.make_node("Identity", [name], [public_name], name=f"output_{public_name}"))
-
-
-def _f(value: Any) -> np.ndarray[Any, Any]:
-    return np.asarray(value, np.float32)
-
-
-def _i(value: Any) -> np.ndarray[Any, Any]:
-    return np.asarray(value, np.int64)
+    tokens: int
+    hidden: int
+    keep: int
 
 
 def build_selector(
@@ -123,40 +88,33 @@ def build_selector(
     Raises:
         ConfigError: a size, dtype, opset or loop form is out of range.
     """
-    _check(num_tokens, hidden_size, keep_tokens, batch_size, dtype, opset, loop)
-    g = _Graph()
+    sizes = Sizes(num_tokens, hidden_size, keep_tokens)
+    _check(sizes, batch_size, dtype, opset, loop)
+    g = GraphBuilder()
     mask = "token_mask" if token_mask else None
     features = "image_features" if dtype == "float32" else g("Cast", "image_features", to=TensorProto.FLOAT)
-    kernel, is_zero = _cosine_kernel(g, features, mask, num_tokens)
-    score, is_bad = _saliency_score(g, mask)
-    entropy = _spectral_entropy(g, kernel, mask, num_tokens, hidden_size)
-    entropy = g("Where", is_bad, _f(np.nan), entropy)
+    kernel, squared = _cosine_kernel(g, features, mask, num_tokens)
+    entropy = g("Add", _spectral_entropy(g, kernel, mask, sizes), _nan_flag(g, mask))
     count = _saliency_count(g, entropy, keep_tokens, config)
-    salient = _saliency_stage(g, score, keep_tokens)
-    state = _token_state(g, is_zero, mask)
-    covering = _coverage_stage(g, kernel, state, salient, count, num_tokens, keep_tokens, loop)
-    indices, from_saliency = _slots(g, salient, covering, count, keep_tokens, config)
-    selected = g("GatherND", "image_features", g("Unsqueeze", indices, _i([2])), batch_dims=1)
-    for name, public in (
-        (selected, "selected_features"),
-        (indices, "token_indices"),
-        (from_saliency, "saliency_mask"),
-        (count, "saliency_count"),
-        (entropy, "spectral_entropy"),
-    ):
-        g.rename(name, public)
-    return _model(g, (num_tokens, hidden_size, keep_tokens), batch_size, dtype, opset, token_mask)
+    in_saliency = g("Less", ints([range(keep_tokens)]), count)
+    salient = _saliency_stage(g, mask, keep_tokens)
+    loss = _initial_loss(g, kernel, squared, mask, salient, in_saliency, num_tokens)
+    covering = _coverage_stage(g, kernel, loss, count, sizes, loop)
+    indices, saliency_mask = _slots(g, salient, covering, in_saliency, count, sizes, config)
+    g.rename(g("GatherND", "image_features", _column(g, indices), batch_dims=1), "selected_features")
+    g.rename(indices, "token_indices")
+    g.rename(saliency_mask, "saliency_mask")
+    g.rename(count, "saliency_count")
+    g.rename(entropy, "spectral_entropy")
+    return _model(g, sizes, batch_size, dtype, opset, token_mask)
 
 
-def _check(
-    num_tokens: int, hidden_size: int, keep_tokens: int, batch_size: int | str, dtype: str, opset: int, loop: str
-) -> None:
-    if num_tokens < 1 or hidden_size < 1:
-        raise ConfigError(
-            f"received num_tokens = {num_tokens}, hidden_size = {hidden_size}", expected="both at least 1"
-        )
-    if not 1 <= keep_tokens <= num_tokens:
-        raise ConfigError(f"received keep_tokens = {keep_tokens}", expected=f"1 to num_tokens = {num_tokens}")
+def _check(sizes: Sizes, batch_size: int | str, dtype: str, opset: int, loop: str) -> None:
+    n, d, t = sizes
+    if n < 1 or d < 1:
+        raise ConfigError(f"received num_tokens = {n}, hidden_size = {d}", expected="both at least 1")
+    if not 1 <= t <= n:
+        raise ConfigError(f"received keep_tokens = {t}", expected=f"1 to num_tokens = {n}")
     if batch_size != "batch" and not (isinstance(batch_size, int) and batch_size >= 1):
         raise ConfigError(f"received batch_size = {batch_size!r}", expected="a positive integer or 'batch'")
     if dtype not in _ELEMENT_TYPES:
@@ -167,231 +125,243 @@ def _check(
         raise ConfigError(f"received loop = {loop!r}", expected="'loop' or 'unrolled'")
 
 
-def _diagonal(g: _Graph, matrix: str, n: int) -> str:
+def _diagonal(g: GraphBuilder, matrix: str, n: int) -> str:
     """[B, n, n] -> [B, n]."""
-    flat = g("Reshape", matrix, _i([0, n * n]))
-    return g("Slice", flat, _i([0]), _i([n * n]), _i([1]), _i([n + 1]))
+    flat = g("Reshape", matrix, ints([0, n * n]))
+    return g("Slice", flat, ints([0]), ints([n * n]), ints([1]), ints([n + 1]))
 
 
-def _column(g: _Graph, vector: str) -> str:
-    return g("Unsqueeze", vector, _i([2]))
+def _column(g: GraphBuilder, vector: str) -> str:
+    return g("Unsqueeze", vector, ints([2]))
 
 
-def _row(g: _Graph, vector: str) -> str:
-    return g("Unsqueeze", vector, _i([1]))
+def _row(g: GraphBuilder, vector: str) -> str:
+    return g("Unsqueeze", vector, ints([1]))
 
 
-def _saliency_score(g: _Graph, mask: str | None) -> tuple[str, str]:
-    """Saliency with NaN, then padding, ranked last, [B, N]; and whether an image has any NaN, [B, 1] bool."""
-    is_nan = g("IsNaN", "saliency")
+def _nan_flag(g: GraphBuilder, mask: str | None) -> str:
+    """0 where the saliency of every token is finite, else NaN, [B, 1]."""
+    saliency = g("Where", mask, "saliency", floats(0)) if mask else "saliency"
+    return g("Mul", g("ReduceSum", saliency, ints([1]), keepdims=1), floats(0))
+
+
+def _saliency_stage(g: GraphBuilder, mask: str | None, keep_tokens: int) -> str:
+    """The T most salient tokens, most salient first, [B, T]; NaN, then padding, come last."""
+    score = g("Where", g("IsNaN", "saliency"), floats(_LOWEST / 2), "saliency")
     if mask:
-        is_nan = g("And", is_nan, mask)
-    score = g("Where", is_nan, _f(_LOWEST / 2), "saliency")
-    if mask:
-        score = g("Where", mask, score, _f(_LOWEST))
-    is_bad = g("ReduceMax", g("Cast", is_nan, to=TensorProto.FLOAT), _i([1]), keepdims=1)
-    return score, g("Greater", is_bad, _f(0.5))
+        score = g("Where", mask, score, floats(_LOWEST))
+    return g.many("TopK", score, ints([keep_tokens]), outputs=2, axis=1, largest=1, sorted=1)[1]
 
 
-def _token_state(g: _Graph, is_zero: str, mask: str | None) -> str:
-    """0 for a token with a direction, 1 for a zero vector, 2 for padding, [B, N]."""
-    state = g("Cast", is_zero, to=TensorProto.FLOAT)
-    return g("Where", mask, state, _f(2)) if mask else state
+def _cosine_kernel(g: GraphBuilder, features: str, mask: str | None, n: int) -> tuple[str, str]:
+    """Cosine similarity of every two tokens, [B, N, N], and the squared length of each, [B, N].
 
-
-def _cosine_kernel(g: _Graph, features: str, mask: str | None, n: int) -> tuple[str, str]:
-    """Cosine similarity of every two tokens, [B, N, N], and which tokens are zero vectors, [B, N] bool.
-
-    The lengths are the diagonal of the Gram matrix, so the features are read once and never written.
-    Padding counts as zero vectors.
+    The lengths are the diagonal of the Gram matrix, so the features are not normalised one by one. Zero vectors
+    and padding are similar to nothing.
     """
-    gram = g("MatMul", features, g("Transpose", features, perm=[0, 2, 1]))
+    gram = _gram(g, features, n)
     if mask:
-        both = g("And", _column(g, mask), _row(g, mask))
-        gram = g("Where", both, gram, _f(0))
+        gram = g("Where", g("And", _column(g, mask), _row(g, mask)), gram, floats(0))
     squared = _diagonal(g, gram, n)
-    is_zero = g("Less", squared, _f(NORM_FLOOR**2))
-    inverse = g("Where", is_zero, _f(0), g("Reciprocal", g("Sqrt", squared)))
-    kernel = g("Mul", g("Mul", gram, _column(g, inverse)), _row(g, inverse))
-    return kernel, is_zero
+    inverse = g("Reciprocal", g("Sqrt", squared))
+    inverse = g("Where", g("Less", squared, floats(NORM_FLOOR**2)), floats(0), inverse)
+    return g("Mul", g("Mul", gram, _column(g, inverse)), _row(g, inverse)), squared
 
 
-def _centred_kernel(g: _Graph, kernel: str, mask: str | None, n: int) -> tuple[str, np.ndarray[Any, Any] | str]:
-    """Gram matrix of the centred unit tokens, [B, N, N], and the number of tokens that are not padding.
+def _gram(g: GraphBuilder, features: str, n: int) -> str:
+    """features @ features^T, [B, N, N]; its lower left quarter is the upper right one mirrored, not computed."""
+    half = (n + 1) // 2
+    if half == n:
+        return g("MatMul", features, g("Transpose", features, perm=[0, 2, 1]))
+    upper, lower = g.many("Split", features, ints([half, n - half]), outputs=2, axis=1)
+    top = g("MatMul", upper, g("Transpose", features, perm=[0, 2, 1]))
+    corner = g("MatMul", lower, g("Transpose", lower, perm=[0, 2, 1]))
+    mirrored = g("Transpose", g("Slice", top, ints([half]), ints([n]), ints([2])), perm=[0, 2, 1])
+    return g("Concat", top, g("Concat", mirrored, corner, axis=2), axis=1)
 
-    Row 0 is subtracted first, so that the kernel of a blank image becomes exactly zero.
-    """
+
+def _centred_kernel(g: GraphBuilder, kernel: str, mask: str | None, n: int) -> tuple[str, Constant | str]:
+    """Gram matrix of the unit tokens less their mean, [B, N, N], and how many are not padding, [1 or B, 1]."""
     if mask is None:
-        shifted = g("Sub", kernel, g("Slice", kernel, _i([0]), _i([1]), _i([1])))
-        columns = g("Sub", shifted, g("ReduceMean", shifted, _i([1]), keepdims=1))
-        return g("Sub", columns, g("ReduceMean", columns, _i([2]), keepdims=1)), _f([[n]])
-    weight = g("Cast", mask, to=TensorProto.FLOAT)
-    tokens = g("ReduceSum", weight, _i([1]), keepdims=1)
-    share = g("Div", weight, g("Max", tokens, _f(1)))
-    columns = g("Sub", kernel, g("MatMul", _row(g, share), kernel))
-    rows = g("Sub", columns, g("MatMul", columns, _column(g, share)))
-    return g("Where", g("And", _column(g, mask), _row(g, mask)), rows, _f(0)), tokens
+        tokens: Constant | str = floats([[n]])
+        mean = g("ReduceMean", kernel, ints([2]), keepdims=1)
+        grand = g("ReduceMean", mean, ints([1]), keepdims=1)
+    else:
+        tokens = g("ReduceSum", g("Cast", mask, to=TensorProto.FLOAT), ints([1]), keepdims=1)
+        divisor = _column(g, g("Max", tokens, floats(1)))
+        mean = g("Div", g("ReduceSum", kernel, ints([2]), keepdims=1), divisor)
+        grand = g("Div", g("ReduceSum", mean, ints([1]), keepdims=1), divisor)
+    across = g("Reshape", g("Sub", mean, grand), ints([0, 1, n]))
+    centred = g("Sub", g("Sub", kernel, mean), across)
+    if mask:
+        centred = g("Where", g("And", _column(g, mask), _row(g, mask)), centred, floats(0))
+    return centred, tokens
 
 
-def _spectral_entropy(g: _Graph, kernel: str, mask: str | None, n: int, d: int) -> str:
-    """Normalised entropy of the spectrum of the centred kernel, [B, 1]; 1 for a blank image."""
-    centred, tokens = _centred_kernel(g, kernel, mask, n)
-    trace = g("ReduceSum", _diagonal(g, centred, n), _i([1]), keepdims=1)
-    square = g("MatMul", centred, centred)
-    # The Schatten-4 norm is at least the largest eigenvalue, so the spectrum over it lies in [0, 1].
-    squared_norm = g("ReduceSum", g("ReduceSumSquare", square, _i([2]), keepdims=0), _i([1]), keepdims=1)
-    norm = g("Max", g("Sqrt", g("Sqrt", squared_norm)), _f(1e-9))
-    chain = g("Mul", centred, _column(g, g("Div", _f(ENTROPY_TABLE.scale), norm)))
-    products = _inner_products(g, chain, n)
-    s = g("Div", norm, g("Max", trace, _f(1e-9)))
-    bracket = g("Mul", s, g("Add", products, _f(ENTROPY_TABLE.constant * n)))
-    total = g("Add", bracket, g("Add", g("Log", s), _f(ENTROPY_TABLE.linear)))
-    entropy = g("Div", g("Neg", total), _log_rank(g, tokens, d))
-    # Written so that NaN, which is neither less nor greater, stays NaN.
-    return g("Where", g("Less", trace, g("Mul", tokens, _f(_BLANK_VARIANCE))), _f(1), entropy)
+def _spectral_entropy(g: GraphBuilder, kernel: str, mask: str | None, sizes: Sizes) -> str:
+    """Normalised entropy of the spectrum of the centred kernel, [B, 1]; 1 for a blank image.
 
-
-def _log_rank(g: _Graph, tokens: np.ndarray[Any, Any] | str, d: int) -> np.ndarray[Any, Any] | str:
-    """ln min(N, D), at least ln 2."""
+    The formula is that of promprune.entropy_table.
+    """
+    centred, tokens = _centred_kernel(g, kernel, mask, sizes.tokens)
+    trace = g("ReduceSum", _diagonal(g, centred, sizes.tokens), ints([1]), keepdims=1)
+    squares = g("ReduceSumSquare", centred, ints([2]), keepdims=0)
+    norm = g("Sqrt", g("ReduceSum", squares, ints([1]), keepdims=1))
+    scale = g("Div", floats(ENTROPY_TABLE.multiplier**2 / 4), norm)
+    products = _inner_products(g, g("Mul", centred, _column(g, scale)), sizes.tokens)
+    share = g("Div", norm, trace)
+    p_ln_p = g("Add", g("Mul", share, products), g("Add", g("Log", share), floats(ENTROPY_TABLE.linear)))
     if isinstance(tokens, str):
-        return g("Log", g("Max", g("Min", tokens, _f(d)), _f(2)))
-    return _f(np.log(np.clip(np.minimum(tokens, d), 2, None)))
+        rank = g("Max", g("Min", tokens, floats(sizes.hidden)), floats(2))
+        entropy = g("Div", p_ln_p, g("Neg", g("Log", rank)))
+        blank = g("Mul", tokens, floats(_BLANK_VARIANCE))
+    else:
+        entropy = g("Div", p_ln_p, floats(-np.log(max(min(sizes.tokens, sizes.hidden), 2))))
+        blank = g.constant(floats(sizes.tokens * _BLANK_VARIANCE))
+    # A NaN trace is not below anything, so that the entropy stays NaN.
+    return g("Where", g("LessOrEqual", trace, blank), floats(1), entropy)
 
 
-def _inner_products(g: _Graph, first: str, n: int) -> str:
-    """sum over (i, j) of c_ij <V_i, V_j>, [B, 1]."""
+def _inner_products(g: GraphBuilder, first: str, n: int) -> str:
+    """sum over (i, j) of c_ij <V_i, V_j>, [B, 1], from V_0 [B, N, N]."""
+    index = np.arange(n)
+    identity = g("Cast", g("Equal", ints(index[:, None]), ints(index)), to=TensorProto.FLOAT)
+    multiple = g("Mul", identity, floats(ENTROPY_TABLE.multiplier))
     chain = [first]
-    for multiplier in ENTROPY_TABLE.multipliers:
-        diagonal = np.eye(n, dtype=np.float32) * np.float32(multiplier)
-        chain.append(g("MatMul", chain[-1], g("Sub", diagonal, chain[-1])))
-    stack = g("Concat", *(g("Unsqueeze", v, _i([2])) for v in chain), axis=2)
-    grams = g("MatMul", stack, g("Transpose", stack, perm=[0, 1, 3, 2]))
+    for _ in range(ENTROPY_TABLE.products):
+        chain.append(g("MatMul", chain[-1], g("Sub", multiple, chain[-1])))
+    stack = g("Reshape", g("Concat", *chain, axis=2), ints([0, n, len(chain), n]))
+    per_row = g("MatMul", stack, g("Transpose", stack, perm=[0, 1, 3, 2]))
     coefficients = np.zeros((len(chain), len(chain)), np.float32)
     for i, j, c in ENTROPY_TABLE.pairs:
         coefficients[i, j] = c
-    weighted = g("Mul", g("ReduceSum", grams, _i([1]), keepdims=0), coefficients)
-    return g("ReduceSum", g("ReduceSum", weighted, _i([2]), keepdims=0), _i([1]), keepdims=1)
+    # Summed over the rows first: two short sums lose less than a long one.
+    weighted = g("Mul", g("ReduceSum", per_row, ints([1]), keepdims=0), coefficients)
+    return g("ReduceSum", g("ReduceSum", weighted, ints([2]), keepdims=0), ints([1]), keepdims=1)
 
 
-def _saliency_count(g: _Graph, entropy: str, keep_tokens: int, config: SelectionConfig) -> str:
+def _saliency_count(g: GraphBuilder, entropy: str, keep_tokens: int, config: SelectionConfig) -> str:
     """T_sal, [B, 1] int64; T where the entropy is NaN."""
-    z = g("Clip", g("Div", g("Sub", entropy, _f(config.mu)), _f(config.tau)), _f(-20), _f(20))
+    z = g("Mul", g("Sub", floats(config.mu), entropy), floats(1 / config.tau))
     span = config.saliency_ratio_max - config.saliency_ratio_min
-    ratio = g("Add", _f(config.saliency_ratio_min), g("Mul", g("Sigmoid", g("Neg", z)), _f(span)))
-    count = g("Round", g("Mul", ratio, _f(keep_tokens)))
-    count = g("Where", g("IsNaN", entropy), _f(keep_tokens), g("Clip", count, _f(0), _f(keep_tokens)))
-    return g("Cast", count, to=TensorProto.INT64)
+    share = g("Mul", g("Sigmoid", z), floats(span * keep_tokens))
+    count = g("Round", g("Add", share, floats(config.saliency_ratio_min * keep_tokens)))
+    return g("Cast", g("Where", g("IsNaN", entropy), floats(keep_tokens), count), to=TensorProto.INT64)
 
 
-def _saliency_stage(g: _Graph, score: str, keep_tokens: int) -> str:
-    """The T most salient tokens, most salient first, [B, T]."""
-    return g.many("TopK", score, _i([keep_tokens]), outputs=2, axis=1, largest=1, sorted=1)[1]
-
-
-def _coverage_stage(
-    g: _Graph, kernel: str, state: str, salient: str, count: str, n: int, keep_tokens: int, loop: LoopForm
+def _initial_loss(
+    g: GraphBuilder, kernel: str, squared: str, mask: str | None, salient: str, in_saliency: str, n: int
 ) -> str:
-    """Greedy picks on the tokens that the saliency stage left, [B, steps].
+    """The loss 1 - d^2 of every token before the first pick of the coverage stage, [B, 1, N].
 
-    The loss l = 1 - d^2 is kept and the smallest is picked. ``state`` is its value before any pick: 0 for a token
-    to pick from, 1 for a zero vector, 2 for padding.
+    0 for a token to pick from, 1 for a zero vector, 2 for padding, huge for those of the saliency stage, and just
+    below 0 for the first pick: the token whose largest similarity to the saliency stage is least, or the first
+    token if that stage is empty.
     """
-    loss = _initial_loss(g, kernel, state, salient, count, keep_tokens)
-    if loop == "unrolled":
-        coordinates, picks = None, []
-        for _ in range(keep_tokens):
-            loss, coordinates, pick = _greedy_step(g, kernel, loss, coordinates, n)
-            picks.append(pick)
-        return g("Concat", *picks, axis=1)
-    # At least one step: the stacked picks of a Loop that never runs have no rank in ONNX Runtime.
-    steps = g("Max", g("Sub", _i(keep_tokens), g("ReduceMin", count, keepdims=0)), _i(1))
-    body = _Graph(parent=g)
-    next_loss, next_coordinates, pick = _greedy_step(body, kernel, "loss_in", "coordinates_in", n)
-    graph = _loop_body(body, next_loss, next_coordinates, pick)
-    start = g("Slice", g("Unsqueeze", loss, _i([1])), _i([0]), _i([0]), _i([1]))
-    true = np.asarray(True)
-    picks_by_step = g.many("Loop", steps, true, loss, start, outputs=3, body=graph)[2]
-    return g("Transpose", g("Squeeze", picks_by_step, _i([2])), perm=[1, 0])
+    loss = g("Cast", g("Less", squared, floats(NORM_FLOOR**2)), to=TensorProto.FLOAT)
+    if mask:
+        loss = g("Where", mask, loss, floats(2))
+    amounts = g("Where", in_saliency, floats(_TAKEN), floats(0))
+    loss = g("Add", loss, g("ScatterElements", g("Mul", loss, floats(0)), salient, amounts, axis=1))
+    is_salient = _row(g, g("Greater", loss, floats(_TAKEN / 2)))
+    overlap = g("ReduceMax", g("Where", is_salient, kernel, floats(-2)), ints([2]), keepdims=0)
+    first = g("ArgMin", g("Add", overlap, g("Mul", loss, floats(3))), axis=1, keepdims=1)
+    is_first = g("Equal", ints([range(n)]), first)
+    return _row(g, g("Where", is_first, floats(-_TINY), loss))
 
 
-def _initial_loss(g: _Graph, kernel: str, state: str, salient: str, count: str, keep_tokens: int) -> str:
-    """The loss before the first step; just below 0 for the first pick, huge for the tokens already taken.
+def _coverage_stage(g: GraphBuilder, kernel: str, loss: str, count: str, sizes: Sizes, loop: LoopForm) -> str:
+    """The picks of the coverage stage, [B, steps]: each step takes the token with the smallest loss."""
+    if loop == "loop":
+        return _coverage_loop(g, kernel, loss, count, sizes)
+    coordinates, picks = None, []
+    for _ in range(sizes.keep):
+        loss, new, pick = _greedy_step(g, kernel, loss, coordinates, sizes.tokens)
+        coordinates = g("Concat", coordinates, new, axis=1) if coordinates else new
+        picks.append(pick)
+    return g("Squeeze", g("Concat", *picks, axis=1), ints([2]))
 
-    The first pick is the token whose largest similarity to the saliency stage is least, or the first token if
-    that stage is empty.
+
+def _coverage_loop(g: GraphBuilder, kernel: str, loss: str, count: str, sizes: Sizes) -> str:
+    """As many steps as the image with the largest coverage stage needs, and at least one."""
+    steps = g("Max", g("Sub", ints(sizes.keep), g("ReduceMin", count, keepdims=0)), ints(1))
+    # Of constant shape, because TensorRT accepts no other loop-carried tensor.
+    coordinates = g("Add", g("Mul", loss, floats(0)), floats(np.zeros((1, sizes.keep, 1))))
+    zero = g("Mul", count, ints(0))
+    image = g("CumSum", g("Add", zero, ints(1)), ints(0), exclusive=1)
+    first_row = _row(g, g("Concat", image, zero, axis=1))
+    body = GraphBuilder(parent=g)
+    new_loss, new, pick = _greedy_step(body, kernel, "loss_in", "coordinates_in", sizes.tokens)
+    row = body("Add", first_row, body("Mul", "step", ints([[[0, 1]]])))
+    new_coordinates = body("ScatterND", "coordinates_in", row, new)
+    graph = _loop_body(body, new_loss, new_coordinates, pick)
+    picks = g.many("Loop", steps, np.asarray(True), loss, coordinates, outputs=3, body=graph)[2]
+    return g("Reshape", g("Transpose", picks, perm=[1, 0, 2, 3]), ints([0, -1]))
+
+
+def _greedy_step(g: GraphBuilder, kernel: str, loss: str, coordinates: str | None, n: int) -> tuple[str, str, str]:
+    """One pick: from the loss [B, 1, N] and the coordinates so far [B, t, N] to the loss, the coordinate of every
+    token along the newly picked direction [B, 1, N], and the pick [B, 1, 1].
+
+    Tokens within RESIDUAL_FLOOR of being spanned count as tied, and the lowest index wins.
     """
-    in_stage = g("Less", _i([range(keep_tokens)]), count)
-    zeros = g("Mul", state, _f(0))
-    taken = g("ScatterElements", zeros, salient, g("Cast", in_stage, to=TensorProto.FLOAT), axis=1)
-    is_taken = g("Greater", taken, _f(0.5))
-    loss = g("Where", is_taken, _f(_TAKEN), state)
-    overlap = g("ReduceMax", g("Where", _row(g, is_taken), kernel, _f(-2)), _i([2]), keepdims=0)
-    score = g("Where", g("Greater", loss, _f(0.5)), g("Add", loss, _f(2)), overlap)
-    first = g("ArgMin", score, axis=1, keepdims=1)
-    lowered = g("GatherElements", g("Sub", loss, _f(1e-30)), first, axis=1)
-    return g("ScatterElements", loss, first, lowered, axis=1)
-
-
-def _greedy_step(g: _Graph, kernel: str, loss: str, coordinates: str | None, n: int) -> tuple[str, str, str]:
-    """One pick: (loss [B, N], coordinates [B, t, N]) -> (loss, coordinates [B, t + 1, N], pick [B, 1])."""
-    spanned = g("And", g("Greater", loss, _f(1 - RESIDUAL_FLOOR)), g("Less", loss, _f(1.5)))
-    pick = g("ArgMin", g("Where", spanned, _f(1), loss), axis=1, keepdims=1)
-    residual = g("Sub", _f(1), g("GatherElements", loss, pick, axis=1))
-    scale = g("Reciprocal", g("Sqrt", g("Max", residual, _f(RESIDUAL_FLOOR))))
-    scale = g("Where", g("Less", residual, _f(RESIDUAL_FLOOR)), _f(0), scale)
+    spanned = g("Greater", loss, floats(1 - RESIDUAL_FLOOR))
+    key = g("Where", spanned, g("Round", loss), loss)
+    pick = g("ArgMin", key, axis=2, keepdims=1)
+    is_pick = g("Equal", ints(np.arange(n)[None, None]), pick)
+    residual = g("Sub", floats(1), g("ReduceMin", key, ints([2]), keepdims=1))
     new = g("GatherND", kernel, pick, batch_dims=1)
     if coordinates is not None:
-        by_token = g("Transpose", coordinates, perm=[0, 2, 1])
-        row = g("Unsqueeze", g("GatherND", by_token, pick, batch_dims=1), _i([1]))
-        new = g("Sub", new, g("Squeeze", g("MatMul", row, coordinates), _i([1])))
-    new = g("Mul", new, scale)
-    is_pick = g("Equal", _i([range(n)]), pick)
-    loss = g("Where", is_pick, _f(_TAKEN), g("Add", loss, g("Mul", new, new)))
-    new = g("Unsqueeze", new, _i([1]))
-    return loss, g("Concat", coordinates, new, axis=1) if coordinates else new, pick
+        one_hot = g("Cast", is_pick, to=TensorProto.FLOAT)
+        own = g("MatMul", one_hot, g("Transpose", coordinates, perm=[0, 2, 1]))
+        new = g("Sub", new, g("MatMul", own, coordinates))
+    new = g("Div", new, g("Sqrt", g("Max", residual, floats(RESIDUAL_FLOOR))))
+    loss = g("Where", is_pick, floats(_TAKEN), g("Add", loss, g("Mul", new, new)))
+    return loss, new, pick
+
+
+def _loop_body(body: GraphBuilder, loss: str, coordinates: str, pick: str) -> onnx.GraphProto:
+    """Wrap the nodes of one greedy step as the body of a Loop."""
+    value = helper.make_tensor_value_info
+    going = body("Identity", "going_in")
+    inputs = [
+        value("step", TensorProto.INT64, []),
+        value("going_in", TensorProto.BOOL, []),
+        value("loss_in", TensorProto.FLOAT, None),
+        value("coordinates_in", TensorProto.FLOAT, None),
+    ]
+    outputs = [
+        value(going, TensorProto.BOOL, []),
+        value(loss, TensorProto.FLOAT, None),
+        value(coordinates, TensorProto.FLOAT, None),
+        value(pick, TensorProto.INT64, None),
+    ]
+    return helper.make_graph(body.nodes, "greedy_step", inputs, outputs)
 
 
 def _slots(
-    g: _Graph, salient: str, covering: str, count: str, keep_tokens: int, config: SelectionConfig
+    g: GraphBuilder,
+    salient: str,
+    covering: str,
+    in_saliency: str,
+    count: str,
+    sizes: Sizes,
+    config: SelectionConfig,
 ) -> tuple[str, str]:
     """Indices and their stage, [B, T] each: slot t is salient[t] for t < T_sal, else covering[t - T_sal]."""
-    slot = _i([range(keep_tokens)])
-    from_saliency = g("Less", slot, count)
-    source = g("Where", from_saliency, slot, g("Sub", _i([range(keep_tokens, 2 * keep_tokens)]), count))
+    slot = np.arange(sizes.keep)[None]
+    source = g("Where", in_saliency, ints(slot), g("Sub", ints(slot + sizes.keep), count))
     indices = g("GatherElements", g("Concat", salient, covering, axis=1), source, axis=1)
     if config.order == "selection":
-        return indices, from_saliency
-    _, order = g.many(
-        "TopK", g("Cast", indices, to=TensorProto.FLOAT), _i([keep_tokens]), outputs=2, axis=1, largest=0, sorted=1
-    )
-    return g("GatherElements", indices, order, axis=1), g("GatherElements", from_saliency, order, axis=1)
-
-
-def _loop_body(body: _Graph, loss: str, coordinates: str, pick: str) -> onnx.GraphProto:
-    """Wrap the greedy step as the body of a Loop."""
-    value = helper.make_tensor_value_info
-    body.nodes.append(helper.make_node("Identity", ["going_in"], ["going_out"], name="going_out"))
-    return helper.make_graph(
-        body.nodes,
-        "greedy_step",
-        [
-            value("step", TensorProto.INT64, []),
-            value("going_in", TensorProto.BOOL, []),
-            value("loss_in", TensorProto.FLOAT, None),
-            value("coordinates_in", TensorProto.FLOAT, None),
-        ],
-        [
-            value("going_out", TensorProto.BOOL, []),
-            value(loss, TensorProto.FLOAT, None),
-            value(coordinates, TensorProto.FLOAT, None),
-            value(pick, TensorProto.INT64, None),
-        ],
-    )
+        return indices, in_saliency
+    key = g("Cast", indices, to=TensorProto.FLOAT)
+    order = g.many("TopK", key, ints([sizes.keep]), outputs=2, axis=1, largest=0, sorted=1)[1]
+    return g("GatherElements", indices, order, axis=1), g("GatherElements", in_saliency, order, axis=1)
 
 
 def _model(
-    g: _Graph,
-    sizes: tuple[int, int, int],
+    g: GraphBuilder,
+    sizes: Sizes,
     batch_size: int | str,
     dtype: str,
     opset: int,
@@ -411,7 +381,7 @@ def _model(
         value("saliency_count", TensorProto.INT64, [b, 1]),
         value("spectral_entropy", TensorProto.FLOAT, [b, 1]),
     ]
-    graph = helper.make_graph(g.nodes, "token_selector", inputs, outputs, list(g.initializers.values()))
+    graph = helper.make_graph(g.nodes, "token_selector", inputs, outputs, g.initializers)
     model = helper.make_model(
         graph,
         producer_name="promprune",

@@ -238,7 +238,7 @@ def check_answers(
 def torch_answer(checkpoint: Checkpoint, model: AdaptedModel, question: str, kept: Tensor) -> list[int]:
     """Answer with transformers, the image's placeholders filled with ``kept [T, D]``; returns the new token ids."""
     tokenizer = checkpoint.processor.tokenizer
-    text = checkpoint.processor.apply_chat_template(_messages(question), add_generation_prompt=True)
+    text = prompt_text(checkpoint, model, question)
     token = tokenizer.convert_ids_to_tokens(model.image_token_id)
     input_ids = tokenizer(text.replace(token, token * len(kept)), return_tensors="pt").input_ids
     embeds = model.embed_tokens(input_ids).clone()
@@ -251,6 +251,16 @@ def torch_answer(checkpoint: Checkpoint, model: AdaptedModel, question: str, kep
         pad_token_id=tokenizer.pad_token_id or 0,
     )
     return list(generated[0].tolist())
+
+
+def prompt_text(checkpoint: Checkpoint, model: AdaptedModel, question: str) -> str:
+    """Render one question about one image; a model without a chat template gets the prompt of LLaVA-1.5."""
+    processor = checkpoint.processor
+    if not (getattr(processor, "chat_template", None) or processor.tokenizer.chat_template):
+        return f"USER: {processor.tokenizer.convert_ids_to_tokens(model.image_token_id)}\n{question} ASSISTANT:"
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    messages = [{"role": "user", "content": content}]
+    return str(processor.apply_chat_template(messages, add_generation_prompt=True))
 
 
 def pixel_values_of(checkpoint: Checkpoint, samples: Sequence[Sample]) -> Tensor:
@@ -286,10 +296,6 @@ class _Decoder:
         logits, *present = _run(self.session, {**feeds, **self.cache})
         self.cache = {value.name: array for value, array in zip(self.past, present, strict=True)}
         return logits
-
-
-def _messages(question: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
 
 
 def _padded_ids(checkpoint: Checkpoint, questions: Sequence[str]) -> tuple[Tensor, Tensor]:

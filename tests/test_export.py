@@ -260,3 +260,20 @@ def test_a_vision_only_package_encodes_and_does_not_answer(tiny_llava: Path, tmp
         assert encoder.encode_image(Image.new("RGB", (70, 60), "teal")).image_features.shape == (4, 48)
     with pytest.raises(PackageError, match="exported with --vision-only"):
         VisionLanguagePipeline.from_package(result.output)
+
+
+def test_a_preprocessing_of_another_size_is_refused(tiny_llava: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(tiny_llava, tmp_path / "checkpoint"))
+    config = (checkpoint / "processor_config.json").read_text()
+    (checkpoint / "processor_config.json").write_text(config.replace("56", "42"))
+    with pytest.raises(UnsupportedModelError, match="images of 42 x 42 pixels; expected 56 x 56"):
+        export_package(ExportConfig(model=str(checkpoint), output=tmp_path / "out"))
+
+
+def test_without_a_chat_template_the_prompt_is_that_of_llava(tmp_path: Path) -> None:
+    checkpoint = save_tiny_llava(tmp_path / "checkpoint", tie_word_embeddings=True)
+    (checkpoint / "chat_template.jinja").unlink()
+    result = export_package(ExportConfig(model=str(checkpoint), ratio=0.25, output=tmp_path / "out"))
+    assert not (result.output / "chat_template.jinja").exists()
+    assert result.manifest.verification is not None
+    assert result.manifest.verification.passed
