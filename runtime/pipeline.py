@@ -18,7 +18,7 @@ from typing import Final, Self, TypeAlias, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from promprune.errors import BackendError, PromptError
+from promprune.errors import BackendError, PackageError, PromptError
 from promprune.package import read_manifest
 from promprune.runtime.config import DEFAULT_NEW_TOKENS, GenerationConfig, GenerationOptions, Provider, RuntimeConfig
 from promprune.runtime.decoder import Cache, Decoder
@@ -89,6 +89,12 @@ class VisionLanguagePipeline:
         )
         folder = Path(path)
         manifest = read_manifest(folder, check_weights=config.check_weights)
+        if not manifest.has_language_model:
+            raise PackageError(
+                f"{folder} holds the vision encoder only, and cannot answer",
+                expected="a package with a language model",
+                fix="use ImageEncoder for its visual tokens, or export without --vision-only",
+            )
         encoder = ImageEncoder(folder, manifest, open_vision_encoder(folder, manifest, config), config)
         prompts = PromptBuilder.from_package(folder, manifest)
         eos = eos_token_ids_of(read_json(folder / "generation_config.json"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,9 @@ import pytest
 from PIL import Image
 
 from promprune.cli import run as command
+from promprune.package import read_manifest
 from promprune.runtime import VisionLanguagePipeline
-from tests.fake_package import write_fake_package
+from tests.fake_package import rewrite_manifest, write_fake_package
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,29 @@ def test_kept_tokens_are_drawn_for_every_image(run: Any, package: Path, image: P
     assert done.code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept-2.png", "kept.png"]
     assert Image.open(target).size[0] == 896
+
+
+def test_kept_tokens_are_drawn_without_a_question(run: Any, package: Path, image: Path, tmp_path: Path) -> None:
+    target = tmp_path / "kept.png"
+    done = run(package, "-i", image, "--show-tokens", target)
+    assert (done.code, done.out) == (0, "")
+    assert "4 of 16 visual tokens" in done.err
+    report = json.loads(run(package, "-i", image, "--show-tokens", target, "--json").out)
+    assert report["selection"][0]["keep_tokens"] == 4
+    assert Image.open(target).size[0] == 896
+
+
+def test_a_package_without_language_model(run: Any, package: Path, image: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(package)
+    shutil.copytree(package, tmp_path / "vision")
+    for name in ("embed_tokens", "decoder_model_merged"):
+        (tmp_path / "vision" / "onnx" / f"{name}.onnx").unlink()
+    graphs = {"vision_encoder": manifest.graphs["vision_encoder"]}
+    rewrite_manifest(tmp_path / "vision", manifest, graphs=graphs)
+    done = run(tmp_path / "vision", "-i", image, "-p", "What?")
+    assert done.code == 1
+    assert "vision encoder only" in done.err
+    assert run(tmp_path / "vision", "-i", image, "--show-tokens", tmp_path / "kept.png").code == 0
 
 
 def test_sampling_options_reach_the_model(run: Any, package: Path, image: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -22,7 +23,7 @@ from promprune.runtime.config import DEFAULT_NEW_TOKENS, GenerationConfig, Runti
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from promprune.runtime import AnswerStream, Result, TokenSelection, VisionLanguagePipeline
+    from promprune.runtime import AnswerStream, ImageEncoder, Result, TokenSelection, VisionLanguagePipeline
 
 __all__ = ["main", "run"]
 
@@ -126,6 +127,8 @@ def run(
       promprune-run llava-0.12 -i photo.jpg -p "How many dogs?" --show-tokens kept.png --stats
 
       promprune-run llava-0.12 -i before.png -i after.png -p "What changed?" --json
+
+      promprune-run llava-0.12 -i photo.jpg --show-tokens kept.png     (only show, ask nothing)
     """
     warnings.filterwarnings("ignore", module="PIL")  # of damaged metadata; damaged pixels are errors
     images = image or []
@@ -139,13 +142,23 @@ def run(
         "seed": seed,
     }
     GenerationConfig(**options)  # refuse wrong options before a large model is loaded
-    question = _question(prompt, interactive=interactive, as_json=as_json)
+    question = _question(prompt, interactive=interactive, as_json=as_json, only_show=show_tokens is not None)
     if show_tokens is not None:
         _check_pictures(show_tokens, len(images), interactive=interactive)
+    from promprune.runtime import ImageEncoder, VisionLanguagePipeline
+
+    config = RuntimeConfig(
+        provider=provider,  # type: ignore[arg-type]  # it validates
+        num_threads=num_threads,
+        check_weights=check_weights,
+    )
+    if show_tokens is not None and question is None:
+        with ImageEncoder.from_package(package, **vars(config)) as encoder:
+            _show(encoder, package, images, show_tokens, as_json=as_json)
+        return
     started = time.perf_counter()
-    pipeline = _load(package, provider=provider, num_threads=num_threads, check_weights=check_weights)
-    load_ms = (time.perf_counter() - started) * 1000
-    with pipeline:
+    with VisionLanguagePipeline.from_package(package, **vars(config)) as pipeline:
+        load_ms = (time.perf_counter() - started) * 1000
         if console.is_terminal and not as_json:
             console.print(f"[dim]{_describe_package(pipeline)}[/]", soft_wrap=True)
         if interactive:
@@ -156,7 +169,7 @@ def run(
             console.print("[dim]no --image: answering from the text alone[/]")
         result = answer.result if as_json else _print_answer(answer)
         if show_tokens is not None:
-            _draw(pipeline, images, result, show_tokens, quiet=as_json)
+            _draw(pipeline.encoder, images, result.selection, show_tokens, quiet=as_json)
         if as_json:
             print_json(_report(pipeline, package, images, result, load_ms))
         elif stats:
@@ -168,29 +181,17 @@ def main() -> None:
     run_command(run)
 
 
-def _load(package: Path, *, provider: str, num_threads: int | None, check_weights: bool) -> VisionLanguagePipeline:
-    RuntimeConfig(provider=provider, num_threads=num_threads)  # type: ignore[arg-type]  # it validates
-    from promprune.runtime import VisionLanguagePipeline
-
-    return VisionLanguagePipeline.from_package(
-        package,
-        provider=provider,  # type: ignore[arg-type]  # validated above
-        num_threads=num_threads,
-        check_weights=check_weights,
-    )
-
-
 def _describe_package(pipeline: VisionLanguagePipeline) -> str:
     selection = pipeline.manifest.selection
     removed = f"removes {selection.ratio_removed:.1%}" if selection.ratio_removed else "no selection"
     return f"on {pipeline.device}; keeps {selection.keep_tokens} of {selection.num_tokens} visual tokens, {removed}"
 
 
-def _question(prompt: str | None, *, interactive: bool, as_json: bool) -> str | None:
+def _question(prompt: str | None, *, interactive: bool, as_json: bool, only_show: bool) -> str | None:
     if interactive and as_json:
         raise typer.BadParameter("received --json with --interactive; expected one of them")
-    if prompt is None and not interactive:
-        raise typer.BadParameter("received no --prompt; expected --prompt TEXT, or --interactive")
+    if prompt is None and not interactive and not only_show:
+        raise typer.BadParameter("received no --prompt; expected --prompt TEXT, --interactive or --show-tokens OUT.png")
     if prompt != "-":
         return prompt
     try:
@@ -313,16 +314,30 @@ def _check_pictures(output: Path, num_images: int, *, interactive: bool) -> None
         raise OutputError(f"{output} {reason}", expected="a file in an existing folder", fix="choose another name")
 
 
-def _draw(pipeline: VisionLanguagePipeline, images: list[Path], result: Result, output: Path, *, quiet: bool) -> None:
+def _show(encoder: ImageEncoder, package: Path, images: list[Path], output: Path, *, as_json: bool) -> None:
+    """Draw the kept tokens of images that nothing is asked about."""
+    selections = [encoder.encode_image(path).selection for path in images]
+    _draw(encoder, images, selections, output, quiet=as_json)
+    if as_json:
+        report = {"package": str(package), "images": [str(path) for path in images], "device": encoder.device}
+        print_json({**report, "selection": [selection.to_dict() for selection in selections]})
+        return
+    for path, selection in zip(images, selections, strict=True):
+        kept = f"{selection.keep_tokens} of {selection.num_tokens} visual tokens"
+        console.print(f"{escape(path.name)}: {kept}, {_describe(selection)}", soft_wrap=True)
+
+
+def _draw(
+    encoder: ImageEncoder, images: list[Path], selections: Sequence[TokenSelection], output: Path, *, quiet: bool
+) -> None:
     """Write one picture per image: OUT.png, OUT-2.png, ..."""
     from promprune.runtime import draw_kept_tokens
 
-    for number, (path, selection) in enumerate(zip(images, result.selection, strict=True), start=1):
-        crop = pipeline.encoder.view(path)
+    for number, (path, selection) in enumerate(zip(images, selections, strict=True), start=1):
         target = output if number == 1 else output.with_stem(f"{output.stem}-{number}")
-        _save(draw_kept_tokens(crop, selection, pipeline.manifest.image), target)
+        _save(draw_kept_tokens(encoder.view(path), selection, encoder.manifest.image), target)
         if not quiet:
-            console.print(f"[dim]kept tokens of {path.name}: {target}[/]", soft_wrap=True)
+            console.print(f"[dim]kept tokens of {escape(path.name)}: {escape(str(target))}[/]", soft_wrap=True)
 
 
 def _save(picture: Image, target: Path) -> None:
