@@ -12,12 +12,24 @@ from typing import Final, Literal, get_args
 
 from promprune.errors import ConfigError
 
-__all__ = ["DEFAULT_CHECK_IMAGES", "DTYPES", "Dtype", "ExportConfig", "SelectionConfig", "TokenOrder"]
+__all__ = [
+    "DEFAULT_CHECK_IMAGES",
+    "DTYPES",
+    "ENGINE_BACKENDS",
+    "Dtype",
+    "EngineBackend",
+    "EngineConfig",
+    "ExportConfig",
+    "SelectionConfig",
+    "TokenOrder",
+]
 
 TokenOrder = Literal["spatial", "selection"]
 Dtype = Literal["fp32", "fp16"]
+EngineBackend = Literal["tensorrt", "tensorrt-rtx"]
 
 DTYPES: Final = get_args(Dtype)
+ENGINE_BACKENDS: Final = get_args(EngineBackend)
 DEFAULT_CHECK_IMAGES: Final = 8  # rendered images that a package is verified on
 MIN_OPSET: Final = 18
 MAX_OPSET: Final = 23
@@ -125,3 +137,42 @@ class ExportConfig:
                 expected=f"1 to {num_tokens}, the visual tokens of one image of this model",
             )
         return self.keep_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What ``promprune-build`` is asked to do.
+
+    Attributes:
+        backend: ``"tensorrt"``, for the GPU of this machine; or ``"tensorrt-rtx"``, also for others.
+        targets: compute capabilities such as ``"sm89"``, or ``"current"``; one folder of engines each.
+        max_prompt_tokens: longest prompt, in tokens besides those of its first image.
+        max_new_tokens: longest answer, in tokens.
+        max_batch: most images of one vision run, and most rows of one decoder run.
+        workspace_mib: scratch memory one engine may use, in MiB; ``None``: all of the device's.
+        rebuild: build again what is up to date already.
+        keep_inspector_json: write what the builder made of every layer beside each engine; needs the target GPU.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    backend: EngineBackend = "tensorrt-rtx"
+    targets: tuple[str, ...] = ("current",)
+    max_prompt_tokens: int = 1024
+    max_new_tokens: int = 256
+    max_batch: int = 1
+    workspace_mib: int | None = None
+    rebuild: bool = False
+    keep_inspector_json: bool = False
+
+    def __post_init__(self) -> None:
+        if self.backend not in ENGINE_BACKENDS:
+            raise ConfigError(f"received backend = {self.backend!r}", expected="one of " + ", ".join(ENGINE_BACKENDS))
+        if not self.targets:
+            raise ConfigError("received no target", expected="at least one, such as sm89", fix="--target sm89,sm120")
+        for name in ("max_prompt_tokens", "max_new_tokens", "max_batch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"received {name} = {getattr(self, name)}", expected="at least 1")
+        if self.workspace_mib is not None and self.workspace_mib < 1:
+            raise ConfigError(f"received workspace_mib = {self.workspace_mib}", expected="at least 1")
