@@ -1,0 +1,375 @@
+"""Engines built from a package: where they lie, what identifies them, and how they are written and read.
+
+Layout, inside the package::
+
+    OUT/engines/<backend>-<target>/
+      engine.json                 described by :class:`EngineManifest`
+      <graph>.engine              one for every graph of the package
+      <graph>.layers.json         what the builder made of every layer, where asked for
+
+An engine runs on one kind of GPU, under one version of one tool, and only on the weights it was built from. All
+of that is its identity; an engine whose identity is not the wanted one is refused, with the difference. Nothing
+here needs torch, onnx or TensorRT.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import msgspec
+
+from promprune.config import EngineBackend, EngineConfig
+from promprune.errors import BackendError, ConfigError, OutputError, PackageError
+from promprune.package import (
+    DECODER,
+    EMBED_TOKENS,
+    VISION_ENCODER,
+    Count,
+    Digest,
+    Manifest,
+    Size,
+    TensorRecord,
+    _remove_partials_of_dead_processes,
+    sha256_of_file,
+)
+
+__all__ = [
+    "CURRENT",
+    "ENGINE_FILE",
+    "ENGINE_GRAPHS",
+    "EngineIdentity",
+    "EngineManifest",
+    "EngineOptions",
+    "EngineRecord",
+    "ProfileRecord",
+    "ShapeRange",
+    "current_target",
+    "difference",
+    "engine_folder",
+    "engine_platform",
+    "graph_digests",
+    "identity_of",
+    "parse_target",
+    "read_engines",
+    "write_engine_manifest",
+    "writing_engines",
+]
+
+ENGINE_SCHEMA_VERSION: Final = 1
+ENGINE_FILE: Final = "engine.json"
+ENGINE_GRAPHS: Final = (VISION_ENCODER, EMBED_TOKENS, DECODER)
+CURRENT: Final = "current"  # as a target: whatever GPU this machine has
+
+# Raised when the same settings begin to give another engine; engines of an older recipe are stale.
+RECIPE: Final = 1
+
+_MAX_BYTES: Final = 16 * 1024 * 1024
+_BUILD_AGAIN: Final = "run promprune-build with --rebuild"
+_CUDA_MAJOR, _CUDA_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+
+Dims = tuple[Size, ...]
+FileName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_]+\.engine$")]
+
+
+class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of the manifest's parts: immutable, and strict about unknown keys."""
+
+
+class ShapeRange(_Record, frozen=True):
+    """The shapes of one input that a profile serves."""
+
+    min: Dims
+    opt: Dims  # what the engine is tuned for
+    max: Dims
+
+
+class ProfileRecord(_Record, frozen=True):
+    """One optimisation profile; its index in the engine is its place in :attr:`EngineRecord.profiles`."""
+
+    name: str  # "any", "prefill" or "decode"
+    shapes: dict[str, ShapeRange]  # by input
+
+
+class EngineRecord(_Record, frozen=True):
+    """One engine, built from one graph of the package."""
+
+    file: FileName
+    size_bytes: Size
+    sha256: Digest
+    inputs: tuple[TensorRecord, ...]
+    outputs: tuple[TensorRecord, ...]
+    profiles: tuple[ProfileRecord, ...]
+    build_seconds: float
+
+
+class EngineOptions(_Record, frozen=True):
+    """The settings that shape an engine (see :class:`promprune.config.EngineConfig`)."""
+
+    max_prompt_tokens: Count
+    max_new_tokens: Count
+    max_batch: Count
+    workspace_mib: Count | None
+    layer_details: bool  # kept in the engine for the inspector
+    recipe: Count = RECIPE
+
+
+class EngineIdentity(_Record, frozen=True):
+    """What must be equal for a folder of engines to be the wanted one."""
+
+    backend: EngineBackend
+    tool_version: str
+    target: str  # "sm89"
+    platform: str  # "linux-x86_64"
+    graphs: dict[str, Digest]  # by graph: of its ONNX file and its weights
+    options: EngineOptions
+
+
+class EngineManifest(_Record, frozen=True):
+    """The content of ``engine.json``."""
+
+    schema_version: int
+    identity: EngineIdentity
+    engines: dict[str, EngineRecord]
+
+
+def engine_folder(package: Path, backend: str, target: str) -> Path:
+    """Return where the engines of a package for one target lie, built or not."""
+    return package / "engines" / f"{backend}-{target}"
+
+
+def engine_platform() -> str:
+    """Return operating system and processor, as ``linux-x86_64``; an engine does not leave them."""
+    return f"{sys.platform}-{platform.machine().lower().replace('amd64', 'x86_64')}"
+
+
+def graph_digests(manifest: Manifest) -> dict[str, str]:
+    """Return one SHA-256 for each graph engines are built of, over its ONNX file and weights as the manifest says."""
+    digests: dict[str, str] = {}
+    for name in ENGINE_GRAPHS:
+        if name not in manifest.graphs:
+            continue
+        file = manifest.graphs[name].file
+        parts = sorted(
+            (r.path, r.sha256) for r in manifest.files if r.path == file or r.path.startswith(f"{file}_data")
+        )
+        digests[name] = hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
+    return digests
+
+
+def identity_of(manifest: Manifest, config: EngineConfig, *, tool_version: str, target: str) -> EngineIdentity:
+    """Return the identity that engines of this package, built here with these settings, would have."""
+    return EngineIdentity(
+        backend=config.backend,
+        tool_version=tool_version,
+        target=target,
+        platform=engine_platform(),
+        graphs=graph_digests(manifest),
+        options=EngineOptions(
+            max_prompt_tokens=config.max_prompt_tokens,
+            max_new_tokens=config.max_new_tokens,
+            max_batch=config.max_batch,
+            workspace_mib=config.workspace_mib,
+            layer_details=config.keep_inspector_json,
+        ),
+    )
+
+
+def difference(found: EngineIdentity, wanted: EngineIdentity, *, options: bool = True) -> str | None:
+    """Say in words why engines are not the wanted ones; ``None`` when they are.
+
+    Args:
+        found: of the engines.
+        wanted: what they should be.
+        options: compare the settings as well; they matter to a build, not to a run.
+    """
+    if found.backend != wanted.backend:
+        return f"built by {found.backend}, not by {wanted.backend}"
+    if found.tool_version != wanted.tool_version:
+        return f"built by {found.backend} {found.tool_version}; this is {wanted.tool_version}"
+    if found.platform != wanted.platform:
+        return f"built for {found.platform}; this is {wanted.platform}"
+    if found.target != wanted.target:
+        return f"built for {found.target}, not for {wanted.target}"
+    for name in sorted(found.graphs.keys() | wanted.graphs.keys()):
+        if found.graphs.get(name) != wanted.graphs.get(name):
+            return f"built from another {name}.onnx or other weights than the package has"
+    return _options_difference(found.options, wanted.options) if options else None
+
+
+def _options_difference(found: EngineOptions, wanted: EngineOptions) -> str | None:
+    for field in EngineOptions.__struct_fields__:
+        old, new = getattr(found, field), getattr(wanted, field)
+        if old != new:
+            return f"built with {field} = {_shown(old)}, not {_shown(new)}"
+    return None
+
+
+def _shown(value: int | None) -> str:
+    return "unlimited" if value is None else str(value).lower()
+
+
+def read_engines(folder: Path, *, check_digests: bool = False) -> EngineManifest:
+    """Read and validate a folder of engines; every engine must be there with its recorded size.
+
+    Args:
+        folder: what :func:`engine_folder` returns.
+        check_digests: also compare the SHA-256 of every engine; reads them whole.
+
+    Raises:
+        PackageError: no engines there, another schema version, or one is missing or changed.
+    """
+    path = folder / ENGINE_FILE
+    manifest = _parse(path)
+    for name, record in manifest.engines.items():
+        file = folder / record.file
+        size_bytes = file.stat().st_size if file.is_file() else None
+        if size_bytes is None:
+            raise PackageError(f"{record.file} is missing from {folder}", fix=_BUILD_AGAIN)
+        changed = size_bytes != record.size_bytes or (check_digests and sha256_of_file(file) != record.sha256)
+        if changed or record.file != f"{name}.engine":
+            raise PackageError(
+                f"{record.file} in {folder} is not the engine that {ENGINE_FILE} lists", fix=_BUILD_AGAIN
+            )
+    return manifest
+
+
+def _parse(path: Path) -> EngineManifest:
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(_MAX_BYTES)
+    except OSError as error:
+        raise PackageError(
+            f"{path.parent} holds no engines ({error.strerror})", expected="a folder that promprune-build wrote"
+        ) from error
+    try:
+        version = msgspec.json.decode(content, type=_Versioned).schema_version
+        if version != ENGINE_SCHEMA_VERSION:
+            raise PackageError(
+                f"{path} has schema version {version}", expected=f"version {ENGINE_SCHEMA_VERSION}", fix=_BUILD_AGAIN
+            )
+        return msgspec.json.decode(content, type=EngineManifest)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise PackageError(f"{path} is not a valid engine manifest ({error})", fix=_BUILD_AGAIN) from error
+
+
+class _Versioned(msgspec.Struct):
+    schema_version: int
+
+
+def write_engine_manifest(folder: Path, identity: EngineIdentity, engines: dict[str, EngineRecord]) -> EngineManifest:
+    """Write ``engine.json`` into a folder of engines that is still being made."""
+    manifest = EngineManifest(schema_version=ENGINE_SCHEMA_VERSION, identity=identity, engines=engines)
+    content = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
+    (folder / ENGINE_FILE).write_bytes(content + b"\n")
+    return manifest
+
+
+@contextmanager
+def writing_engines(output: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``output`` that replaces ``output`` when the block succeeds.
+
+    When the block fails, or the process is killed, ``output`` is as it was. Of two builders of the same engines
+    the later one stays, whole.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _remove_partials_of_dead_processes(output)
+        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-{os.getpid()}-", dir=output.parent))
+    except OSError as error:
+        raise _unwritable(output, error) from error
+    try:
+        yield partial
+        partial.chmod(0o755)
+        _swap(partial, output)
+    except OSError as error:
+        raise _unwritable(output, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _swap(partial: Path, output: Path) -> None:
+    """Rename ``partial`` to ``output``; retried, because another builder may do the same at the same moment."""
+    old = partial.with_name(f"{partial.name}.old")
+    try:
+        while True:
+            try:
+                partial.rename(output)
+                return
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES) or not output.is_dir():
+                    raise
+            shutil.rmtree(old, ignore_errors=True)
+            try:
+                output.rename(old)
+            except FileNotFoundError:
+                continue
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _unwritable(output: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"{output} cannot be written ({error.strerror})", fix="free space there, or make the package writable"
+    )
+
+
+def parse_target(text: str) -> str:
+    """Return a target in its one spelling: ``sm89``, ``SM89``, ``8.9`` and ``89`` are ``"sm89"``.
+
+    Raises:
+        ConfigError: it is neither a compute capability nor ``current``.
+    """
+    cleaned = text.strip().lower()
+    match = re.fullmatch(r"(?:sm_?)?(\d{1,2})\.?(\d)", cleaned)
+    if match:
+        return f"sm{match[1]}{match[2]}"
+    if cleaned != CURRENT:
+        raise ConfigError(
+            f"received target {text!r}", expected="a compute capability such as sm89, or current", fix="--target sm89"
+        )
+    return cleaned
+
+
+def current_target() -> str:
+    """Return the compute capability of this machine's first CUDA device, as ``sm89``.
+
+    Raises:
+        BackendError: no driver, or no device.
+    """
+    try:
+        cuda: Any = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError as error:
+        raise _no_device("no NVIDIA driver is installed here") from error
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    failed = (
+        cuda.cuInit(0)
+        or cuda.cuDeviceGet(ctypes.byref(device), 0)
+        or cuda.cuDeviceGetAttribute(ctypes.byref(major), _CUDA_MAJOR, device)
+        or cuda.cuDeviceGetAttribute(ctypes.byref(minor), _CUDA_MINOR, device)
+    )
+    if failed:
+        raise _no_device(f"the driver finds none, CUDA error {failed}")
+    return f"sm{major.value}{minor.value}"
+
+
+def _no_device(reason: str) -> BackendError:
+    return BackendError(
+        f"this machine has no usable GPU ({reason})",
+        expected="an NVIDIA GPU with its driver, or a named target",
+        fix="run this where the GPU is, or build for it from here with --backend tensorrt-rtx --target sm89",
+    )
