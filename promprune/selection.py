@@ -69,7 +69,7 @@ def select_tokens(
     _check(image_features, saliency, keep_tokens, token_mask)
     valid = torch.ones_like(saliency, dtype=torch.bool) if token_mask is None else token_mask
     entropy = spectral_entropy(image_features[valid])
-    entropy = torch.where(saliency[valid].isnan().any(), entropy.new_tensor(torch.nan), entropy)
+    entropy = torch.where(saliency[valid].isfinite().all(), entropy, torch.nan)
     ratio = saliency_ratio(entropy, config)
     n_salient = int(saliency_count(ratio, keep_tokens))
 
