@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from promprune.runtime.config import GenerationConfig, RuntimeConfig
 from promprune.runtime.encoder import ImageEncoder
+from promprune.runtime.handoff import image_embeds_part
 from promprune.runtime.overlay import draw_kept_tokens
 from promprune.runtime.pipeline import AnswerStream, Chat, VisionLanguagePipeline
 from promprune.runtime.preprocess import load_image
@@ -30,5 +31,6 @@ __all__ = [
     "TokenSelection",
     "VisionLanguagePipeline",
     "draw_kept_tokens",
+    "image_embeds_part",
     "load_image",
 ]

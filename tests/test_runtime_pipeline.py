@@ -491,6 +491,7 @@ def test_public_names() -> None:
         "TokenSelection",
         "VisionLanguagePipeline",
         "draw_kept_tokens",
+        "image_embeds_part",
         "load_image",
     ]
 

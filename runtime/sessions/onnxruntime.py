@@ -115,6 +115,8 @@ def _load(path: Path, options: SessionOptions) -> ort.InferenceSession:
     wanted = _providers(options.provider)
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = options.num_threads or _usable_cpus()
+    # Threads that spin between operators take the processor from everybody else, and from our other sessions.
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     settings.log_severity_level = _FATAL
     ort.set_default_logger_severity(_FATAL)
     try:
