@@ -7,7 +7,7 @@ import ctypes
 import io
 import os
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -118,16 +118,24 @@ def _load(path: Path, options: SessionOptions) -> ort.InferenceSession:
     # Threads that spin between operators take the processor from everybody else, and from our other sessions.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     settings.log_severity_level = _FATAL
-    ort.set_default_logger_severity(_FATAL)
     try:
-        session = ort.InferenceSession(os.fspath(path), settings, providers=wanted, enable_fallback=0)
+        with _quiet() if _CUDA in wanted else contextlib.nullcontext():
+            session = ort.InferenceSession(os.fspath(path), settings, providers=wanted, enable_fallback=0)
     except Exception as error:  # as above: no common tree
         raise _failure(f"{path} cannot be loaded by ONNX Runtime", error) from error
-    finally:
-        ort.set_default_logger_severity(_WARNING)
     if options.provider == "cuda" and _CUDA not in session.get_providers():
         raise _no_cuda("its libraries do not load")
     return session
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep ORT from writing its own error lines when CUDA does not load; the session says which provider it got."""
+    ort.set_default_logger_severity(_FATAL)
+    try:
+        yield
+    finally:
+        ort.set_default_logger_severity(_WARNING)
 
 
 def _providers(provider: str) -> list[str]:
@@ -135,8 +143,8 @@ def _providers(provider: str) -> list[str]:
         return [_CPU]
     reason = _why_no_cuda()
     if reason is None:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
-            ort.preload_dlls()
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(OSError, RuntimeError):
+            ort.preload_dlls()  # prints what it does not find
         return [_CUDA, _CPU]
     if provider == "cuda":
         raise _no_cuda(reason)

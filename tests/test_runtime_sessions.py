@@ -1,0 +1,183 @@
+"""Sessions: checked inputs, tensors that stay on the device, and providers that do not load."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from promprune.errors import BackendError, ConfigError, PackageError
+from promprune.package import GraphRecord, TensorRecord
+from promprune.runtime.sessions import BACKENDS, SessionOptions, open_session
+from promprune.runtime.sessions import onnxruntime as backend
+from tests.fake_package import make_graph
+
+CPU = SessionOptions(provider="cpu", num_threads=1)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """a [n, 3] and b [n, 3] -> together [2n, 3] (on axis 0), and their sum."""
+    graph = make_graph(
+        {"a": ("float32", ["n", 3]), "b": ("float32", ["n", 3])},
+        {"together": ("float32", ["m", 3]), "sum": ("float32", ["n", 3])},
+        {},
+        ("Concat", "a b", "together", {"axis": 0}),
+        ("Add", "a b", "sum"),
+    )
+    onnx.save(graph, tmp_path / "graph.onnx")
+    return tmp_path / "graph.onnx"
+
+
+def ones(rows: int, columns: int = 3, dtype: Any = np.float32) -> np.ndarray:
+    return np.ones((rows, columns), dtype)
+
+
+def test_named_arrays_in_named_arrays_out(path: Path) -> None:
+    with open_session(path, CPU) as session:
+        assert session.device == "CPU"
+        assert str(session.inputs["a"]) == "float32[n, 3]"
+        outputs = session.run({"b": ones(2), "a": 2 * ones(2)})
+    assert list(outputs) == ["together", "sum"]
+    np.testing.assert_array_equal(outputs["sum"], 3 * ones(2))
+    np.testing.assert_array_equal(outputs["together"], [[2] * 3] * 2 + [[1] * 3] * 2)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"a": ones(2)}, r"inputs \['a'\]; expected \['a', 'b'\]"),
+        ({"a": ones(2), "b": ones(2), "c": ones(2)}, r"inputs \['a', 'b', 'c'\]"),
+        ({"a": ones(2), "b": ones(2, dtype=np.float64)}, r"b: float64\[2, 3\]; expected float32\[n, 3\]"),
+        ({"a": ones(2), "b": ones(2, 4)}, r"b: float32\[2, 4\]; expected float32\[n, 3\]"),
+        ({"a": ones(2), "b": ones(2)[0]}, r"b: float32\[3\]"),
+        ({"a": ones(2), "b": ones(3)}, r"b: float32\[3, 3\]; expected float32\[n, 3\] with {'n': 2}"),
+    ],
+)
+def test_inputs_are_checked_before_anything_runs(path: Path, inputs: dict, message: str) -> None:
+    with open_session(path, CPU) as session, pytest.raises(BackendError, match=message):
+        session.run(inputs)
+
+
+def test_what_is_kept_can_be_fed_again(path: Path) -> None:
+    with open_session(path, CPU) as session:
+        kept = session.run_keeping({"a": ones(1), "b": ones(1)}, keep=["together"])
+        assert (kept["together"].shape, kept["together"].dtype, kept["together"].nbytes) == ((2, 3), "float32", 24)
+        again = session.run_keeping({"a": kept["together"], "b": kept["together"]}, keep=["together"])
+        np.testing.assert_array_equal(again["sum"].numpy(), 2 * ones(2))
+        np.testing.assert_array_equal(kept["together"].numpy(), ones(2))
+
+
+def test_empty_and_strided_arrays(path: Path) -> None:
+    with open_session(path, CPU) as session:
+        assert session.run({"a": ones(0), "b": ones(0)})["together"].shape == (0, 3)
+        columns = np.arange(12, dtype=np.float32).reshape(3, 4).T[:2]
+        np.testing.assert_array_equal(session.run({"a": columns, "b": columns})["sum"], 2 * columns)
+
+
+def test_a_closed_session_says_so(path: Path) -> None:
+    with open_session(path, CPU) as session:
+        pass
+    with pytest.raises(BackendError, match="was closed"):
+        session.run({"a": ones(1), "b": ones(1)})
+
+
+def test_files_that_are_no_graph(tmp_path: Path) -> None:
+    (tmp_path / "x.onnx").write_bytes(b"no graph")
+    for name, message in (("x.onnx", "cannot be loaded"), ("y.onnx", "does not exist")):
+        with pytest.raises(BackendError, match=message) as caught:
+            open_session(tmp_path / name, CPU)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_failing_graph_is_typed(tmp_path: Path) -> None:
+    graph = make_graph(
+        {"i": ("int64", ["n"])}, {"row": ("float32", ["n", 3])}, {"t": ones(2)}, ("Gather", "t i", "row")
+    )
+    onnx.save(graph, tmp_path / "gather.onnx")
+    with open_session(tmp_path / "gather.onnx", CPU) as session:
+        with pytest.raises(BackendError, match=r"gather\.onnx failed while running") as caught:
+            session.run({"i": np.array([5])})
+        assert "\n" not in str(caught.value)
+        assert session.run({"i": np.array([1])})["row"].shape == (1, 3)
+
+
+def records(**changes: TensorRecord) -> GraphRecord:
+    tensors = {
+        "a": TensorRecord(name="a", dtype="float32", shape=("rows", 3)),
+        "b": TensorRecord(name="b", dtype="float32", shape=("n", 3)),
+        "together": TensorRecord(name="together", dtype="float32", shape=("m", 3)),
+        "sum": TensorRecord(name="sum", dtype="float32", shape=("n", 3)),
+        **changes,
+    }
+    values = list(tensors.values())
+    return GraphRecord(file="graph.onnx", inputs=tuple(values[:2]), outputs=tuple(values[2:]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"a": TensorRecord(name="a", dtype="float16", shape=("n", 3))}, r"input a: float32\[n, 3\].*float16"),
+        ({"a": TensorRecord(name="a", dtype="float32", shape=(2, 3))}, r"input a: float32\[n, 3\].*\[2, 3\]"),
+        ({"b": TensorRecord(name="c", dtype="float32", shape=("n", 3))}, "expected none, as the manifest says"),
+        ({"sum": TensorRecord(name="sum", dtype="float32", shape=("n", 4))}, "output sum"),
+        ({"sum": TensorRecord(name="total", dtype="float32", shape=("n", 3))}, "output sum"),
+    ],
+)
+def test_graphs_are_compared_with_their_records(path: Path, changes: dict, message: str) -> None:
+    with open_session(path, CPU) as session:
+        session.check_against(records(), path)
+        with pytest.raises(PackageError, match=message):
+            session.check_against(records(**changes), path)
+
+
+def test_an_unknown_backend() -> None:
+    with pytest.raises(ConfigError, match="onnxruntime"):
+        open_session(Path("x.onnx"), CPU, backend="abacus")
+    assert set(BACKENDS) == {"onnxruntime"}
+
+
+# CUDA that does not load
+
+
+def test_without_a_driver_auto_takes_the_cpu_and_cuda_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_why_no_cuda", lambda: "no NVIDIA driver")
+    with open_session(path, SessionOptions(provider="auto")) as session:
+        assert session.device == "CPU"
+    with pytest.raises(BackendError, match=r"no NVIDIA driver.*--provider cpu"):
+        open_session(path, SessionOptions(provider="cuda"))
+
+
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" not in onnxruntime.get_available_providers() or backend._why_no_cuda() is None,
+    reason="needs an ONNX Runtime built for CUDA on a machine that cannot load it",
+)
+def test_cuda_libraries_that_do_not_load_are_quiet(path: Path) -> None:
+    """As on a machine with a driver but without CUDA or cuDNN."""
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from promprune.errors import BackendError\n"
+        "from promprune.runtime.sessions import SessionOptions, onnxruntime as backend\n"
+        "backend._why_no_cuda = lambda: None\n"
+        "print(backend.open_session(Path(sys.argv[1]), SessionOptions(provider='auto')).device)\n"
+        "try: backend.open_session(Path(sys.argv[1]), SessionOptions(provider='cuda'))\n"
+        "except BackendError as error: print('do not load' in str(error))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    assert (done.stdout.split(), done.stderr) == (["CPU", "True"], "")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(backend._why_no_cuda() is not None, reason=f"no CUDA here: {backend._why_no_cuda()}")
+def test_cuda_keeps_tensors_on_the_device(path: Path) -> None:
+    with open_session(path, SessionOptions(provider="cuda")) as session:
+        assert session.device == "CUDA"
+        kept = session.run_keeping({"a": ones(1), "b": ones(1)}, keep=["together"])
+        again = session.run_keeping({"a": kept["together"], "b": kept["together"]}, keep=[])
+        np.testing.assert_array_equal(again["sum"].numpy(), 2 * ones(2))
