@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -240,6 +241,26 @@ def test_a_closed_pipe_is_no_traceback(package: Path, image: Path) -> None:
         process.stdout.close()
         assert "Traceback" not in process.stderr.read()
         assert process.wait() != 0
+
+
+def test_ctrl_c_is_one_line(package: Path) -> None:
+    code = "from promprune.cli.run import main; main()"
+    arguments = [sys.executable, "-c", code, str(package), "--interactive"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(arguments, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stderr is not None
+        assert "one question per line" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+        assert process.stderr.read() == "error: interrupted\n"
+
+
+def test_a_terminal_is_not_steered_by_the_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    command._write("a\x1b[31mb\x07\x9bc\n\td\r")
+    assert capsys.readouterr().out == "a\ufffd[31mb\ufffd\ufffdc\n\td\ufffd"
 
 
 def test_a_picture_that_cannot_be_written_is_one_line(
