@@ -1,0 +1,1 @@
+"""Making the embedded model: its architecture and files, its data, its training stages and its evaluation."""
