@@ -93,12 +93,12 @@ def build_selector(
     g = GraphBuilder()
     mask = "token_mask" if token_mask else None
     features = "image_features" if dtype == "float32" else g("Cast", "image_features", to=TensorProto.FLOAT)
-    kernel, squared = _cosine_kernel(g, features, mask, num_tokens)
+    kernel, is_zero = _cosine_kernel(g, features, mask, num_tokens)
     entropy = g("Add", _spectral_entropy(g, kernel, mask, sizes), _nan_flag(g, mask))
     count = _saliency_count(g, entropy, keep_tokens, config)
     in_saliency = g("Less", ints([range(keep_tokens)]), count)
     salient = _saliency_stage(g, mask, keep_tokens)
-    loss = _initial_loss(g, kernel, squared, mask, salient, in_saliency, num_tokens)
+    loss = _initial_loss(g, kernel, is_zero, mask, salient, in_saliency, num_tokens)
     covering = _coverage_stage(g, kernel, loss, count, sizes, loop)
     indices, saliency_mask = _slots(g, salient, covering, in_saliency, count, sizes, config)
     g.rename(g("GatherND", "image_features", _column(g, indices), batch_dims=1), "selected_features")
@@ -154,7 +154,7 @@ def _saliency_stage(g: GraphBuilder, mask: str | None, keep_tokens: int) -> str:
 
 
 def _cosine_kernel(g: GraphBuilder, features: str, mask: str | None, n: int) -> tuple[str, str]:
-    """Cosine similarity of every two tokens, [B, N, N], and the squared length of each, [B, N].
+    """Cosine similarity of every two tokens, [B, N, N], and which tokens are zero vectors, [B, N] bool.
 
     The lengths are the diagonal of the Gram matrix, so the features are not normalised one by one. Zero vectors
     and padding are similar to nothing.
@@ -163,9 +163,9 @@ def _cosine_kernel(g: GraphBuilder, features: str, mask: str | None, n: int) -> 
     if mask:
         gram = g("Where", g("And", _column(g, mask), _row(g, mask)), gram, floats(0))
     squared = _diagonal(g, gram, n)
-    inverse = g("Reciprocal", g("Sqrt", squared))
-    inverse = g("Where", g("Less", squared, floats(NORM_FLOOR**2)), floats(0), inverse)
-    return g("Mul", g("Mul", gram, _column(g, inverse)), _row(g, inverse)), squared
+    is_zero = g("Less", squared, floats(NORM_FLOOR**2))
+    inverse = g("Where", is_zero, floats(0), g("Reciprocal", g("Sqrt", squared)))
+    return g("Mul", g("Mul", gram, _column(g, inverse)), _row(g, inverse)), is_zero
 
 
 def _gram(g: GraphBuilder, features: str, n: int) -> str:
@@ -250,7 +250,7 @@ def _saliency_count(g: GraphBuilder, entropy: str, keep_tokens: int, config: Sel
 
 
 def _initial_loss(
-    g: GraphBuilder, kernel: str, squared: str, mask: str | None, salient: str, in_saliency: str, n: int
+    g: GraphBuilder, kernel: str, is_zero: str, mask: str | None, salient: str, in_saliency: str, n: int
 ) -> str:
     """The loss 1 - d^2 of every token before the first pick of the coverage stage, [B, 1, N].
 
@@ -258,7 +258,7 @@ def _initial_loss(
     below 0 for the first pick: the token whose largest similarity to the saliency stage is least, or the first
     token if that stage is empty.
     """
-    loss = g("Cast", g("Less", squared, floats(NORM_FLOOR**2)), to=TensorProto.FLOAT)
+    loss = g("Cast", is_zero, to=TensorProto.FLOAT)
     if mask:
         loss = g("Where", mask, loss, floats(2))
     amounts = g("Where", in_saliency, floats(_TAKEN), floats(0))
@@ -271,7 +271,7 @@ def _initial_loss(
 
 
 def _coverage_stage(g: GraphBuilder, kernel: str, loss: str, count: str, sizes: Sizes, loop: LoopForm) -> str:
-    """The picks of the coverage stage, [B, steps]: each step takes the token with the smallest loss."""
+    """The picks of the coverage stage, [B, T]: each step takes the token with the smallest loss."""
     if loop == "loop":
         return _coverage_loop(g, kernel, loss, count, sizes)
     coordinates, picks = None, []
@@ -283,20 +283,25 @@ def _coverage_stage(g: GraphBuilder, kernel: str, loss: str, count: str, sizes: 
 
 
 def _coverage_loop(g: GraphBuilder, kernel: str, loss: str, count: str, sizes: Sizes) -> str:
-    """As many steps as the image with the largest coverage stage needs, and at least one."""
+    """As many steps as the image with the largest coverage stage needs, and at least one.
+
+    Everything that goes around the loop keeps its shape, because TensorRT accepts nothing else: row t of the
+    coordinates [B, T, N] and of the picks [B, T, 1] is written by step t.
+    """
     steps = g("Max", g("Sub", ints(sizes.keep), g("ReduceMin", count, keepdims=0)), ints(1))
-    # Of constant shape, because TensorRT accepts no other loop-carried tensor.
-    coordinates = g("Add", g("Mul", loss, floats(0)), floats(np.zeros((1, sizes.keep, 1))))
+    coordinates = g("Mul", loss, floats(np.zeros((1, sizes.keep, 1))))
     zero = g("Mul", count, ints(0))
+    picks = g("Add", _column(g, zero), ints(np.zeros((1, sizes.keep, 1))))
     image = g("CumSum", g("Add", zero, ints(1)), ints(0), exclusive=1)
     first_row = _row(g, g("Concat", image, zero, axis=1))
     body = GraphBuilder(parent=g)
     new_loss, new, pick = _greedy_step(body, kernel, "loss_in", "coordinates_in", sizes.tokens)
     row = body("Add", first_row, body("Mul", "step", ints([[[0, 1]]])))
     new_coordinates = body("ScatterND", "coordinates_in", row, new)
-    graph = _loop_body(body, new_loss, new_coordinates, pick)
-    picks = g.many("Loop", steps, np.asarray(True), loss, coordinates, outputs=3, body=graph)[2]
-    return g("Reshape", g("Transpose", picks, perm=[1, 0, 2, 3]), ints([0, -1]))
+    new_picks = body("ScatterND", "picks_in", row, pick)
+    graph = _loop_body(body, [new_loss, new_coordinates, new_picks])
+    carried = g.many("Loop", steps, np.asarray(True), loss, coordinates, picks, outputs=3, body=graph)
+    return g("Squeeze", carried[2], ints([2]))
 
 
 def _greedy_step(g: GraphBuilder, kernel: str, loss: str, coordinates: str | None, n: int) -> tuple[str, str, str]:
@@ -320,22 +325,17 @@ def _greedy_step(g: GraphBuilder, kernel: str, loss: str, coordinates: str | Non
     return loss, new, pick
 
 
-def _loop_body(body: GraphBuilder, loss: str, coordinates: str, pick: str) -> onnx.GraphProto:
+def _loop_body(body: GraphBuilder, carried: list[str]) -> onnx.GraphProto:
     """Wrap the nodes of one greedy step as the body of a Loop."""
     value = helper.make_tensor_value_info
+    types = (TensorProto.FLOAT, TensorProto.FLOAT, TensorProto.INT64)
     going = body("Identity", "going_in")
-    inputs = [
-        value("step", TensorProto.INT64, []),
-        value("going_in", TensorProto.BOOL, []),
-        value("loss_in", TensorProto.FLOAT, None),
-        value("coordinates_in", TensorProto.FLOAT, None),
-    ]
-    outputs = [
-        value(going, TensorProto.BOOL, []),
-        value(loss, TensorProto.FLOAT, None),
-        value(coordinates, TensorProto.FLOAT, None),
-        value(pick, TensorProto.INT64, None),
-    ]
+    inputs = [value("step", TensorProto.INT64, []), value("going_in", TensorProto.BOOL, [])]
+    for name, kind in zip(("loss_in", "coordinates_in", "picks_in"), types, strict=True):
+        inputs.append(value(name, kind, None))
+    outputs = [value(going, TensorProto.BOOL, [])]
+    for name, kind in zip(carried, types, strict=True):
+        outputs.append(value(name, kind, None))
     return helper.make_graph(body.nodes, "greedy_step", inputs, outputs)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linprog
+from scipy import optimize
 
 from promprune.entropy_table import EntropyTable
 
@@ -62,7 +62,7 @@ def fit(products: int, multiplier: float, x0: float, points: int = 800) -> Entro
     weighted = basis / scale / (x + x0)[:, None]
     target = x * np.log(x) / (x + x0)
     slack = -np.ones((len(x), 1))
-    solution = linprog(
+    solution = optimize.linprog(
         np.append(np.zeros(basis.shape[1]), 1.0),
         A_ub=np.block([[weighted, slack], [-weighted, slack]]),
         b_ub=np.concatenate([target, -target]),
