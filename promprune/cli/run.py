@@ -16,7 +16,15 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from promprune.cli.common import EXIT_REFUSED, console, option_type, print_json, run_command, version_callback
+from promprune.cli.common import (
+    EXIT_REFUSED,
+    console,
+    describe_selection,
+    option_type,
+    print_json,
+    run_command,
+    version_callback,
+)
 from promprune.errors import ConfigError, OutputError, PrompruneError
 from promprune.runtime.config import DEFAULT_NEW_TOKENS, GenerationConfig, RuntimeConfig
 
@@ -160,7 +168,7 @@ def run(
     with VisionLanguagePipeline.from_package(package, **vars(config)) as pipeline:
         load_ms = (time.perf_counter() - started) * 1000
         if console.is_terminal and not as_json:
-            console.print(f"[dim]{_describe_package(pipeline)}[/]", soft_wrap=True)
+            console.print(f"[dim]on {pipeline.device}; {describe_selection(pipeline.manifest)}[/]", soft_wrap=True)
         if interactive:
             _converse(pipeline, images, question, options, stats=stats)
             return
@@ -179,12 +187,6 @@ def run(
 def main() -> None:
     """Entry point of ``promprune-run``."""
     run_command(run)
-
-
-def _describe_package(pipeline: VisionLanguagePipeline) -> str:
-    selection = pipeline.manifest.selection
-    removed = f"removes {selection.ratio_removed:.1%}" if selection.ratio_removed else "no selection"
-    return f"on {pipeline.device}; keeps {selection.keep_tokens} of {selection.num_tokens} visual tokens, {removed}"
 
 
 def _question(prompt: str | None, *, interactive: bool, as_json: bool, only_show: bool) -> str | None:
