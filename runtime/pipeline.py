@@ -339,7 +339,7 @@ class Chat:
 
     def _turn(self, job: _Job, messages: list[Message]) -> Generator[list[str], None, list[Result]]:
         results = yield from self._pipeline._answer(job)
-        self.messages = [*messages, _message("assistant", results[0].text)]
+        self.messages = [*messages, _message("assistant", results[0].text.strip())]  # templates space it themselves
         self._images, self._memory = job.encoded[0], job.memory
         return results
 

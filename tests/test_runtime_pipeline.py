@@ -126,7 +126,7 @@ def test_a_conversation_equals_reading_everything_again(pipeline: Any) -> None:
         answer = chat.ask(text, added, max_new_tokens=6)
         assert answer.token_ids == pipeline.generate(images, messages, max_new_tokens=6).token_ids
         assert len(answer.selection) == len(images)
-        messages.append({"role": "assistant", "content": answer.text})
+        messages.append({"role": "assistant", "content": answer.text.strip()})
     assert [message["role"] for message in chat.messages] == ["system", *["user", "assistant"] * 4]
     assert answer.timings.reused_tokens > 20
     assert answer.timings.encoded_images == 0
