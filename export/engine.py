@@ -12,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -64,7 +66,7 @@ _DTYPES: Final[Mapping[str, str]] = {  # TensorRT's names -> numpy's
     "UINT8": "uint8",
     "BOOL": "bool",
 }
-_MEMORY_WORDS: Final = ("out of memory", "outofmemory", "bad_alloc", "insufficient memory", "memory allocation")
+_MEMORY_WORDS: Final = ("out of memory", "outofmemory", "bad_alloc", "cannot allocate", "resource temporarily unavailable")
 
 Report = Callable[[float, str], None]
 
@@ -358,15 +360,14 @@ def engine_from_onnx(
         _allow_decomposition(trt, network)
         settings = builder.create_builder_config()
         _configure(toolkit, builder, settings, profiles, target, workspace_mib, detailed)
-        monitor = _make_monitor(trt, report)
-        settings.progress_monitor = monitor
-        plan = builder.build_serialized_network(network, settings)
+        with _holding_signals() as pending:
+            settings.progress_monitor = monitor = _make_monitor(trt, report, pending)
+            plan = builder.build_serialized_network(network, settings)
     except MemoryError as error:
         raise _build_error(path, target, ["out of memory"]) from error
     except (TypeError, RuntimeError) as error:  # what the bindings make of a null pointer
         raise _build_error(path, target, [*log.errors, _first_line(error)]) from error
-    if monitor.interrupt is not None:
-        raise monitor.interrupt
+    del monitor  # alive until here: the builder does not keep it
     if plan is None:
         raise _build_error(path, target, log.errors)
     return plan
@@ -485,31 +486,30 @@ def _make_log(trt: Any) -> Any:
     return Log()
 
 
-def _make_monitor(trt: Any, report: Report) -> Any:
-    """Make a progress monitor that turns the builder's nested phases into one fraction, and stops on Ctrl-C."""
+def _make_monitor(trt: Any, report: Report, pending: list[int]) -> Any:
+    """Make a progress monitor that turns the builder's nested phases into one fraction.
+
+    It stops the builder at its next step once ``pending`` holds a signal.
+    """
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # as above
         def __init__(self) -> None:
             super().__init__()
             self.phases: dict[str, list[int]] = {}  # innermost last: steps done, steps in all
-            self.interrupt: BaseException | None = None
             self.furthest = 0.0
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            with self.guard():
-                self.phases[phase_name] = [0, max(num_steps, 1)]
-                self.tell()
+            self.phases[phase_name] = [0, max(num_steps, 1)]
+            self.tell()
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            with self.guard():
-                if phase_name in self.phases:
-                    self.phases[phase_name][0] = step + 1
-                self.tell()
-            return self.interrupt is None
+            if phase_name in self.phases:
+                self.phases[phase_name][0] = step + 1
+            self.tell()
+            return not pending
 
         def phase_finish(self, phase_name: str) -> None:
-            with self.guard():
-                self.phases.pop(phase_name, None)
+            self.phases.pop(phase_name, None)
 
         def tell(self) -> None:
             fraction = 0.0
@@ -518,15 +518,28 @@ def _make_monitor(trt: Any, report: Report) -> Any:
             self.furthest = max(self.furthest, fraction)
             report(self.furthest, next(reversed(self.phases), ""))
 
-        @contextlib.contextmanager
-        def guard(self) -> Iterator[None]:
-            """Keep an exception for later: the builder, which is C++, must not see it."""
-            try:
-                yield
-            except BaseException as error:
-                self.interrupt = self.interrupt or error
-
     return Monitor()
+
+
+@contextlib.contextmanager
+def _holding_signals() -> Iterator[list[int]]:
+    """Collect Ctrl-C and termination, and raise them when the block is left.
+
+    The builder is C++, and swallows whatever a signal raises while it calls back into Python.
+    """
+    pending: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield pending
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, frame: pending.append(number)) for number in numbers]
+    try:
+        yield pending
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler or signal.SIG_DFL)
+        if pending:
+            signal.raise_signal(pending[0])
 
 
 def _build_error(path: Path, target: str, messages: list[str]) -> BackendError:

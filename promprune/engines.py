@@ -239,9 +239,7 @@ def read_engines(folder: Path, *, check_digests: bool = False) -> EngineManifest
             raise PackageError(f"{record.file} is missing from {folder}", fix=_BUILD_AGAIN)
         changed = size_bytes != record.size_bytes or (check_digests and sha256_of_file(file) != record.sha256)
         if changed or record.file != f"{name}.engine":
-            raise PackageError(
-                f"{record.file} in {folder} is not the engine that {ENGINE_FILE} lists", fix=_BUILD_AGAIN
-            )
+            raise PackageError(f"{record.file} in {folder} was changed since it was built", fix=_BUILD_AGAIN)
     return manifest
 
 
