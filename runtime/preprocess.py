@@ -178,6 +178,8 @@ def load_image(source: str | Path | bytes | Image | Pixels) -> Image:
         return _decoded(source, "the image", upright=False)
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _opened(io.BytesIO(source), "the image", len(source))
+    if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
+        raise ImageError(f"{source[:100]} is an address", expected="a file", fix="download it first, or pass its bytes")
     if isinstance(source, (str, Path)):
         return _load_file(Path(source))
     raise ImageError(

@@ -210,6 +210,12 @@ def test_paths_that_are_no_file_are_refused(tmp_path: Path, name: str) -> None:
         load_image(str(tmp_path / name))
 
 
+@pytest.mark.parametrize("source", ["https://example.com/a.png", "data:image/png;base64,AAAA"])
+def test_addresses_are_not_fetched(source: str) -> None:
+    with pytest.raises(ImageError, match="download it first"):
+        load_image(source)
+
+
 @pytest.mark.parametrize(
     "source",
     [

@@ -9,6 +9,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -31,7 +32,7 @@ from promprune.runtime.config import DEFAULT_NEW_TOKENS, GenerationConfig, Runti
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from promprune.runtime import AnswerStream, ImageEncoder, Result, TokenSelection, VisionLanguagePipeline
+    from promprune.runtime import AnswerStream, Chat, ImageEncoder, Result, TokenSelection, VisionLanguagePipeline
 
 __all__ = ["main", "run"]
 
@@ -139,54 +140,84 @@ def run(
       promprune-run llava-0.12 -i photo.jpg --show-tokens kept.png     (only show, ask nothing)
     """
     warnings.filterwarnings("ignore", module="PIL")  # of damaged metadata; damaged pixels are errors
-    images = image or []
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "repetition_penalty": repetition_penalty,
-        "stop": tuple(stop or ()),
-        "seed": seed,
-    }
-    GenerationConfig(**options)  # refuse wrong options before a large model is loaded
-    question = _question(prompt, interactive=interactive, as_json=as_json, only_show=show_tokens is not None)
-    if show_tokens is not None:
-        _check_pictures(show_tokens, len(images), interactive=interactive)
-    from promprune.runtime import ImageEncoder, VisionLanguagePipeline
-
-    config = RuntimeConfig(
-        provider=provider,  # type: ignore[arg-type]  # it validates
-        num_threads=num_threads,
-        check_weights=check_weights,
+    asked = _Asked(
+        package=package,
+        images=image or [],
+        question=_question(prompt, interactive=interactive, as_json=as_json, only_show=show_tokens is not None),
+        generation=GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            stop=tuple(stop or ()),
+            seed=seed,
+        ),
+        loading=RuntimeConfig(
+            provider=provider,  # type: ignore[arg-type]  # it validates
+            num_threads=num_threads,
+            check_weights=check_weights,
+        ),
+        show_tokens=show_tokens,
+        stats=stats,
+        as_json=as_json,
     )
-    if show_tokens is not None and question is None:
-        with ImageEncoder.from_package(package, **vars(config)) as encoder:
-            _show(encoder, package, images, show_tokens, as_json=as_json)
-        return
-    started = time.perf_counter()
-    with VisionLanguagePipeline.from_package(package, **vars(config)) as pipeline:
-        load_ms = (time.perf_counter() - started) * 1000
-        if console.is_terminal and not as_json:
-            console.print(f"[dim]on {pipeline.device}; {describe_selection(pipeline.manifest)}[/]", soft_wrap=True)
-        if interactive:
-            _converse(pipeline, images, question, options, stats=stats)
-            return
-        answer = pipeline.stream(list(images), question or "", **options)
-        if not images and not as_json:
-            console.print("[dim]no --image: answering from the text alone[/]")
-        result = answer.result if as_json else _print_answer(answer)
-        if show_tokens is not None:
-            _draw(pipeline.encoder, images, result.selection, show_tokens, quiet=as_json)
-        if as_json:
-            print_json(_report(pipeline, package, images, result, load_ms))
-        elif stats:
-            _print_stats(pipeline, result, load_ms)
+    if show_tokens is not None:
+        _check_pictures(show_tokens, len(asked.images), interactive=interactive)
+    if interactive:
+        _converse(asked)
+    elif asked.question is None:
+        _show(asked)
+    else:
+        _answer(asked, asked.question)
 
 
 def main() -> None:
     """Entry point of ``promprune-run``."""
     run_command(run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """The command line, checked before a large model is loaded."""
+
+    package: Path
+    images: list[Path]
+    question: str | None
+    generation: GenerationConfig
+    loading: RuntimeConfig
+    show_tokens: Path | None
+    stats: bool
+    as_json: bool
+
+    def load(self) -> VisionLanguagePipeline:
+        from promprune.runtime import VisionLanguagePipeline
+
+        pipeline = VisionLanguagePipeline.from_package(self.package, **vars(self.loading))
+        if console.is_terminal and not self.as_json:
+            console.print(f"[dim]on {pipeline.device}; {describe_selection(pipeline.manifest)}[/]", soft_wrap=True)
+        return pipeline
+
+    def report(self, device: str) -> dict[str, Any]:
+        """What every JSON report says."""
+        return {"package": str(self.package), "images": [str(path) for path in self.images], "device": device}
+
+
+def _answer(asked: _Asked, question: str) -> None:
+    """Answer one question."""
+    started = time.perf_counter()
+    with asked.load() as pipeline:
+        load_ms = (time.perf_counter() - started) * 1000
+        answer = pipeline.stream(list(asked.images), question, **vars(asked.generation))
+        if not asked.images and not asked.as_json:
+            console.print("[dim]no --image: answering from the text alone[/]")
+        result = answer.result if asked.as_json else _print_answer(answer)
+        _draw(pipeline.encoder, asked, result.selection)
+        if asked.as_json:
+            model = {"model": pipeline.manifest.source.model, "load_ms": round(load_ms, 3)}
+            print_json({**result.to_dict(), **asked.report(pipeline.device), **model})
+        elif asked.stats:
+            _print_stats(pipeline.device, result, load_ms)
 
 
 def _question(prompt: str | None, *, interactive: bool, as_json: bool, only_show: bool) -> str | None:
@@ -222,31 +253,36 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _converse(
-    pipeline: VisionLanguagePipeline, images: list[Path], question: str | None, options: dict[str, Any], *, stats: bool
-) -> None:
+def _converse(asked: _Asked) -> None:
     """Ask and answer until the end of the input; what is refused is said, and the conversation goes on."""
-    chat, pending, failed = pipeline.chat(), list(images), False
-    console.print("[dim]one question per line; /image FILE adds an image; an empty line or Ctrl-D ends[/]")
-    while line := question if question is not None else _read_line():
-        question = None
-        if line.startswith("/image "):
-            pending.append(Path(line.removeprefix("/image ").strip()))
-            continue
-        try:
-            result = _print_answer(chat.stream(line, list(pending), **options))
-        except PrompruneError as error:
-            console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-            failed = True
-        except KeyboardInterrupt:  # of an answer; at the prompt it ends the command
-            _write("\n")
-            failed = True
-        else:
-            if stats:
-                _print_stats(pipeline, result, None)
-        pending = []
+    question, pending, failed = asked.question, list(asked.images), False
+    with asked.load() as pipeline:
+        chat = pipeline.chat()
+        console.print("[dim]one question per line; /image FILE adds an image; an empty line or Ctrl-D ends[/]")
+        while line := question if question is not None else _read_line():
+            question = None
+            if line.startswith("/image "):
+                pending.append(Path(line.removeprefix("/image ").strip()))
+                continue
+            failed |= not _turn(chat, line, pending, asked)
+            pending = []
     if failed and not sys.stdin.isatty():
         raise typer.Exit(EXIT_REFUSED)
+
+
+def _turn(chat: Chat, question: str, images: list[Path], asked: _Asked) -> bool:
+    """Answer one question of a conversation; return whether it was answered."""
+    try:
+        result = _print_answer(chat.stream(question, list(images), **vars(asked.generation)))
+    except PrompruneError as error:
+        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        return False
+    except KeyboardInterrupt:  # of an answer; at the prompt it ends the command
+        _write("\n")
+        return False
+    if asked.stats:
+        _print_stats(None, result, None)
+    return True
 
 
 def _read_line() -> str:
@@ -255,20 +291,7 @@ def _read_line() -> str:
     return sys.stdin.readline().strip()
 
 
-def _report(
-    pipeline: VisionLanguagePipeline, package: Path, images: list[Path], result: Result, load_ms: float
-) -> dict[str, Any]:
-    return {
-        **result.to_dict(),
-        "package": str(package),
-        "model": pipeline.manifest.source.model,
-        "images": [str(path) for path in images],
-        "device": pipeline.device,
-        "load_ms": round(load_ms, 3),
-    }
-
-
-def _print_stats(pipeline: VisionLanguagePipeline, result: Result, load_ms: float | None) -> None:
+def _print_stats(device: str | None, result: Result, load_ms: float | None) -> None:
     timings = result.timings
     rate = timings.decode_tokens_per_s
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -279,7 +302,7 @@ def _print_stats(pipeline: VisionLanguagePipeline, result: Result, load_ms: floa
         name = "visual tokens" if len(result.selection) == 1 else f"visual tokens, image {number}"
         table.add_row(name, f"{selection.keep_tokens} of {selection.num_tokens}", _describe(selection))
     if load_ms is not None:
-        table.add_row("load", f"{load_ms:.1f} ms", f"on {pipeline.device}")
+        table.add_row("load", f"{load_ms:.1f} ms", f"on {device}")
     table.add_row("preprocess", f"{timings.preprocess_ms + timings.prompt_ms:.1f} ms", "images and prompt")
     encoded = f"{timings.encoded_images} of {len(result.selection)} images encoded now"
     table.add_row("vision + selection", f"{timings.vision_ms:.1f} ms", encoded)
@@ -316,29 +339,32 @@ def _check_pictures(output: Path, num_images: int, *, interactive: bool) -> None
         raise OutputError(f"{output} {reason}", expected="a file in an existing folder", fix="choose another name")
 
 
-def _show(encoder: ImageEncoder, package: Path, images: list[Path], output: Path, *, as_json: bool) -> None:
+def _show(asked: _Asked) -> None:
     """Draw the kept tokens of images that nothing is asked about."""
-    selections = [encoder.encode_image(path).selection for path in images]
-    _draw(encoder, images, selections, output, quiet=as_json)
-    if as_json:
-        report = {"package": str(package), "images": [str(path) for path in images], "device": encoder.device}
-        print_json({**report, "selection": [selection.to_dict() for selection in selections]})
+    from promprune.runtime import ImageEncoder
+
+    with ImageEncoder.from_package(asked.package, **vars(asked.loading)) as encoder:
+        selections = [encoder.encode_image(path).selection for path in asked.images]
+        _draw(encoder, asked, selections)
+    if asked.as_json:
+        print_json({**asked.report(encoder.device), "selection": [selection.to_dict() for selection in selections]})
         return
-    for path, selection in zip(images, selections, strict=True):
+    for path, selection in zip(asked.images, selections, strict=True):
         kept = f"{selection.keep_tokens} of {selection.num_tokens} visual tokens"
         console.print(f"{escape(path.name)}: {kept}, {_describe(selection)}", soft_wrap=True)
 
 
-def _draw(
-    encoder: ImageEncoder, images: list[Path], selections: Sequence[TokenSelection], output: Path, *, quiet: bool
-) -> None:
-    """Write one picture per image: OUT.png, OUT-2.png, ..."""
+def _draw(encoder: ImageEncoder, asked: _Asked, selections: Sequence[TokenSelection]) -> None:
+    """Write one picture per image, if pictures were asked for: OUT.png, OUT-2.png, ..."""
+    output = asked.show_tokens
+    if output is None:
+        return
     from promprune.runtime import draw_kept_tokens
 
-    for number, (path, selection) in enumerate(zip(images, selections, strict=True), start=1):
+    for number, (path, selection) in enumerate(zip(asked.images, selections, strict=True), start=1):
         target = output if number == 1 else output.with_stem(f"{output.stem}-{number}")
         _save(draw_kept_tokens(encoder.view(path), selection, encoder.manifest.image), target)
-        if not quiet:
+        if not asked.as_json:
             console.print(f"[dim]kept tokens of {escape(path.name)}: {escape(str(target))}[/]", soft_wrap=True)
 
 
