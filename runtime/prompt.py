@@ -1,13 +1,17 @@
 """From messages to token ids: chat template, tokenizer, and one run of T placeholders per image.
 
 A message is ``{"role": "user", "content": TEXT}`` or ``{"role": ..., "content": [PART, ...]}`` with parts
-``{"type": "text", "text": TEXT}`` and ``{"type": "image"}``, as in Hugging Face chats. Text may not contain the
-image placeholder itself: it would stand for an image that is not there, so it is refused.
+``{"type": "text", "text": TEXT}`` and ``{"type": "image"}``, as in Hugging Face chats.
+
+Only the chat template writes special tokens. Text may not contain the image placeholder: it would stand for an
+image that is not there, so it is refused. Other special tokens in a text (``</s>``, ``<|im_end|>``) are read as the
+characters they are written with, so that a text cannot end its turn and begin another's.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -38,6 +42,11 @@ FALLBACK_TEMPLATE: Final = """\
 {%- for part in message.content if part.type == 'text' %}{{ part.text + ' ' }}{% endfor %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
+# Around special tokens in a text while the template has it: code points that are no characters, and never will be.
+_BEGIN_LITERAL: Final = "\ufdd0"
+_END_LITERAL: Final = "\ufdd1"
+_LITERAL: Final = re.compile(f"{_BEGIN_LITERAL}(.*?){_END_LITERAL}", re.DOTALL)
+_MARKS: Final = re.compile(f"[{_BEGIN_LITERAL}{_END_LITERAL}]")
 _MAX_RENDERED_CHARACTERS: Final = 8_000_000
 _SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _AGAIN: Final = "copy the package again, or export it again"
@@ -210,12 +219,30 @@ class PromptBuilder:
         """Tokenize; a template that writes the beginning-of-sequence token itself gets no second one."""
         bos = self._special_tokens.get("bos_token")
         add_special_tokens = not (bos and text.startswith(bos))
-        tokenizer = self.tokenizer
+        tokenizer, ids = self.tokenizer, list[int]()
         try:
-            ids = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            for number, piece in enumerate(_LITERAL.split(text)):  # every second piece is a special token to be spelt
+                if number % 2:
+                    ids += self._spelling_tokenizer.encode(piece, add_special_tokens=False).ids
+                elif piece or number == 0:
+                    plain = _MARKS.sub("", piece)
+                    ids += tokenizer.encode(plain, add_special_tokens=add_special_tokens and number == 0).ids
         except Exception as error:  # the library raises bare Exceptions, and UnicodeEncodeError on lone surrogates
             raise PromptError(f"the prompt cannot be tokenized ({error})", expected="valid Unicode text") from error
         return np.array(ids, np.int64)
+
+    @cached_property
+    def _spelling_tokenizer(self) -> Tokenizer:
+        """The same tokenizer, without special tokens: it spells them."""
+        tokenizer = type(self.tokenizer).from_str(self.tokenizer.to_str())
+        tokenizer.encode_special_tokens = True
+        return tokenizer
+
+    @cached_property
+    def _special_in_text(self) -> re.Pattern[str]:
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        special = sorted((token.content for token in added if token.special and token.content), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, special)) or "(?!)")
 
     def _checked(self, message: Message) -> dict[str, Any]:
         """Return a message of plain strings, lists and dicts, with its content as a list of parts."""
@@ -240,7 +267,8 @@ class PromptBuilder:
                 expected="text without it",
                 fix="leave it out (the image is put in front of the text), or place {'type': 'image'} parts",
             )
-        return {"type": "text", "text": text}
+        text = _MARKS.sub("", text)
+        return {"type": "text", "text": self._special_in_text.sub(rf"{_BEGIN_LITERAL}\g<0>{_END_LITERAL}", text)}
 
 
 def as_messages(prompt: str | Sequence[Message], num_images: int) -> list[Message]:
