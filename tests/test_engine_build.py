@@ -1,0 +1,457 @@
+"""Engines built by the real TensorRT for RTX, whose builder needs no GPU; nothing of it is faked but its failures.
+
+Without a GPU an engine cannot be loaded again, so inputs and outputs are checked on the network the engine is built
+from, by every build; with one, they are checked on the engine too.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from promprune.config import EngineConfig
+from promprune.engines import current_target, engine_folder, read_engines
+from promprune.errors import BackendError, ConfigError, MissingDependencyError, PackageError
+from promprune.export import ExportResult
+from promprune.export import engine as engine_module
+from promprune.export.engine import Toolkit, build_engines, engine_from_onnx, load_toolkit, profiles_of
+from promprune.package import DECODER, GraphRecord, TensorRecord, read_manifest
+from tests.fake_package import FakeModel, make_graph, rewrite_manifest, write_fake_package
+
+trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed (Linux x86-64 only)")
+
+TARGETS = ("sm89", "sm120")
+
+
+@pytest.fixture(scope="module")
+def toolkit() -> Toolkit:
+    return load_toolkit("tensorrt-rtx")
+
+
+@pytest.fixture(scope="module")
+def fake_built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package of a few nodes with engines for sm89; not to be changed."""
+    folder = tmp_path_factory.mktemp("built") / "package"
+    write_fake_package(folder)
+    build_engines(folder, EngineConfig(targets=("sm89",)))
+    return folder
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Path:
+    write_fake_package(tmp_path / "package")
+    return tmp_path / "package"
+
+
+def copied(package: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(package, folder / package.name))
+
+
+def check_built(package: Path, results: tuple[Any, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    """Every graph has an engine for every target, as the manifest says; print what they cost."""
+    manifest = read_manifest(package)
+    assert [result.manifest.identity.target for result in results] == list(TARGETS)
+    for result in results:
+        found = read_engines(
+            engine_folder(package, "tensorrt-rtx", result.manifest.identity.target), check_digests=True
+        )
+        assert found == result.manifest
+        assert list(found.engines) == ["vision_encoder", "embed_tokens", "decoder_model_merged"]
+        for name, record in found.engines.items():
+            assert (record.inputs, record.outputs) == (manifest.graphs[name].inputs, manifest.graphs[name].outputs)
+            with capsys.disabled():
+                print(f"\n{package.name} {found.identity.target} {name}: ", end="")
+                print(f"{record.build_seconds:.1f} s, {record.size_bytes / 1e6:.1f} MB", end="")
+
+
+def test_a_llava_is_built_for_two_targets(
+    tiny_export: ExportResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = copied(tiny_export.output, tmp_path)
+    check_built(package, build_engines(package, EngineConfig(targets=TARGETS)), capsys)
+
+
+def test_the_embedded_model_is_built_for_two_targets(
+    embedded_export: ExportResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = copied(embedded_export.output, tmp_path)
+    check_built(package, build_engines(package, EngineConfig(targets=TARGETS, max_batch=4)), capsys)
+
+
+@pytest.mark.gpu
+def test_an_engine_of_this_gpu_can_be_loaded(fake: Path, toolkit: Toolkit) -> None:
+    try:
+        current_target()
+    except BackendError as error:
+        pytest.skip(str(error))
+    (result,) = build_engines(fake, EngineConfig(keep_inspector_json=True))
+    for name, record in result.manifest.engines.items():
+        content = (result.folder / record.file).read_bytes()
+        loaded = trt.Runtime(trt.Logger()).deserialize_cuda_engine(content)
+        names = {loaded.get_tensor_name(index) for index in range(loaded.num_io_tensors)}
+        assert names == {tensor.name for tensor in (*record.inputs, *record.outputs)}
+        assert (result.folder / f"{name}.layers.json").is_file()
+
+
+def test_the_profiles_lie_around_the_tokens_that_are_kept(fake: Path) -> None:
+    manifest = read_manifest(fake)  # T = 4, a context of 256
+    config = EngineConfig(max_prompt_tokens=100, max_new_tokens=50, max_batch=3)
+    prefill, decode = profiles_of(DECODER, manifest, config)
+    assert (prefill.name, decode.name) == ("prefill", "decode")
+    embeds, past = prefill.shapes["inputs_embeds"], prefill.shapes["past_key_values.0.key"]
+    assert (embeds.min, embeds.opt, embeds.max) == ((1, 1, 16), (1, 68, 16), (3, 104, 16))
+    assert (past.min[2], past.opt[2], past.max[2]) == (0, 0, 153)
+    mask = decode.shapes["attention_mask"]
+    assert decode.shapes["inputs_embeds"].max == (3, 1, 16)
+    assert (mask.min, mask.opt, mask.max) == ((1, 2), (1, 69), (3, 154))
+
+
+@pytest.mark.parametrize("context_length", [2, 5, 60, 256])
+@pytest.mark.parametrize("max_prompt_tokens", [1, 10, 10_000])
+def test_every_profile_is_in_order_and_inside_the_context(
+    fake: Path, context_length: int, max_prompt_tokens: int
+) -> None:
+    rewrite_manifest(fake, read_manifest(fake), context_length=context_length)
+    manifest = read_manifest(fake)
+    for name in manifest.graphs:
+        for profile in profiles_of(name, manifest, EngineConfig(max_prompt_tokens=max_prompt_tokens)):
+            for shape in profile.shapes.values():
+                assert all(a <= b <= c for a, b, c in zip(shape.min, shape.opt, shape.max, strict=True))
+            if "attention_mask" in profile.shapes:
+                assert profile.shapes["attention_mask"].max[1] <= context_length
+
+
+def test_an_unknown_dynamic_dimension_is_refused(fake: Path) -> None:
+    manifest = read_manifest(fake)
+    tensor = TensorRecord(name="pixel_values", dtype="float32", shape=("crops", 3))
+    graph = GraphRecord(file="onnx/vision_encoder.onnx", inputs=(tensor,), outputs=())
+    manifest.graphs["vision_encoder"] = graph
+    with pytest.raises(PackageError, match="dynamic dimension 'crops' in pixel_values"):
+        profiles_of("vision_encoder", manifest, EngineConfig())
+
+
+def test_engines_that_are_up_to_date_are_not_built_again(
+    fake_built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = copied(fake_built, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "engine_from_onnx", lambda *args, **kwargs: pytest.fail("built again"))
+        (result,) = build_engines(package, EngineConfig(targets=("sm89", "8.9")))
+    assert not result.built
+    before = read_engines(result.folder)
+    (again,) = build_engines(package, EngineConfig(targets=("sm89",), rebuild=True))
+    assert again.built
+    assert again.manifest.identity == before.identity
+
+
+def change_options(package: Path) -> EngineConfig:
+    del package
+    return EngineConfig(targets=("sm89",), max_batch=2)
+
+
+def change_weights(package: Path) -> EngineConfig:
+    manifest = read_manifest(package)
+    shutil.rmtree(package / "onnx")
+    for file in package.glob("*.json"):
+        file.unlink()
+    engines = package.parent / "engines"
+    shutil.move(package / "engines", engines)
+    shutil.rmtree(package)
+    write_fake_package(package, FakeModel(seed=1), tools=manifest.tools)
+    shutil.move(engines, package / "engines")
+    return EngineConfig(targets=("sm89",))
+
+
+def change_tool(package: Path) -> EngineConfig:
+    file = package / "engines" / "tensorrt-rtx-sm89" / "engine.json"
+    file.write_text(file.read_text().replace(trt.__version__, "0.9"))
+    return EngineConfig(targets=("sm89",))
+
+
+def damage_engine(package: Path) -> EngineConfig:
+    (package / "engines" / "tensorrt-rtx-sm89" / "embed_tokens.engine").write_bytes(b"")
+    return EngineConfig(targets=("sm89",))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (change_options, "are stale .built with max_batch = 1, not 2.*add --rebuild to replace them"),
+        (change_weights, "are stale .built from another decoder_model_merged.onnx or other weights"),
+        (change_tool, f"are stale .built by tensorrt-rtx 0.9; this is {trt.__version__}"),
+        (damage_engine, "embed_tokens.engine in .* was changed since it was built; run promprune-build with --rebuild"),
+    ],
+)
+def test_stale_engines_are_refused_with_the_reason(fake_built: Path, tmp_path: Path, change: Any, reason: str) -> None:
+    package = copied(fake_built, tmp_path)
+    config = change(package)
+    with pytest.raises(PackageError, match=reason):
+        build_engines(package, config)
+
+
+def test_weights_that_were_changed_are_not_built_from(tiny_export: ExportResult, tmp_path: Path) -> None:
+    package = copied(tiny_export.output, tmp_path)
+    file = package / "onnx" / "embed_tokens.onnx_data"
+    content = bytearray(file.read_bytes())
+    content[0] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(PackageError, match=r"embed_tokens.onnx_data .* was changed"):
+        build_engines(package, EngineConfig(targets=("sm89",)))
+    assert not engine_folder(package, "tensorrt-rtx", "sm89").exists()
+
+
+def replace_vision(package: Path, graph: onnx.ModelProto) -> None:
+    """Put another graph in the place of the vision encoder, with a manifest that knows."""
+    onnx.save(graph, package / "onnx" / "vision_encoder.onnx")
+    rewrite_manifest(package, read_manifest_unchecked(package))
+
+
+def read_manifest_unchecked(package: Path) -> Any:
+    from promprune.package import _parse_manifest
+
+    return _parse_manifest(package)
+
+
+def test_an_operator_it_does_not_know_is_named_with_its_node_and_file(fake: Path) -> None:
+    graph = onnx.load(fake / "onnx" / "vision_encoder.onnx")
+    graph.graph.node.append(helper.make_node("Det", ["W"], ["determinant"], name="/head/Det_3"))
+    replace_vision(fake, graph)
+    expected = r"onnx/vision_encoder.onnx has the node '/head/Det_3' \(Det\), which tensorrt_rtx .* cannot import"
+    with pytest.raises(BackendError, match=expected):
+        build_engines(fake, EngineConfig(targets=("sm89",)))
+
+
+def test_other_inputs_than_the_manifest_says_are_refused(fake: Path) -> None:
+    graph = make_graph(
+        {"pixel_values": ("float32", ["batch", 3, 8, 8])},
+        {"image_features": ("float32", ["batch", 3, 8, 8])},
+        {},
+        ("Relu", "pixel_values", "image_features"),
+    )
+    replace_vision(fake, graph)
+    with pytest.raises(
+        PackageError, match=r"input pixel_values: float32\[-1, 3, 8, 8\]; expected float32\[batch, 3, 32"
+    ):
+        build_engines(fake, EngineConfig(targets=("sm89",)))
+
+
+def test_a_file_that_is_no_graph_is_refused(fake: Path, toolkit: Toolkit) -> None:
+    graph = read_manifest(fake).graphs["embed_tokens"]
+    (fake / "garbage.onnx").write_bytes(b"garbage" * 99)
+    with pytest.raises(BackendError, match=r"garbage.onnx cannot be read .*Failed to parse the ONNX model"):
+        engine_from_onnx(toolkit, fake / "garbage.onnx", graph, profiles=(), target="sm89")
+
+
+def test_missing_weights_are_named(tiny_export: ExportResult, tmp_path: Path, toolkit: Toolkit) -> None:
+    file = Path(shutil.copy(tiny_export.output / "onnx" / "embed_tokens.onnx", tmp_path))
+    graph = tiny_export.manifest.graphs["embed_tokens"]
+    with pytest.raises(BackendError, match=r"cannot be read .*Failed to open file: .*embed_tokens.onnx_data"):
+        engine_from_onnx(toolkit, file, graph, profiles=(), target="sm89")
+
+
+def test_fp32_attention_is_decomposed(tmp_path: Path, toolkit: Toolkit) -> None:
+    """Opset 23 has an Attention operator, for which TensorRT has no kernel in fp32."""
+    shape = [1, 2, 8, 16]
+    values = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in "qkvy"}
+    node = helper.make_node("Attention", ["q", "k", "v"], ["y"], name="attention")
+    graph = helper.make_graph([node], "g", [values["q"], values["k"], values["v"]], [values["y"]])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)]), tmp_path / "a.onnx")
+    records = {name: TensorRecord(name=name, dtype="float32", shape=tuple(shape)) for name in "qkvy"}
+    record = GraphRecord(file="a.onnx", inputs=tuple(records[n] for n in "qkv"), outputs=(records["y"],))
+    plan = engine_from_onnx(toolkit, tmp_path / "a.onnx", record, profiles=(), target="sm89")
+    assert memoryview(plan).nbytes > 1000
+
+
+def test_a_gpu_too_old_for_fp32_products_is_refused_with_the_operation(fake: Path) -> None:
+    with pytest.raises(BackendError, match=r"vision_encoder.onnx cannot be built for sm75 .*choose a newer target"):
+        build_engines(fake, EngineConfig(targets=("sm75",)))
+
+
+def test_an_unknown_target_is_refused_before_anything_is_built(fake: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"'sm90', which tensorrt-rtx .* does not know; expected one of .*sm89.*current"
+    ):
+        build_engines(fake, EngineConfig(targets=("sm89", "sm90")))
+    assert not (fake / "engines").exists()
+
+
+def test_tensorrt_builds_for_the_gpu_at_hand_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensorrt = Toolkit("tensorrt", SimpleNamespace(), "11.0")
+    monkeypatch.setattr(engine_module, "current_target", lambda: "sm90")
+    assert tensorrt.resolve("current") == tensorrt.resolve("sm90") == "sm90"
+    with pytest.raises(
+        ConfigError, match="received target 'sm89', but this machine has sm90; expected sm90 or current"
+    ):
+        tensorrt.resolve("sm89")
+
+
+def test_a_module_that_is_not_installed_is_answered_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises((MissingDependencyError, BackendError), match=r"pip install .*'promprune\[tensorrt\]'"):
+        load_toolkit("tensorrt")
+
+
+def test_a_module_that_does_not_load_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise OSError("libnvinfer.so.11: cannot open shared object file")
+
+    monkeypatch.setattr(engine_module.importlib, "import_module", broken)
+    with pytest.raises(BackendError, match=r"tensorrt is installed but does not load .libnvinfer.so.11: cannot open"):
+        load_toolkit("tensorrt")
+
+
+@contextmanager
+def failing_builder(toolkit: Toolkit, message: str | None, error: Exception | None = None) -> Iterator[Toolkit]:
+    """The real module, but the last step of a build fails as it does where memory or the driver are wanting."""
+
+    class Builder(trt.Builder):  # type: ignore[misc]
+        def build_serialized_network(self, network: Any, config: Any) -> None:
+            if error is not None:
+                raise error
+            if message is not None:
+                self.logger.log(trt.ILogger.ERROR, message)
+
+    members = {name: getattr(trt, name) for name in dir(trt) if not name.startswith("_")}
+    names = {"__name__": "tensorrt_rtx", "__version__": trt.__version__}
+    yield Toolkit(toolkit.backend, SimpleNamespace(**members | names | {"Builder": Builder}), toolkit.version)
+
+
+@pytest.mark.parametrize(
+    ("message", "error", "expected"),
+    [
+        ("Error Code 1: Myelin (Unexpected exception std::bad_alloc)", None, "ran out of memory .*--workspace-mib"),
+        ("Error Code 2: OutOfMemory (Requested size was 99 bytes.)", None, "ran out of memory"),
+        ("Cuda Runtime (cudaError 2: out of memory)", None, "ran out of memory"),
+        (None, MemoryError(), "ran out of memory"),
+        ("cudaError 35: CUDA driver version is insufficient", None, "driver here is missing or too old"),
+        ("Error Code 9: something else", None, "cannot be built for sm89 .Error Code 9: something else"),
+        (None, None, "the builder gave no reason"),
+        (None, RuntimeError("null pointer"), "cannot be built for sm89 .null pointer"),
+    ],
+)
+def test_failures_of_the_builder_are_one_clear_line(
+    fake: Path, toolkit: Toolkit, message: str | None, error: Exception | None, expected: str
+) -> None:
+    manifest = read_manifest(fake)
+    graph, path = manifest.graphs["embed_tokens"], fake / "onnx" / "embed_tokens.onnx"
+    profiles = profiles_of("embed_tokens", manifest, EngineConfig())
+    with failing_builder(toolkit, message, error) as failing, pytest.raises(BackendError, match=expected) as caught:
+        engine_from_onnx(failing, path, graph, profiles=profiles, target="sm89")
+    assert "\n" not in str(caught.value)
+    assert "embed_tokens.onnx" in str(caught.value)
+
+
+def test_progress_only_grows(fake: Path, toolkit: Toolkit) -> None:
+    manifest, told = read_manifest(fake), []
+    engine_from_onnx(
+        toolkit,
+        fake / "onnx" / "embed_tokens.onnx",
+        manifest.graphs["embed_tokens"],
+        profiles=profiles_of("embed_tokens", manifest, EngineConfig()),
+        target="sm89",
+        report=lambda fraction, phase: told.append((fraction, phase)),
+    )
+    fractions = [fraction for fraction, _ in told]
+    assert fractions == sorted(fractions)
+    assert 0 <= fractions[0] < fractions[-1] <= 1
+    assert any(phase == "Building engine" for _, phase in told)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_build_leaves_nothing(fake: Path, toolkit: Toolkit, number: signal.Signals) -> None:
+    class Progress:
+        @contextmanager
+        def building(self, description: str) -> Iterator[Any]:
+            yield lambda fraction, phase: sent or (sent.append(phase), os.kill(os.getpid(), number))
+
+    def terminate(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    sent: list[str] = []
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            build_engines(fake, EngineConfig(targets=("sm89",)), progress=Progress())
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert list((fake / "engines").iterdir()) == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_build_in_a_thread_works(fake: Path) -> None:
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.extend(build_engines(fake, EngineConfig(targets=("sm89",)))))
+    thread.start()
+    thread.join()
+    assert results[0].built
+
+
+def test_two_builders_at_a_time_do_not_clobber_each_other(fake: Path) -> None:
+    code = "from promprune.cli.build import main; main()"
+    command = [sys.executable, "-c", code, str(fake), "--target", "sm89", "--rebuild"]
+    builders = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    outcomes = [builder.communicate(timeout=120) for builder in builders]
+    assert [builder.returncode for builder in builders] == [0, 0], outcomes
+    read_engines(engine_folder(fake, "tensorrt-rtx", "sm89"), check_digests=True)
+    assert [path.name for path in (fake / "engines").iterdir()] == ["tensorrt-rtx-sm89"]
+
+
+def test_building_needs_neither_torch_nor_onnx(fake: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from promprune.config import EngineConfig\n"
+        "from promprune.export.engine import build_engines\n"
+        f"build_engines(Path({str(fake)!r}), EngineConfig(targets=('sm89',)))\n"
+        "print(sorted({'torch', 'transformers', 'onnx', 'onnxruntime'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_the_inspector_says_why_it_was_not_asked(fake: Path) -> None:
+    (result,) = build_engines(fake, EngineConfig(targets=("sm120",), keep_inspector_json=True))
+    layers = list(result.folder.glob("*.layers.json"))
+    assert layers or "can only be inspected on its own kind of GPU" in result.notes[0]
+    assert len(result.notes) <= 1
+
+
+def test_a_workspace_limit_reaches_the_builder(fake: Path, toolkit: Toolkit, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[tuple[Any, int]] = []
+    flags: list[bool] = []
+    original = engine_module._configure
+
+    def spy(toolkit: Toolkit, builder: Any, settings: Any, *rest: Any) -> None:
+        original(toolkit, builder, settings, *rest)
+        limits.append(settings.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE))
+        flags.append(settings.get_flag(trt.BuilderFlag.TF32))
+
+    monkeypatch.setattr(engine_module, "_configure", spy)
+    build_engines(fake, EngineConfig(targets=("sm89",), workspace_mib=64))
+    assert limits == [64 * 1024 * 1024] * 3
+    assert flags == [False] * 3
+
+
+def test_a_vision_only_package_has_one_engine(fake: Path) -> None:
+    manifest = read_manifest(fake)
+    for name in ("embed_tokens", DECODER):
+        (fake / "onnx" / f"{name}.onnx").unlink()
+    rewrite_manifest(fake, manifest, graphs={"vision_encoder": manifest.graphs["vision_encoder"]})
+    started = time.perf_counter()
+    (result,) = build_engines(fake, EngineConfig(targets=("sm89",)))
+    assert list(result.manifest.engines) == ["vision_encoder"]
+    assert 0 < result.seconds <= time.perf_counter() - started
+    assert np.isfinite(result.manifest.engines["vision_encoder"].build_seconds)
