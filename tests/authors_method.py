@@ -34,11 +34,13 @@ def authors_select(
     mu: float = 0.42,
     tau: float = 0.02,
     repeat_fault: bool = True,
+    first_token_seeds: bool = False,
 ) -> AuthorsSelection:
     """Select T tokens per image of ``features [B, N, D]`` by ``attention [B, N]``, in float32 (or float64).
 
     ``repeat_fault`` keeps the authors' clamp, which turns a picked token's minus infinity back into 0, so that a
-    token is picked again once every residual is 0; without it the picks stay distinct.
+    token is picked again once every residual is 0; without it the picks stay distinct. ``first_token_seeds`` starts
+    from token 0 if the saliency stage is empty: there every residual is 1, and rounding decides in their code.
     """
     x = features if features.dtype == torch.float64 else features.float()
     entropy = _entropy(x)
@@ -49,7 +51,8 @@ def authors_select(
     for b in range(len(x)):
         count = min(keep_tokens, max(0, int(torch.round(ratio[b] * keep_tokens).item())))
         salient = torch.topk(relevance[b], count, sorted=False).indices
-        picks.append(torch.cat([salient, _cover(x[b], salient, keep_tokens - count, repeat_fault)]))
+        covering = _cover(x[b], salient, keep_tokens - count, repeat_fault, first_token_seeds)
+        picks.append(torch.cat([salient, covering]))
         counts.append(count)
     indices = torch.stack(picks)
     kept = torch.stack([features[b, indices[b]] for b in range(len(x))])
@@ -68,7 +71,7 @@ def _entropy(x: Tensor) -> Tensor:
     return -(p * p.log()).sum(dim=-1) / math.log(p.shape[-1])
 
 
-def _cover(x: Tensor, salient: Tensor, count: int, repeat_fault: bool) -> Tensor:
+def _cover(x: Tensor, salient: Tensor, count: int, repeat_fault: bool, first_token_seeds: bool) -> Tensor:
     if count == 0:
         return salient[:0]
     left = torch.ones(len(x), dtype=torch.bool, device=x.device)
@@ -82,6 +85,8 @@ def _cover(x: Tensor, salient: Tensor, count: int, repeat_fault: bool) -> Tensor
     for i in range(count):
         if i == 0 and len(salient):
             j = torch.argmin((unit @ F.normalize(x[salient], dim=-1, eps=1e-6).T).amax(dim=1))
+        elif i == 0 and first_token_seeds:
+            j = torch.zeros((), dtype=torch.long, device=x.device)
         else:
             j = torch.argmax(residual)
         chosen[i] = j
