@@ -4,7 +4,7 @@
 
     from promprune.runtime import VisionLanguagePipeline
 
-    with VisionLanguagePipeline.from_package("llava-r0.12") as pipeline:
+    with VisionLanguagePipeline.from_package("llava-0.12") as pipeline:
         result = pipeline.generate("photo.jpg", "What is on the table?")
         print(result.text, result.timings.first_token_ms, result.selection[0].token_indices)
 """

@@ -2,7 +2,7 @@
 
 ::
 
-    with VisionLanguagePipeline.from_package("llava-r0.12") as pipeline:
+    with VisionLanguagePipeline.from_package("llava-0.12") as pipeline:
         print(pipeline.generate("photo.jpg", "What is on the table?").text)
 """
 
@@ -18,7 +18,7 @@ from typing import Final, Self, TypeAlias, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from promprune.errors import BackendError, PackageError, PromptError
+from promprune.errors import BackendError, PackageError
 from promprune.package import read_manifest
 from promprune.runtime.config import DEFAULT_NEW_TOKENS, GenerationConfig, GenerationOptions, Provider, RuntimeConfig
 from promprune.runtime.decoder import Cache, Decoder
@@ -405,8 +405,6 @@ def _finished(steps: Generator[list[str], None, list[Result]]) -> list[Result]:
 
 def _result(job: _Job, row: int, reused: int, cache: Cache) -> Result:
     watch, answer = job.watch, job.rows[row]
-    if answer.finish_reason is None:
-        raise PromptError("the answer is not finished")
     timings = Timings(
         preprocess_ms=watch["preprocess"],
         prompt_ms=watch["prompt"],
@@ -425,7 +423,7 @@ def _result(job: _Job, row: int, reused: int, cache: Cache) -> Result:
     return Result(
         text=answer.text,
         token_ids=tuple(answer.token_ids),
-        finish_reason=answer.finish_reason,
+        finish_reason=answer.finish_reason or "length",
         timings=timings,
         selection=tuple(image.selection for image in job.encoded[row]),
     )

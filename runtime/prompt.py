@@ -91,6 +91,8 @@ class PromptBuilder:
         """
         text = self.render(messages)
         ids = self._encoded(text)
+        if not len(ids):
+            raise PromptError("the prompt has no tokens", expected="at least one", fix="ask something")
         is_image = ids == self.image_token_id
         if int(is_image.sum()) != num_images:
             raise PromptError(

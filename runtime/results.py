@@ -95,7 +95,7 @@ class Timings:
         reused_tokens: those whose keys and values were still there from the turn before.
         new_tokens: tokens generated for this answer.
         encoded_images: images that went through the vision encoder; the others were encoded before.
-        kv_cache_bytes: keys and values held at the end.
+        kv_cache_bytes: keys and values held at the end, by the rows of a batch that ran longest.
     """
 
     preprocess_ms: float

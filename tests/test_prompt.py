@@ -123,6 +123,11 @@ def test_every_image_becomes_as_many_placeholders_as_are_kept(tmp_path: Path) ->
         assert [len(run) for run in runs if run] == [keep_tokens, keep_tokens]
 
 
+def test_a_prompt_without_tokens_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PromptError, match="no tokens"):
+        builder_of(make_folder(tmp_path / "p", "{# nothing #}")).build(CONVERSATIONS["text only"], 0)
+
+
 def test_adjacent_images_are_not_merged(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "p", "{% for p in messages[0].content if p.type == 'image' %}<image>{% endfor %}")
     assert builder_of(folder).build(CONVERSATIONS["adjacent images"], 2).tolist() == [3] * 8
