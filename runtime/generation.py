@@ -75,17 +75,15 @@ class TokenChooser:
 def probabilities_of(logits: npt.NDArray[np.float32], config: GenerationConfig) -> npt.NDArray[np.float64]:
     """Return the distribution that sampling draws from: temperature, then top-k, then top-p; float64 [vocabulary]."""
     scaled = (logits.astype(np.float64) - logits.max()) / config.temperature
-    order = np.argsort(-scaled, kind="stable")  # likeliest first; ties by id
-    if config.top_k:
-        order = order[: config.top_k]
-    weights = np.exp(scaled[order])
-    weights /= weights.sum()
+    probabilities = np.exp(scaled)
+    if 0 < config.top_k < logits.size:
+        probabilities[scaled < np.partition(scaled, -config.top_k)[-config.top_k]] = 0
+    probabilities /= probabilities.sum()
     if config.top_p < 1:
-        reached = np.cumsum(weights) - weights  # what the likelier ones add up to
-        weights = np.where(reached < config.top_p, weights, 0)
-        weights /= weights.sum()
-    probabilities = np.zeros(logits.size)
-    probabilities[order] = weights
+        order = np.argsort(-probabilities, kind="stable")  # likeliest first; ties by id
+        reached = np.cumsum(probabilities[order]) - probabilities[order]  # what the likelier ones add up to
+        probabilities[order[reached >= config.top_p]] = 0
+        probabilities /= probabilities.sum()
     return probabilities
 
 

@@ -140,7 +140,7 @@ def test_graphs_are_compared_with_their_records(path: Path, changes: dict, messa
 def test_an_unknown_backend() -> None:
     with pytest.raises(ConfigError, match="onnxruntime"):
         open_session(Path("x.onnx"), CPU, backend="abacus")
-    assert set(BACKENDS) == {"onnxruntime"}
+    assert "onnxruntime" in BACKENDS
 
 
 # CUDA that does not load
