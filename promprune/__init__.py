@@ -1,1 +1,45 @@
-"""PromPrune."""
+"""PromPrune's visual-token selection: the method, the exported package, settings and errors.
+
+``promprune.export`` writes packages, ``promprune.runtime`` runs them. What needs PyTorch is imported on first use::
+
+    import promprune
+
+    pruned = promprune.prune_tokens(image_features, saliency, keep_tokens=69)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from promprune._version import __version__
+from promprune.config import ExportConfig, SelectionConfig
+from promprune.errors import PrompruneError
+
+if TYPE_CHECKING:
+    from promprune.pruning import PrunedTokens, prune_tokens
+    from promprune.selection import Selection, select_tokens
+
+__all__ = [
+    "ExportConfig",
+    "PrompruneError",
+    "PrunedTokens",
+    "Selection",
+    "SelectionConfig",
+    "__version__",
+    "prune_tokens",
+    "select_tokens",
+]
+
+_HOME = {
+    "PrunedTokens": "promprune.pruning",
+    "Selection": "promprune.selection",
+    "prune_tokens": "promprune.pruning",
+    "select_tokens": "promprune.selection",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -150,3 +150,19 @@ sys.argv = ["promprune-run", "package", "--image", "image.png", "--prompt", "wha
 main()
 """
     assert '"text"' in python(run, cwd=tmp_path, **environment)
+
+
+def test_the_public_names_are_these() -> None:
+    assert promprune.__all__ == [
+        "ExportConfig",
+        "PrompruneError",
+        "PrunedTokens",
+        "Selection",
+        "SelectionConfig",
+        "__version__",
+        "prune_tokens",
+        "select_tokens",
+    ]
+    assert all(getattr(promprune, name) is not None for name in promprune.__all__)
+    with pytest.raises(AttributeError, match="surprise"):
+        _ = promprune.surprise
