@@ -77,7 +77,8 @@ class RuntimeConfig:
     """How a package is loaded.
 
     Attributes:
-        provider: ``"cpu"``, ``"cuda"``, or ``"auto"``: CUDA where it really loads, else the CPU.
+        backend: ``"onnxruntime"``, or another one of ``promprune.runtime.sessions.BACKENDS``.
+        provider: of ONNX Runtime: ``"cpu"``, ``"cuda"``, or ``"auto"``: CUDA where it really loads, else the CPU.
         num_threads: CPU threads of one operator; ``None``: as many as this process may use.
         check_weights: compare the SHA-256 of the weight files with the manifest; reads them whole.
         image_cache_size: encoded images kept for reuse, keyed by a digest of their pixels; 0 is off.
@@ -86,6 +87,7 @@ class RuntimeConfig:
         ConfigError: a value is out of its range.
     """
 
+    backend: str = "onnxruntime"
     provider: Provider = "auto"
     num_threads: int | None = None
     check_weights: bool = False

@@ -66,6 +66,7 @@ class ImageEncoder:
         cls,
         path: str | Path,
         *,
+        backend: str = _DEFAULTS.backend,
         provider: Provider = _DEFAULTS.provider,
         num_threads: int | None = _DEFAULTS.num_threads,
         check_weights: bool = _DEFAULTS.check_weights,
@@ -76,7 +77,11 @@ class ImageEncoder:
         Args and errors: as in :meth:`VisionLanguagePipeline.from_package`.
         """
         config = RuntimeConfig(
-            provider=provider, num_threads=num_threads, check_weights=check_weights, image_cache_size=image_cache_size
+            backend=backend,
+            provider=provider,
+            num_threads=num_threads,
+            check_weights=check_weights,
+            image_cache_size=image_cache_size,
         )
         folder = Path(path)
         manifest = read_manifest(folder, check_weights=config.check_weights)

@@ -75,7 +75,7 @@ class TokenChooser:
 def probabilities_of(logits: npt.NDArray[np.float32], config: GenerationConfig) -> npt.NDArray[np.float64]:
     """Return the distribution that sampling draws from: temperature, then top-k, then top-p; float64 [vocabulary]."""
     scaled = (logits.astype(np.float64) - logits.max()) / config.temperature
-    probabilities = np.exp(scaled)
+    probabilities: npt.NDArray[np.float64] = np.exp(scaled)
     if 0 < config.top_k < logits.size:
         probabilities[scaled < np.partition(scaled, -config.top_k)[-config.top_k]] = 0
     probabilities /= probabilities.sum()

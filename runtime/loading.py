@@ -25,7 +25,7 @@ def open_vision_encoder(folder: Path, manifest: Manifest, config: RuntimeConfig)
         PackageError: it is not what the manifest says.
         BackendError: it, or the provider that was asked for, cannot be loaded.
     """
-    session = _open(folder, manifest, VISION_ENCODER, _options(config))
+    session = _open(folder, manifest, VISION_ENCODER, config)
     selection, image = manifest.selection, manifest.image
     pruned = selection.keep_tokens != selection.num_tokens
     _expect("the vision encoder's inputs", {*session.inputs}, {"pixel_values"})
@@ -43,10 +43,15 @@ def open_language_model(folder: Path, manifest: Manifest, config: RuntimeConfig)
         PackageError: they are not what the manifest says, or do not fit each other.
         BackendError: one of them, or the provider that was asked for, cannot be loaded.
     """
-    options = _options(config)
+    if not manifest.has_language_model:
+        raise PackageError(
+            f"{folder} holds the vision encoder only, and cannot answer",
+            expected="a package with a language model",
+            fix="use ImageEncoder for its visual tokens, or export without --vision-only",
+        )
     # One Gather: threads of its own would only get in the decoder's way.
-    embed = _open(folder, manifest, EMBED_TOKENS, replace(options, num_threads=1))
-    decoder = _open(folder, manifest, DECODER, options)
+    embed = _open(folder, manifest, EMBED_TOKENS, replace(config, num_threads=1))
+    decoder = _open(folder, manifest, DECODER, config)
     _expect("embed_tokens' inputs", {*embed.inputs}, {"input_ids"})
     _expect("embed_tokens' outputs", {*embed.outputs}, {"inputs_embeds"})
     if "inputs_embeds" in decoder.inputs:
@@ -55,19 +60,10 @@ def open_language_model(folder: Path, manifest: Manifest, config: RuntimeConfig)
     return embed, decoder
 
 
-def _options(config: RuntimeConfig) -> SessionOptions:
-    return SessionOptions(provider=config.provider, num_threads=config.num_threads)
-
-
-def _open(folder: Path, manifest: Manifest, name: str, options: SessionOptions) -> Session:
-    record = manifest.graphs.get(name)
-    if record is None:
-        raise PackageError(
-            f"{folder} has no language model: it was exported with --vision-only",
-            expected=f"a package with the graph {name!r}",
-            fix="use encode_image and a language model elsewhere, or export again without --vision-only",
-        )
-    session = open_session(folder / record.file, options)
+def _open(folder: Path, manifest: Manifest, name: str, config: RuntimeConfig) -> Session:
+    record = manifest.graphs[name]
+    options = SessionOptions(provider=config.provider, num_threads=config.num_threads)
+    session = open_session(folder / record.file, options, backend=config.backend)
     session.check_against(record, folder / record.file)
     return session
 

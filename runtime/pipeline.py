@@ -18,7 +18,7 @@ from typing import Final, Self, TypeAlias, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from promprune.errors import BackendError, PackageError
+from promprune.errors import BackendError
 from promprune.package import read_manifest
 from promprune.runtime.config import DEFAULT_NEW_TOKENS, GenerationConfig, GenerationOptions, Provider, RuntimeConfig
 from promprune.runtime.decoder import Cache, Decoder
@@ -68,6 +68,7 @@ class VisionLanguagePipeline:
         cls,
         path: str | Path,
         *,
+        backend: str = _DEFAULTS.backend,
         provider: Provider = _DEFAULTS.provider,
         num_threads: int | None = _DEFAULTS.num_threads,
         check_weights: bool = _DEFAULTS.check_weights,
@@ -77,7 +78,7 @@ class VisionLanguagePipeline:
 
         Args:
             path: its folder.
-            provider, num_threads, check_weights, image_cache_size: see :class:`RuntimeConfig`.
+            backend, provider, num_threads, check_weights, image_cache_size: see :class:`RuntimeConfig`.
 
         Raises:
             PackageError: it is no package, damaged, or its graphs are not what its manifest says.
@@ -85,20 +86,18 @@ class VisionLanguagePipeline:
             ConfigError: an argument is out of range.
         """
         config = RuntimeConfig(
-            provider=provider, num_threads=num_threads, check_weights=check_weights, image_cache_size=image_cache_size
+            backend=backend,
+            provider=provider,
+            num_threads=num_threads,
+            check_weights=check_weights,
+            image_cache_size=image_cache_size,
         )
         folder = Path(path)
         manifest = read_manifest(folder, check_weights=config.check_weights)
-        if not manifest.has_language_model:
-            raise PackageError(
-                f"{folder} holds the vision encoder only, and cannot answer",
-                expected="a package with a language model",
-                fix="use ImageEncoder for its visual tokens, or export without --vision-only",
-            )
+        embed, decoder = open_language_model(folder, manifest, config)
         encoder = ImageEncoder(folder, manifest, open_vision_encoder(folder, manifest, config), config)
-        prompts = PromptBuilder.from_package(folder, manifest)
         eos = eos_token_ids_of(read_json(folder / "generation_config.json"))
-        return cls(encoder, prompts, *open_language_model(folder, manifest, config), eos)
+        return cls(encoder, PromptBuilder.from_package(folder, manifest), embed, decoder, eos)
 
     def generate(self, images: Images = (), prompt: Prompt = "", **options: Unpack[GenerationOptions]) -> Result:
         """Answer one prompt about any number of images.

@@ -184,6 +184,7 @@ def shell(arguments: list[str], text: str = "", **environment: str) -> subproces
         (["{package}", "-p", "x", "--temperature", "-1"], 1, ["temperature = -1"]),
         (["{package}", "-p", "x", "--temperature", "nan"], 1, ["temperature = nan"]),
         (["{package}", "-p", "x", "--provider", "tpu"], 1, ["'tpu'", "'cuda'"]),
+        (["{package}", "-p", "x", "--backend", "abacus"], 1, ["'abacus'", "onnxruntime"]),
         (["{package}", "-p", "x", "--num-threads", "0"], 1, ["num_threads = 0"]),
         (["{package}", "-p", "an <image>"], 1, ["stands for an image"]),
         (["{package}", "-p", "x" * 300], 1, ["tokens long", "256"]),

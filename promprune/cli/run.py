@@ -106,8 +106,11 @@ def run(
     ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print selection and timings on stderr.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON on stdout instead of text.")] = False,
+    backend: Annotated[
+        str, typer.Option(help="onnxruntime, or another one that is installed.", metavar="NAME")
+    ] = RuntimeConfig.backend,
     provider: Annotated[
-        str, typer.Option(help="auto (CUDA where it loads, else the CPU), cpu or cuda.", metavar="NAME")
+        str, typer.Option(help="Of onnxruntime: auto (CUDA where it loads, else the CPU), cpu or cuda.", metavar="NAME")
     ] = RuntimeConfig.provider,
     num_threads: Annotated[
         int | None,
@@ -154,6 +157,7 @@ def run(
             seed=seed,
         ),
         loading=RuntimeConfig(
+            backend=backend,
             provider=provider,  # type: ignore[arg-type]  # it validates
             num_threads=num_threads,
             check_weights=check_weights,
