@@ -28,6 +28,7 @@ __all__ = [
 BACKENDS: Final = MappingProxyType(
     {
         "onnxruntime": "promprune.runtime.sessions.onnxruntime",
+        "tensorrt": "promprune.runtime.sessions.tensorrt",  # engines of tensorrt or tensorrt-rtx, whichever were built
     }
 )
 

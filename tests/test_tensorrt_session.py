@@ -1,0 +1,458 @@
+"""The TensorRT session on a recording fake of the thin CUDA layer, whose engines are computed by ONNX Runtime.
+
+The fake keeps device memory apart from host memory, and refuses addresses that are not allocated. What TensorRT
+itself does on a GPU is not tested here.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import shutil
+import sys
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from PIL import Image
+
+from promprune.config import EngineConfig
+from promprune.engines import EngineRecord, engine_folder, identity_of, write_engine_manifest, writing_engines
+from promprune.errors import BackendError, MissingDependencyError, PackageError
+from promprune.export.engine import profiles_of
+from promprune.package import DECODER, read_manifest, sha256_of_file
+from promprune.runtime import VisionLanguagePipeline, loading
+from promprune.runtime.decoder import Decoder
+from promprune.runtime.sessions import SessionOptions, open_session
+from promprune.runtime.sessions import tensorrt as module
+from promprune.runtime.sessions.tensorrt import CudaDevice, TensorRtSession, choose_profile, find_engines
+from tests.fake_package import HIDDEN, FakeModel, write_fake_package
+
+TARGET = "sm89"
+CONFIG = EngineConfig(max_prompt_tokens=40, max_new_tokens=20, max_batch=2)
+TOOL = SimpleNamespace(__version__="1.7")
+
+
+class FakeEngine:
+    """Runs an ONNX graph on the fake's memory; remembers the profile of every run."""
+
+    def __init__(self, device: FakeDevice, path: str) -> None:
+        self.device = device
+        self.session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+        names = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(bool)": "bool"}
+        nodes = (*self.session.get_inputs(), *self.session.get_outputs())
+        self.dtypes = {node.name: names[node.type] for node in nodes}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def prepare(self, profile: int, inputs: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
+        self.device.profiles.append(profile)
+        blank = {name: np.zeros(shape, self.dtypes[name]) for name, shape in inputs.items()}
+        outputs = self.session.run(None, blank)
+        found = {node.name: value.shape for node, value in zip(self.session.get_outputs(), outputs, strict=True)}
+        self.shapes = {**inputs, **found}
+        return found
+
+    def enqueue(self, addresses: Mapping[str, int]) -> None:
+        assert addresses.keys() == self.shapes.keys()
+        inputs = {
+            n.name: self.device.array(addresses[n.name], self.shapes[n.name], self.dtypes[n.name])
+            for n in self.session.get_inputs()
+        }
+        for node, value in zip(self.session.get_outputs(), self.session.run(None, inputs), strict=True):
+            self.device.array(addresses[node.name], value.shape, str(value.dtype))[...] = value
+        self.device.calls["enqueue"] += 1
+
+
+class FakeDevice:
+    """Memory by address, and counts of what was asked of it."""
+
+    def __init__(self) -> None:
+        self.memory: dict[int, np.ndarray] = {}
+        self.calls: Counter[str] = Counter()
+        self.profiles: list[int] = []
+        self.downloaded = 0
+        self.pending: list[tuple[np.ndarray, np.ndarray]] = []
+        self.next_address = 4096
+        self.lock = threading.Lock()
+
+    def load(self, plan: bytes, trt: Any) -> FakeEngine:
+        assert trt is TOOL
+        return FakeEngine(self, plan.decode())
+
+    def allocate(self, nbytes: int) -> int:
+        assert nbytes > 0
+        with self.lock:
+            self.next_address += 4096 + nbytes
+            self.memory[self.next_address] = np.full(nbytes, 0xAB, np.uint8)
+            self.calls["allocate"] += 1
+            return self.next_address
+
+    def free(self, address: int) -> None:
+        del self.memory[address]
+
+    def upload(self, array: np.ndarray, address: int) -> None:
+        assert array.flags.c_contiguous
+        self.memory[address][: array.nbytes] = np.frombuffer(array.tobytes(), np.uint8)
+        self.calls["upload"] += 1
+
+    def download(self, address: int, array: np.ndarray) -> None:
+        content = self.memory[address][: array.nbytes].copy()
+        self.pending.append((content, array))
+        self.downloaded += array.nbytes
+        self.calls["download"] += 1
+
+    def synchronize(self) -> None:
+        with self.lock:
+            pending, self.pending = self.pending, []
+        for content, array in pending:  # only now: a host array is not complete before
+            array[...] = content.view(array.dtype).reshape(array.shape)
+
+    def array(self, address: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        count = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return self.memory[address][:count].view(dtype).reshape(shape)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package with engines whose "plan" is the path of the graph that the fake computes; not to be changed."""
+    package = tmp_path_factory.mktemp("packages") / "package"
+    write_fake_package(package)
+    add_engines(package)
+    return package
+
+
+def add_engines(package: Path, *, backend: str = "tensorrt-rtx", **changes: Any) -> None:
+    manifest = read_manifest(package)
+    config = EngineConfig(**{**vars(CONFIG), "backend": backend})
+    settings = {"tool_version": TOOL.__version__, "target": TARGET, **changes}
+    with writing_engines(engine_folder(package, backend, TARGET)) as folder:
+        records = {}
+        for name, graph in manifest.graphs.items():
+            file = folder / f"{name}.engine"
+            file.write_text(str(package / graph.file))
+            records[name] = EngineRecord(
+                file=file.name,
+                size_bytes=file.stat().st_size,
+                sha256=sha256_of_file(file),
+                inputs=graph.inputs,
+                outputs=graph.outputs,
+                profiles=profiles_of(name, manifest, config),
+                build_seconds=0,
+            )
+        write_engine_manifest(folder, identity_of(manifest, config, **settings), records)
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
+    """The fake in the place of the CUDA device, and a stub in the place of the TensorRT module's version."""
+    fake = FakeDevice()
+    monkeypatch.setattr(module, "_shared_device", lambda: fake)
+    monkeypatch.setattr(module, "current_target", lambda: TARGET)
+    monkeypatch.setattr(module, "_import", lambda extra, name: TOOL)
+    return fake
+
+
+def opened(package: Path, name: str) -> TensorRtSession:
+    session = open_session(package / "onnx" / f"{name}.onnx", SessionOptions(), backend="tensorrt")
+    assert isinstance(session, TensorRtSession)
+    return session
+
+
+def test_a_session_answers_as_onnx_runtime_does(built: Path, device: FakeDevice) -> None:
+    pixels = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
+    path = built / "onnx" / "vision_encoder.onnx"
+    with opened(built, "vision_encoder") as session, open_session(path, SessionOptions()) as reference:
+        session.check_against(read_manifest(built).graphs["vision_encoder"], path)
+        found, expected = session.run({"pixel_values": pixels}), reference.run({"pixel_values": pixels})
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype
+        np.testing.assert_array_equal(found[name], value)
+    assert device.memory == {}
+
+
+def test_a_decoder_generates_as_with_onnx_runtime_and_its_cache_stays_on_the_device(
+    built: Path, device: FakeDevice
+) -> None:
+    random = np.random.default_rng(1)
+    parts = [random.normal(size=(2, length, HIDDEN)).astype(np.float32) for length in (7, 1, 1, 3, 1)]
+    with (
+        opened(built, DECODER) as session,
+        open_session(built / "onnx" / f"{DECODER}.onnx", SessionOptions()) as reference,
+    ):
+        decoder, wanted = Decoder(session), Decoder(reference)
+        cache, expected_cache = decoder.empty_cache(2), wanted.empty_cache(2)
+        for part in parts:
+            logits, cache = decoder.read(part, cache)
+            expected, expected_cache = wanted.read(part, expected_cache)
+            np.testing.assert_array_equal(logits, expected)
+        assert device.profiles == [0, 1, 1, 0, 1]  # prefill, decode; a prompt that goes on is a prefill
+        logits_bytes = len(parts) * logits.nbytes
+        assert device.downloaded == logits_bytes
+        for name, tensor in cache.tensors.items():
+            np.testing.assert_array_equal(tensor.numpy(), expected_cache.tensors[name].numpy())  # type: ignore[union-attr]
+        assert len(device.memory) == len(cache.tensors)  # the caches of earlier steps were freed
+    del cache, tensor
+    gc.collect()
+    assert device.memory == {}
+
+
+def test_a_whole_pipeline_runs_on_engines(built: Path, device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.fromarray(np.random.default_rng(2).integers(0, 255, (32, 32, 3), np.uint8))
+    with VisionLanguagePipeline.from_package(built, provider="cpu") as pipeline:
+        expected = pipeline.generate([image], "what is it?", max_new_tokens=6)
+    monkeypatch.setattr(loading, "open_session", functools.partial(open_session, backend="tensorrt"))
+    with VisionLanguagePipeline.from_package(built) as pipeline:
+        result = pipeline.generate([image], "what is it?", max_new_tokens=6)
+    assert result.text == expected.text
+    np.testing.assert_array_equal(result.selection[0].token_indices, expected.selection[0].token_indices)
+    assert device.calls["enqueue"] > 3
+    assert set(device.profiles) == {0, 1}
+
+
+def test_a_kept_output_feeds_the_next_engine_without_the_host(built: Path, device: FakeDevice) -> None:
+    ids = np.array([[1, 5, 9]])
+    with opened(built, "embed_tokens") as embed, opened(built, DECODER) as decoder:
+        embeds = embed.run_keeping({"input_ids": ids}, keep=["inputs_embeds"])["inputs_embeds"]
+        assert device.downloaded == 0
+        uploads = device.calls["upload"]
+        cache = Decoder(decoder).empty_cache(1)
+        decoder.run_keeping(
+            {"inputs_embeds": embeds, "attention_mask": np.ones((1, 3), np.int64), "position_ids": np.arange(3)[None]}
+            | dict(cache.tensors),
+            keep=["present.0.key", "present.0.value"],
+        )
+    assert device.calls["upload"] == uploads + 2  # mask and positions; an empty cache has nothing to copy
+
+
+def test_a_tensor_is_fetched_once(built: Path, device: FakeDevice) -> None:
+    with opened(built, "embed_tokens") as session:
+        tensor = session.run_keeping({"input_ids": np.array([[3, 4]])}, keep=["inputs_embeds"])["inputs_embeds"]
+        first = tensor.numpy()
+        assert tensor.numpy() is first
+    assert device.calls["download"] == 1
+    np.testing.assert_array_equal(first[0], FakeModel().weights["embed"][[3, 4]])
+
+
+def test_an_array_that_is_not_contiguous(built: Path, device: FakeDevice) -> None:
+    del device
+    ids = np.array([[1, 7, 2, 9], [3, 8, 4, 6]])[:, ::2]
+    with opened(built, "embed_tokens") as session:
+        np.testing.assert_array_equal(
+            session.run({"input_ids": ids})["inputs_embeds"], FakeModel().weights["embed"][ids]
+        )
+
+
+def test_many_threads_share_a_session(built: Path, device: FakeDevice) -> None:
+    table, failures = FakeModel().weights["embed"], []
+
+    def look_up(seed: int) -> None:
+        random = np.random.default_rng(seed)
+        for _ in range(20):
+            ids = random.integers(0, len(table), size=(1, int(random.integers(1, 9))))
+            if not np.array_equal(session.run({"input_ids": ids})["inputs_embeds"], table[ids]):
+                failures.append(seed)
+
+    with opened(built, "embed_tokens") as session:
+        threads = [threading.Thread(target=look_up, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failures
+    assert device.memory == {}
+
+
+def test_the_narrowest_profile_is_chosen(built: Path) -> None:
+    record = find_record(built, DECODER)
+    shapes = decoder_shapes(sequence=1, past=5)
+    assert record.profiles[choose_profile(record, shapes)].name == "decode"
+    assert record.profiles[choose_profile(record, decoder_shapes(sequence=1, past=0))].name == "prefill"
+    assert record.profiles[choose_profile(record, decoder_shapes(sequence=44, past=0))].name == "prefill"
+
+
+def find_record(package: Path, name: str) -> EngineRecord:
+    from promprune.engines import read_engines
+
+    return read_engines(engine_folder(package, "tensorrt-rtx", TARGET)).engines[name]
+
+
+def decoder_shapes(sequence: int, past: int, batch: int = 1) -> dict[str, tuple[int, ...]]:
+    cache = (batch, 1, past, HIDDEN)
+    return {
+        "inputs_embeds": (batch, sequence, HIDDEN),
+        "attention_mask": (batch, past + sequence),
+        "position_ids": (batch, sequence),
+        "past_key_values.0.key": cache,
+        "past_key_values.0.value": cache,
+    }
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"sequence": 45, "past": 0}, r"received inputs_embeds: \[1, 45, 16\]; expected \[1, 1, 16\] to \[2, 44, 16\]"),
+        ({"sequence": 1, "past": 64}, r"received attention_mask: \[1, 65\]; expected \[1, 1\] to \[2, 64\]"),
+        ({"sequence": 1, "past": 1, "batch": 3}, r"received inputs_embeds: \[3, 1, 16\]; expected .* \[2, 44, 16\]"),
+    ],
+)
+def test_shapes_that_no_profile_serves_are_refused(built: Path, sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(BackendError, match=message) as caught:
+        choose_profile(find_record(built, DECODER), decoder_shapes(**sizes))
+    assert "--max-prompt-tokens, --max-new-tokens or --max-batch" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"input_ids": np.zeros((1, 2), np.int32)}, "received input_ids: int32"),
+        ({"input_ids": np.zeros(2, np.int64)}, "received input_ids: int64"),
+        ({"ids": np.zeros((1, 2), np.int64)}, "received inputs"),
+        ({"input_ids": np.zeros((1, 45), np.int64)}, "received input_ids: .1, 45.; expected .1, 1. to .2, 44. .any."),
+    ],
+)
+def test_wrong_inputs_are_refused_before_anything_runs(
+    built: Path, device: FakeDevice, inputs: dict[str, np.ndarray], message: str
+) -> None:
+    with opened(built, "embed_tokens") as session, pytest.raises(BackendError, match=message):
+        session.run(inputs)
+    assert device.calls["enqueue"] == device.calls["allocate"] == 0
+
+
+def test_a_closed_session_is_refused(built: Path, device: FakeDevice) -> None:
+    del device
+    session = opened(built, "embed_tokens")
+    session.close()
+    with pytest.raises(BackendError, match="was closed"):
+        session.run({"input_ids": np.zeros((1, 2), np.int64)})
+
+
+def test_the_cpu_is_refused(built: Path, device: FakeDevice) -> None:
+    del device
+    with pytest.raises(BackendError, match="received provider 'cpu' for TensorRT"):
+        open_session(built / "onnx" / f"{DECODER}.onnx", SessionOptions(provider="cpu"), backend="tensorrt")
+
+
+def test_no_engines_is_answered_with_the_command(tmp_path: Path, device: FakeDevice) -> None:
+    del device
+    write_fake_package(tmp_path / "package")
+    with pytest.raises(PackageError, match=r"has no engines for this GPU, sm89; .*promprune-build .*--target sm89"):
+        opened(tmp_path / "package", DECODER)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"tool_version": "1.6"}, "built by tensorrt-rtx 1.6; this is 1.7"),
+        ({"target": "sm120"}, "built for sm120, not for sm89"),
+    ],
+)
+def test_foreign_engines_are_refused(tmp_path: Path, device: FakeDevice, changes: dict[str, str], reason: str) -> None:
+    del device
+    write_fake_package(tmp_path / "package")
+    add_engines(tmp_path / "package", **changes)
+    with pytest.raises(PackageError, match=rf"cannot be used \({reason}\).*--backend tensorrt-rtx .*--rebuild"):
+        opened(tmp_path / "package", DECODER)
+
+
+def test_engines_of_other_weights_are_refused(built: Path, tmp_path: Path, device: FakeDevice) -> None:
+    del device
+    write_fake_package(tmp_path / "package", FakeModel(seed=3))
+    shutil.copytree(built / "engines", tmp_path / "package" / "engines")
+    with pytest.raises(PackageError, match=r"built from another decoder_model_merged.onnx or other weights"):
+        opened(tmp_path / "package", DECODER)
+
+
+def test_engines_tuned_on_the_gpu_itself_come_first(tmp_path: Path, device: FakeDevice) -> None:
+    del device
+    write_fake_package(tmp_path / "package")
+    add_engines(tmp_path / "package")
+    assert find_engines(tmp_path / "package", TARGET)[0] == "tensorrt-rtx"
+    add_engines(tmp_path / "package", backend="tensorrt")
+    assert find_engines(tmp_path / "package", TARGET)[0] == "tensorrt"
+
+
+def test_an_engine_with_other_tensors_than_its_record_is_refused(built: Path, device: FakeDevice) -> None:
+    folder = engine_folder(built, "tensorrt-rtx", TARGET)
+    record = find_record(built, DECODER)
+    wrong = EngineRecord(**{**{f: getattr(record, f) for f in record.__struct_fields__}, "outputs": ()})
+    with pytest.raises(BackendError, match=r"has the tensors .* as its record says; run promprune-build"):
+        TensorRtSession(folder, wrong, device, TOOL)
+
+
+def test_missing_bindings_are_answered_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda", None)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    with pytest.raises((MissingDependencyError, BackendError), match=r"pip install .*'promprune\[tensorrt\]'"):
+        CudaDevice()
+
+
+class Runtime:
+    """The calls of the CUDA runtime, one of which fails."""
+
+    cudaStreamNonBlocking = 1  # noqa: N815  # CUDA's names
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)  # noqa: N815
+
+    def __init__(self, failing: str, name: str) -> None:
+        self.failing, self.error = failing, name
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    def __getattr__(self, function: str) -> Any:
+        def call(*arguments: Any) -> tuple[Any, ...]:
+            self.calls.append((function, arguments))
+            return (CudaError(2, self.error),) if function == self.failing else (CudaError(0, "cudaSuccess"), 77)
+
+        return call
+
+
+class CudaError(int):
+    """An error code with a name."""
+
+    def __new__(cls, number: int, name: str) -> CudaError:
+        error = super().__new__(cls, number)
+        error.name = name  # type: ignore[attr-defined]
+        return error
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "fix"),
+    [
+        ("cudaMallocAsync", "cudaErrorMemoryAllocation", "use fewer images or tokens at a time"),
+        ("cudaMallocAsync", "cudaErrorUnknown", "check the driver"),
+        ("cudaStreamCreateWithFlags", "cudaErrorInsufficientDriver", "check the driver"),
+    ],
+)
+def test_cuda_errors_are_one_clear_line(monkeypatch: pytest.MonkeyPatch, function: str, name: str, fix: str) -> None:
+    runtime = Runtime(function, name)
+    monkeypatch.setattr(module, "_import", lambda extra, wanted: runtime)
+    with pytest.raises(BackendError, match=rf"{function} failed on the GPU \({name}\); {fix}"):
+        CudaDevice().allocate(16)
+
+
+def test_copies_are_made_on_the_stream_with_addresses_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime("", "")
+    monkeypatch.setattr(module, "_import", lambda extra, wanted: runtime)
+    device, array = CudaDevice(), np.arange(6, dtype=np.float32)
+    device.upload(array, 1024)
+    device.download(1024, array)
+    device.free(1024)
+    host = array.ctypes.data
+    assert runtime.calls[1:] == [
+        ("cudaMemcpyAsync", (1024, host, 24, 1, 77)),
+        ("cudaMemcpyAsync", (host, 1024, 24, 2, 77)),
+        ("cudaFreeAsync", (1024, 77)),
+    ]
+
+
+def test_an_engine_that_does_not_load_is_one_clear_line() -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed (Linux x86-64 only)")
+    with pytest.raises(BackendError, match=r"the engine does not load on this GPU \(.+\)") as caught:
+        module._CudaEngine(b"not an engine" * 100, trt, 0)
+    assert "\n" not in str(caught.value)
