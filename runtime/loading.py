@@ -45,7 +45,7 @@ def open_language_model(folder: Path, manifest: Manifest, config: RuntimeConfig)
     """
     if not manifest.has_language_model:
         raise PackageError(
-            f"{folder} holds the vision encoder only, and cannot answer",
+            f"{folder} has no language model: it was exported with --vision-only",
             expected="a package with a language model",
             fix="use ImageEncoder for its visual tokens, or export without --vision-only",
         )

@@ -113,7 +113,7 @@ def test_a_package_without_language_model(run: Any, package: Path, image: Path, 
     rewrite_manifest(tmp_path / "vision", manifest, graphs=graphs)
     done = run(tmp_path / "vision", "-i", image, "-p", "What?")
     assert done.code == 1
-    assert "vision encoder only" in done.err
+    assert "exported with --vision-only" in done.err
     assert run(tmp_path / "vision", "-i", image, "--show-tokens", tmp_path / "kept.png").code == 0
 
 
