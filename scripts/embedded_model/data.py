@@ -17,6 +17,7 @@ from promprune.scenes import (
     DIGITS,
     MAX_OBJECTS,
     PATTERNS,
+    QUESTION_TYPES,
     SHAPES,
     SIZES,
     TRAIN_SEEDS,
@@ -40,6 +41,9 @@ PATCH_GROUPS: dict[str, tuple[str, ...]] = {
     "pattern": PATTERNS,
     "ground": tuple(BACKGROUND_COLOURS),
 }
+# Questions per scene: as many of each type, and later more of what is still hard.
+EVENLY = dict.fromkeys(QUESTION_TYPES, 3)
+MOSTLY_COUNTING = EVENLY | {"count": 8, "size": 2, "background": 1}
 
 
 @dataclass
@@ -141,7 +145,7 @@ class SceneBatches(IterableDataset[Batch]):
         image_size: int,
         batch_size: int,
         first_seed: int,
-        per_type: int,
+        limits: dict[str, int],
         min_objects: int = 1,
         max_objects: int = MAX_OBJECTS,
     ) -> None:
@@ -149,25 +153,33 @@ class SceneBatches(IterableDataset[Batch]):
         self.image_size = image_size
         self.batch_size = batch_size
         self.first_seed = first_seed
-        self.per_type = per_type
+        self.limits = limits
         self.min_objects = min_objects
         self.max_objects = max_objects
+
+    def same_scenes(self, other: SceneBatches) -> bool:
+        """Whether the two ask the same of their scenes; where they begin does not count."""
+        return (self.limits, self.min_objects, self.max_objects) == (
+            other.limits,
+            other.min_objects,
+            other.max_objects,
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         torch.set_num_threads(1)
         for start in range(self.first_seed, TRAIN_SEEDS.stop - self.batch_size, self.batch_size):
             seeds = range(start, start + self.batch_size)
-            yield make_batch([self._scene(seed) for seed in seeds], self.packer, self.per_type)
+            yield make_batch([self._scene(seed) for seed in seeds], self.packer, self.limits)
 
     def _scene(self, seed: int) -> Scene:
         fewest = 1 if seed % 4 == 0 else self.min_objects
         return render_scene(seed, image_size=self.image_size, min_objects=fewest, max_objects=self.max_objects)
 
 
-def make_batch(scenes: list[Scene], packer: Packer, per_type: int) -> Batch:
-    """Label and pack the scenes; `per_type` = 0 leaves the questions out."""
+def make_batch(scenes: list[Scene], packer: Packer, limits: dict[str, int]) -> Batch:
+    """Label and pack the scenes, with at most so many questions of each type; an empty dict leaves them out."""
     labelled = [patch_labels(scene) for scene in scenes]
-    asked = [questions(scene, per_type=per_type) if per_type else [] for scene in scenes]
+    asked = [choose_questions(scene, limits) for scene in scenes]
     tokens, labels = packer.pack(asked)
     pairs = torch.zeros(len(scenes), len(KINDS) * len(COLOURS))
     for row, scene in enumerate(scenes):
@@ -183,6 +195,18 @@ def make_batch(scenes: list[Scene], packer: Packer, per_type: int) -> Batch:
         labels=labels,
         types=[[question.type for question in ask] for ask in asked],
     )
+
+
+def choose_questions(scene: Scene, limits: dict[str, int]) -> list[Question]:
+    """Questions about a scene, at most so many of each type."""
+    asked = questions(scene, per_type=max(limits.values())) if limits else []
+    left = dict(limits)
+    chosen = []
+    for question in asked:
+        left[question.type] -= 1
+        if left[question.type] >= 0:
+            chosen.append(question)
+    return chosen
 
 
 def stream(dataset: SceneBatches) -> Iterator[Batch]:

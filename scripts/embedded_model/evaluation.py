@@ -27,7 +27,7 @@ from promprune.scenes import (
 from promprune.selection import select_tokens
 
 from .calibration import read_calibration
-from .data import IGNORE, make_batch
+from .data import EVENLY, IGNORE, make_batch, patch_labels
 from .training import Trainer, packed_logits, vision_states
 
 METHODS = ("all", "none", "random", "saliency", "coverage", "promprune")
@@ -43,7 +43,7 @@ def packed_accuracy(trainer: Trainer, scenes: int) -> str:
     asked: Counter[str] = Counter()
     for start in range(0, scenes, 8):
         seeds = CALIBRATION_SEEDS[-1 - start : -9 - start : -1]
-        batch = make_batch([render_scene(s, image_size=trainer.image_size) for s in seeds], trainer.packer, 3)
+        batch = make_batch([render_scene(s, image_size=trainer.image_size) for s in seeds], trainer.packer, EVENLY)
         words = trainer.model.model.multi_modal_projector(vision_states(trainer.model, batch.pixels)[:, 1:])
         logits, labels = packed_logits(trainer.model, trainer.packer, words, batch)
         wrong = torch.zeros(batch.labels.shape, dtype=torch.bool)
@@ -179,6 +179,19 @@ class Scores:
         return "\n".join(lines)
 
 
+@torch.inference_mode()
+def saliency_auc(answerer: Answerer, scenes: int = 100) -> float:
+    """How often a patch of an object gets more CLS attention than a patch of the background."""
+    shares = []
+    for seed in CALIBRATION_SEEDS[:scenes]:
+        scene = render_scene(seed, image_size=answerer.model.config.vision_config.image_size)
+        _, saliency = answerer.image_tokens(scene.image)
+        is_object = torch.from_numpy(patch_labels(scene)[0][:, 0] > 0)
+        higher = saliency[is_object][:, None] > saliency[~is_object][None, :]
+        shares.append(higher.float().mean().item())
+    return sum(shares) / len(shares)
+
+
 def print_table(folder: Path, *, scenes: int, keep_tokens: tuple[int, ...] = ()) -> None:
     """Accuracy with all tokens, without the image, of the majority answer, and of each method at each budget."""
     answerer = Answerer.load(folder)
@@ -186,3 +199,4 @@ def print_table(folder: Path, *, scenes: int, keep_tokens: tuple[int, ...] = ())
     jobs = [("all", 0), ("none", 0)]
     jobs += [(method, keep) for keep in keep_tokens for method in METHODS[2:]]
     print(score(answerer, data, jobs).table(), flush=True)
+    print(f"CLS attention, object against background patches: AUC {saliency_auc(answerer):.3f}")

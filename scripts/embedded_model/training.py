@@ -14,7 +14,7 @@ import random
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -27,7 +27,18 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from promprune.scenes import COLOURS, MAX_OBJECTS, TRAIN_SEEDS
 
-from .data import IGNORE, KINDS, PATCH_GROUPS, Batch, Packer, SceneBatches, keep_patches, stream
+from .data import (
+    EVENLY,
+    IGNORE,
+    KINDS,
+    MOSTLY_COUNTING,
+    PATCH_GROUPS,
+    Batch,
+    Packer,
+    SceneBatches,
+    keep_patches,
+    stream,
+)
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -84,45 +95,28 @@ class Trainer:
     ) -> None:
         """Train until the schedule ends; every two minutes save a checkpoint, from which a killed run goes on.
 
-        `step` returns the loss as ``"loss"`` and further numbers to log.
+        `step` returns the loss as ``"loss"`` and further numbers to log; `dataset` may change with progress.
         """
-        optimisers = make_optimisers(groups)
         parameters = [p for group in groups for p in group["params"] if p.requires_grad]
-        base_rates = [[group["lr"] for group in optimiser.param_groups] for optimiser in optimisers]
-        path = self.folder / f"{name}.pt"
-        if path.exists():
-            _restore(path, schedule, modules, optimisers)
-        batches, current = None, None
-        saved = logged = time.monotonic()
-        reported = saved
-        totals: dict[str, float] = {}
+        stage = Stage(self.folder / f"{name}.pt", schedule, modules, make_optimisers(groups))
+        stage.restore()
+        saving, logging, reporting = Every(120), Every(20), Every(300)
+        current, batches = None, None
         while schedule.progress() < 1:
             wanted = dataset(schedule)
-            if current is None or wanted.max_objects != current.max_objects:
+            if current is None or not wanted.same_scenes(current):
                 current, batches = wanted, stream(wanted)
-            for optimiser, rates in zip(optimisers, base_rates, strict=True):
-                for group, rate in zip(optimiser.param_groups, rates, strict=True):
-                    group["lr"] = rate * schedule.rate()
-            numbers = self._accumulate(step, schedule, [next(batches) for _ in range(self.workers)], parameters)
+            parts = [next(batches) for _ in range(self.workers)]
+            stage.note(self._accumulate(step, schedule, parts, parameters))
             nn.utils.clip_grad_norm_(parameters, 1.0)
-            for optimiser in optimisers:
-                optimiser.step()
-                optimiser.zero_grad()
-            schedule.step += 1
-            for key, value in numbers.items():
-                totals[key] = 0.95 * totals.get(key, value.item()) + 0.05 * value.item()
-            now = time.monotonic()
-            if now - logged > 20:
-                logged = now
-                shown = " ".join(f"{key} {value:.3f}" for key, value in totals.items())
-                print(f"{name} {schedule.progress():6.1%} step {schedule.step} {shown}", flush=True)
-            if report and now - reported > 300:
-                reported = now
+            stage.update()
+            if logging.due():
+                print(stage.line(), flush=True)
+            if report and reporting.due():
                 print(report(), flush=True)
-            if now - saved > 120:
-                saved = now
-                _save(path, schedule, modules, optimisers)
-        _save(path, schedule, modules, optimisers)
+            if saving.due():
+                stage.save()
+        stage.save()
 
     def _accumulate(
         self,
@@ -168,24 +162,75 @@ def make_optimisers(groups: list[dict[str, object]]) -> list[torch.optim.Optimiz
     ]
 
 
-def _save(path: Path, schedule: Schedule, modules: nn.ModuleDict, optimisers: list[torch.optim.Optimizer]) -> None:
-    state = {
-        "step": schedule.step,
-        "seconds": schedule.elapsed(),
-        "modules": modules.state_dict(),
-        "optimisers": [optimiser.state_dict() for optimiser in optimisers],
-    }
-    torch.save(state, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
+@dataclass
+class Every:
+    """True once every so many seconds."""
+
+    seconds: float
+    last: float = field(default_factory=time.monotonic)
+
+    def due(self) -> bool:
+        now = time.monotonic()
+        if now - self.last < self.seconds:
+            return False
+        self.last = now
+        return True
 
 
-def _restore(path: Path, schedule: Schedule, modules: nn.ModuleDict, optimisers: list[torch.optim.Optimizer]) -> None:
-    state = torch.load(path, weights_only=True)
-    schedule.step, schedule.seconds = state["step"], state["seconds"]
-    modules.load_state_dict(state["modules"])
-    for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
-        optimiser.load_state_dict(saved)
-    print(f"resumed {path.name} at step {schedule.step}", flush=True)
+class Stage:
+    """The state of one stage: what is trained, how far it is, and how it has been going."""
+
+    def __init__(
+        self, path: Path, schedule: Schedule, modules: nn.ModuleDict, optimisers: list[torch.optim.Optimizer]
+    ) -> None:
+        self.path = path
+        self.schedule = schedule
+        self.modules = modules
+        self.optimisers = optimisers
+        self.base_rates = [[group["lr"] for group in optimiser.param_groups] for optimiser in optimisers]
+        self.numbers: dict[str, float] = {}
+
+    def update(self) -> None:
+        """One step of every optimiser at the schedule's present rate."""
+        for optimiser, rates in zip(self.optimisers, self.base_rates, strict=True):
+            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+                group["lr"] = rate * self.schedule.rate()
+            optimiser.step()
+            optimiser.zero_grad()
+        self.schedule.step += 1
+
+    def note(self, numbers: dict[str, Tensor]) -> None:
+        """Take numbers into their running means."""
+        for key, value in numbers.items():
+            self.numbers[key] = 0.95 * self.numbers.get(key, value.item()) + 0.05 * value.item()
+
+    def line(self) -> str:
+        """One line for the log."""
+        numbers = " ".join(f"{key} {value:.3f}" for key, value in self.numbers.items())
+        return f"{self.path.stem} {self.schedule.progress():6.1%} step {self.schedule.step} {numbers}"
+
+    def save(self) -> None:
+        """Write the checkpoint; a run that is killed meanwhile keeps the one before."""
+        state = {
+            "step": self.schedule.step,
+            "seconds": self.schedule.elapsed(),
+            "modules": self.modules.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+        }
+        part = self.path.with_suffix(".tmp")
+        torch.save(state, part)
+        part.replace(self.path)
+
+    def restore(self) -> None:
+        """Go on from the checkpoint, if there is one."""
+        if not self.path.exists():
+            return
+        state = torch.load(self.path, weights_only=True)
+        self.schedule.step, self.schedule.seconds = state["step"], state["seconds"]
+        self.modules.load_state_dict(state["modules"])
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        print(f"resumed {self.path.name} at step {self.schedule.step}", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------- vision
@@ -278,20 +323,26 @@ def train_vision(trainer: Trainer, probes: Probes, schedule: Schedule) -> None:
 
     def dataset(schedule: Schedule) -> SceneBatches:
         size = trainer.vision_batch_size
-        return _dataset(trainer, schedule, first=0, batch_size=size, per_type=0, objects=(10, MAX_OBJECTS))
+        return _dataset(trainer, schedule, first=0, batch_size=size, limits={}, objects=(10, MAX_OBJECTS))
 
     trainer.run("vision", schedule, modules, groups, step, dataset)
 
 
 def _dataset(
-    trainer: Trainer, schedule: Schedule, *, first: int, batch_size: int, per_type: int, objects: tuple[int, int]
+    trainer: Trainer,
+    schedule: Schedule,
+    *,
+    first: int,
+    batch_size: int,
+    limits: dict[str, int],
+    objects: tuple[int, int],
 ) -> SceneBatches:
     return SceneBatches(
         trainer.packer,
         image_size=trainer.image_size,
         batch_size=batch_size // trainer.workers,
         first_seed=first + schedule.step * batch_size,
-        per_type=per_type,
+        limits=limits,
         min_objects=objects[0],
         max_objects=objects[1],
     )
@@ -384,8 +435,9 @@ def train_language(trainer: Trainer, schedule: Schedule, report: Callable[[], st
     def dataset(schedule: Schedule) -> SceneBatches:
         progress = schedule.progress()
         most = next(m for limit, m in ((0.04, 2), (0.10, 5), (0.20, 9), (2.0, MAX_OBJECTS)) if progress < limit)
+        limits = EVENLY if progress < 0.55 else MOSTLY_COUNTING
         first, size = TRAIN_SEEDS.stop // 2, trainer.language_batch_size
-        return _dataset(trainer, schedule, first=first, batch_size=size, per_type=3, objects=(1, most))
+        return _dataset(trainer, schedule, first=first, batch_size=size, limits=limits, objects=(1, most))
 
     modules = nn.ModuleDict({"model": model.model})
     groups: list[dict[str, object]] = [
@@ -395,11 +447,6 @@ def train_language(trainer: Trainer, schedule: Schedule, report: Callable[[], st
         {"params": [*projector.parameters()], "lr": 7e-4, "matrices": True},
     ]
     trainer.run("language", schedule, modules, groups, step, dataset, report)
-
-
-def settings(schedule: Schedule) -> dict[str, object]:
-    """A schedule as plain data, for the training record."""
-    return {key: value for key, value in asdict(schedule).items() if not key.startswith("_")}
 
 
 def make_trainer(
