@@ -6,7 +6,6 @@ itself does on a GPU is not tested here.
 
 from __future__ import annotations
 
-import functools
 import gc
 import shutil
 import sys
@@ -27,7 +26,7 @@ from promprune.engines import EngineRecord, engine_folder, identity_of, write_en
 from promprune.errors import BackendError, MissingDependencyError, PackageError
 from promprune.export.engine import profiles_of
 from promprune.package import DECODER, read_manifest, sha256_of_file
-from promprune.runtime import VisionLanguagePipeline, loading
+from promprune.runtime import VisionLanguagePipeline
 from promprune.runtime.decoder import Decoder
 from promprune.runtime.sessions import SessionOptions, open_session
 from promprune.runtime.sessions import tensorrt as module
@@ -203,12 +202,11 @@ def test_a_decoder_generates_as_with_onnx_runtime_and_its_cache_stays_on_the_dev
     assert device.memory == {}
 
 
-def test_a_whole_pipeline_runs_on_engines(built: Path, device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_pipeline_runs_on_engines(built: Path, device: FakeDevice) -> None:
     image = Image.fromarray(np.random.default_rng(2).integers(0, 255, (32, 32, 3), np.uint8))
     with VisionLanguagePipeline.from_package(built, provider="cpu") as pipeline:
         expected = pipeline.generate([image], "what is it?", max_new_tokens=6)
-    monkeypatch.setattr(loading, "open_session", functools.partial(open_session, backend="tensorrt"))
-    with VisionLanguagePipeline.from_package(built) as pipeline:
+    with VisionLanguagePipeline.from_package(built, backend="tensorrt") as pipeline:
         result = pipeline.generate([image], "what is it?", max_new_tokens=6)
     assert result.text == expected.text
     np.testing.assert_array_equal(result.selection[0].token_indices, expected.selection[0].token_indices)
@@ -337,6 +335,15 @@ def test_the_cpu_is_refused(built: Path, device: FakeDevice) -> None:
     del device
     with pytest.raises(BackendError, match="received provider 'cpu' for TensorRT"):
         open_session(built / "onnx" / f"{DECODER}.onnx", SessionOptions(provider="cpu"), backend="tensorrt")
+
+
+def test_a_machine_without_a_driver_is_one_clear_line(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr("promprune.engines.ctypes.CDLL", missing)
+    with pytest.raises(BackendError, match=r"this machine has no usable GPU \(no NVIDIA driver is installed here\)"):
+        VisionLanguagePipeline.from_package(built, backend="tensorrt")
 
 
 def test_no_engines_is_answered_with_the_command(tmp_path: Path, device: FakeDevice) -> None:
