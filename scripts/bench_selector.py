@@ -67,7 +67,13 @@ class Agreement:
         }
 
 
-def agreement(sets: int, n: int, d: int, threads: int) -> dict[str, Any]:
+def to_tf32(x: Any) -> Any:
+    """Round to the 10 bits of mantissa that TF32 multiplies with."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    return ((bits + 0xFFF + (bits >> 13 & 1)) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def agreement(sets: int, n: int, d: int, threads: int, tf32: bool) -> dict[str, Any]:
     """Share of feature sets on which each contender keeps the tokens that the float64 reference keeps."""
     torch.set_num_threads(threads)
     full = {t: open_session(n, d, t, threads) for t in BUDGETS}
@@ -84,12 +90,14 @@ def agreement(sets: int, n: int, d: int, threads: int) -> dict[str, Any]:
             tally["graph, float32", keep].add(got[0].tolist(), int(count[0, 0]), kept, want.saliency_count)
             theirs = authors_select(torch.from_numpy(x)[None], torch.from_numpy(a)[None], keep, first_token_seeds=True)
             tally["authors, float32", keep].add(theirs.indices[0].tolist(), theirs.counts[0], kept, want.saliency_count)
+            if tf32:
+                got, count, _ = full[keep].run(OUTPUTS, {"image_features": to_tf32(x)[None], "saliency": a[None]})
+                tally["graph, TF32 emulated", keep].add(got[0].tolist(), int(count[0, 0]), kept, want.saliency_count)
             _compare_half(half[keep], x, a, keep, tally["graph, float16 features", keep])
     report = {f"{name}, T = {keep}": entry.figures() for (name, keep), entry in sorted(tally.items())}
     print(f"{sets} feature sets of {len(KINDS)} kinds, N = {n}, D = {d}; yardstick: float64 reference\n")
-    print(
-        "| | T | identical sets | same T_sal | T_sal off by at most | sets with a duplicate |\n|---|---|---|---|---|---|"
-    )
+    print("| | T | identical sets | same T_sal | T_sal off by at most | sets with a duplicate |")
+    print("|---|---|---|---|---|---|")
     for (name, keep), entry in sorted(tally.items()):
         f = entry.figures()
         print(
@@ -179,9 +187,8 @@ def cuda(n: int, d: int, keep: int, repeats: int) -> dict[str, Any]:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     report: dict[str, Any] = {"device": torch.cuda.get_device_name()}
-    print(
-        f"{report['device']}: N = {n}, D = {d}, T = {keep}; median of {repeats}, microseconds\n\n| | B | µs |\n|---|---|---|"
-    )
+    print(f"{report['device']}: N = {n}, D = {d}, T = {keep}; median of {repeats}, microseconds\n")
+    print("| | B | µs |\n|---|---|---|")
     shape = CLIPVisionConfig(
         hidden_size=1024,
         intermediate_size=4096,
@@ -231,6 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=["agreement", "speed", "cuda"])
     parser.add_argument("--sets", type=int, default=500, help="feature sets per row of the agreement table")
+    parser.add_argument("--tf32", action="store_true", help="also with the Gram product's factors rounded to TF32")
     parser.add_argument("--num-tokens", type=int, default=576)
     parser.add_argument("--hidden-size", type=int, default=4096)
     parser.add_argument("--keep-tokens", type=int, default=69, help="budget of the speed tables")
@@ -240,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     o = parser.parse_args(arguments)
     n, d, keep = o.num_tokens, o.hidden_size, o.keep_tokens
     if o.table == "agreement":
-        report = agreement(o.sets, n, d, o.threads)
+        report = agreement(o.sets, n, d, o.threads, o.tf32)
     elif o.table == "speed":
         report = speed(n, d, keep, o.threads, o.rounds, o.repeats)
     else:
