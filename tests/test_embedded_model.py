@@ -21,7 +21,7 @@ transformers = pytest.importorskip("transformers")
 
 FOLDER = Path(promprune.__file__).parent / "assets" / "embedded"
 SIZE_LIMIT_BYTES = 16 * 2**20
-ACCURACY_FLOOR = 0.75
+ACCURACY_FLOOR = 0.85
 
 
 @lru_cache(maxsize=1)
@@ -99,7 +99,7 @@ def test_prompt_has_one_token_per_patch() -> None:
 
 
 def test_held_out_accuracy() -> None:
-    """Far above what the majority answers reach (about 30 %), on one question of each type per scene."""
+    """Far above what the majority answers reach (about 27 %), on one question of each type per scene."""
     right: Counter[bool] = Counter()
     for seed in TEST_SEEDS[:8]:
         scene = render_scene(seed)
