@@ -7,6 +7,7 @@ itself does on a GPU is not tested here.
 from __future__ import annotations
 
 import gc
+import importlib.util
 import shutil
 import sys
 import threading
@@ -22,9 +23,16 @@ import pytest
 from PIL import Image
 
 from promprune.config import EngineConfig
-from promprune.engines import EngineRecord, engine_folder, identity_of, write_engine_manifest, writing_engines
+from promprune.engines import (
+    EngineRecord,
+    current_target,
+    engine_folder,
+    identity_of,
+    write_engine_manifest,
+    writing_engines,
+)
 from promprune.errors import BackendError, MissingDependencyError, PackageError
-from promprune.export.engine import profiles_of
+from promprune.export.engine import build_engines, profiles_of
 from promprune.package import DECODER, read_manifest, sha256_of_file
 from promprune.runtime import VisionLanguagePipeline
 from promprune.runtime.decoder import Decoder
@@ -405,6 +413,7 @@ class Runtime:
     """The calls of the CUDA runtime, one of which fails."""
 
     cudaStreamNonBlocking = 1  # noqa: N815  # CUDA's names
+    cudaMemPoolAttr = SimpleNamespace(cudaMemPoolAttrReleaseThreshold=4)  # noqa: N815
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)  # noqa: N815
 
     def __init__(self, failing: str, name: str) -> None:
@@ -434,6 +443,7 @@ class CudaError(int):
         ("cudaMallocAsync", "cudaErrorMemoryAllocation", "use fewer images or tokens at a time"),
         ("cudaMallocAsync", "cudaErrorUnknown", "check the driver"),
         ("cudaStreamCreateWithFlags", "cudaErrorInsufficientDriver", "check the driver"),
+        ("cudaMemPoolSetAttribute", "cudaErrorNotSupported", "check the driver"),
     ],
 )
 def test_cuda_errors_are_one_clear_line(monkeypatch: pytest.MonkeyPatch, function: str, name: str, fix: str) -> None:
@@ -451,11 +461,34 @@ def test_copies_are_made_on_the_stream_with_addresses_and_bytes(monkeypatch: pyt
     device.download(1024, array)
     device.free(1024)
     host = array.ctypes.data
-    assert runtime.calls[1:] == [
+    assert runtime.calls[-3:] == [
         ("cudaMemcpyAsync", (1024, host, 24, 1, 77)),
         ("cudaMemcpyAsync", (host, 1024, 24, 2, 77)),
         ("cudaFreeAsync", (1024, 77)),
     ]
+
+
+def test_the_calls_are_those_of_the_real_bindings() -> None:
+    """Without a driver every one of them answers with an error code; a wrong name or type would raise."""
+    cuda = pytest.importorskip("cuda.bindings.runtime", reason="the CUDA bindings are not installed")
+    driver = pytest.importorskip("cuda.bindings.driver", reason="the CUDA bindings are not installed")
+    if int(cuda.cudaGetDeviceCount()[0]) == 0:
+        pytest.skip("there is a GPU here, where these calls would really be made")
+    kind, attribute = cuda.cudaMemcpyKind.cudaMemcpyHostToDevice, cuda.cudaMemPoolAttr.cudaMemPoolAttrReleaseThreshold
+    stream, pool = cuda.cudaStream_t(0), cuda.cudaMemPool_t(0)
+    array = np.zeros(4, np.float32)
+    for name, arguments in {
+        "cudaStreamCreateWithFlags": (cuda.cudaStreamNonBlocking,),
+        "cudaDeviceGetDefaultMemPool": (0,),
+        "cudaMemPoolSetAttribute": (pool, attribute, driver.cuuint64_t((1 << 64) - 1)),
+        "cudaMallocAsync": (16, stream),
+        "cudaFreeAsync": (4096, stream),
+        "cudaMemcpyAsync": (4096, array.ctypes.data, array.nbytes, kind, stream),
+        "cudaStreamSynchronize": (stream,),
+    }.items():
+        error, *_ = getattr(cuda, name)(*arguments)
+        assert int(error) != 0, name
+        assert f'"{name}"' in Path(module.__file__).read_text() or f".{name}(" in Path(module.__file__).read_text()
 
 
 def test_an_engine_that_does_not_load_is_one_clear_line() -> None:
@@ -463,3 +496,60 @@ def test_an_engine_that_does_not_load_is_one_clear_line() -> None:
     with pytest.raises(BackendError, match=r"the engine does not load on this GPU \(.+\)") as caught:
         module._CudaEngine(b"not an engine" * 100, trt, 0)
     assert "\n" not in str(caught.value)
+
+
+def test_the_thin_layer_calls_what_the_real_module_has() -> None:
+    """Nothing here can run without a driver; that the names are right can be seen without one."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed (Linux x86-64 only)")
+    used = {
+        trt.Runtime: ["deserialize_cuda_engine"],
+        trt.ICudaEngine: [
+            "create_execution_context",
+            "get_tensor_dtype",
+            "get_tensor_mode",
+            "get_tensor_name",
+            "num_io_tensors",
+        ],
+        trt.IExecutionContext: [
+            "execute_async_v3",
+            "get_tensor_shape",
+            "infer_shapes",
+            "set_input_shape",
+            "set_optimization_profile_async",
+            "set_tensor_address",
+        ],
+        trt.TensorIOMode: ["OUTPUT"],
+    }
+    source = Path(module.__file__).read_text()
+    for owner, names in used.items():
+        for name in names:
+            assert hasattr(owner, name)
+            assert f".{name}" in source
+
+
+@pytest.mark.gpu
+def test_engines_of_this_gpu_answer_as_onnx_runtime_does(tmp_path: Path) -> None:
+    pytest.importorskip("cuda.bindings.runtime", reason="the CUDA bindings are not installed")
+    backends = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+    backend = next((name for name, of in backends.items() if importlib.util.find_spec(of)), None)
+    if backend is None:
+        pytest.skip("neither TensorRT is installed")
+    try:
+        current_target()
+    except BackendError as error:
+        pytest.skip(str(error))
+    model = write_fake_package(tmp_path / "package")
+    build_engines(tmp_path / "package", EngineConfig(backend=backend))  # type: ignore[arg-type]  # one of the two
+    pixels = np.random.default_rng(0).normal(size=(1, 3, 32, 32)).astype(np.float32)
+    with opened(tmp_path / "package", "vision_encoder") as session:
+        found = session.run({"pixel_values": pixels})
+    features, indices = model.encode(pixels[0])
+    np.testing.assert_array_equal(found["token_indices"][0], indices)
+    np.testing.assert_allclose(found["image_features"][0], features, atol=1e-4)
+    embeds = np.random.default_rng(1).normal(size=(1, 9, HIDDEN)).astype(np.float32)
+    with opened(tmp_path / "package", DECODER) as session:
+        decoder = Decoder(session)
+        cache = decoder.empty_cache(1)
+        for start, end in ((0, 7), (7, 8), (8, 9)):
+            logits, cache = decoder.read(embeds[:, start:end], cache)
+            np.testing.assert_allclose(logits[0], model.logits(embeds[0, :end]), rtol=1e-3, atol=1e-3)

@@ -283,6 +283,11 @@ class CudaDevice:
     def __init__(self) -> None:
         self._cuda = _import("tensorrt", "cuda.bindings.runtime")
         self._stream = self._call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
+        # Freed memory stays ours: by default every synchronisation would return it, and every step ask for it again.
+        pool, everything = self._call("cudaDeviceGetDefaultMemPool", 0), (1 << 64) - 1
+        threshold = _import("tensorrt", "cuda.bindings.driver").cuuint64_t(everything)
+        attribute = self._cuda.cudaMemPoolAttr.cudaMemPoolAttrReleaseThreshold
+        self._call("cudaMemPoolSetAttribute", pool, attribute, threshold)
 
     def load(self, plan: bytes, trt: Any) -> DeviceEngine:
         """Load a serialized engine; see :class:`Device`."""
