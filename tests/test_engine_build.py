@@ -319,12 +319,18 @@ def test_a_module_that_does_not_load_is_one_clear_line(monkeypatch: pytest.Monke
 def failing_builder(toolkit: Toolkit, message: str | None, error: Exception | None = None) -> Iterator[Toolkit]:
     """The real module, but the last step of a build fails as it does where memory or the driver are wanting."""
 
-    class Builder(trt.Builder):  # type: ignore[misc]
+    class Builder:
+        def __init__(self, log: Any) -> None:
+            self.real, self.log = trt.Builder(log), log
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.real, name)
+
         def build_serialized_network(self, network: Any, config: Any) -> None:
             if error is not None:
                 raise error
             if message is not None:
-                self.logger.log(trt.ILogger.ERROR, message)
+                self.log.log(trt.ILogger.ERROR, message)
 
     members = {name: getattr(trt, name) for name in dir(trt) if not name.startswith("_")}
     names = {"__name__": "tensorrt_rtx", "__version__": trt.__version__}
