@@ -290,8 +290,8 @@ def _coverage_loop(g: GraphBuilder, kernel: str, loss: str, count: str, sizes: S
     """
     steps = g("Max", g("Sub", ints(sizes.keep), g("ReduceMin", count, keepdims=0)), ints(1))
     coordinates = g("Mul", loss, floats(np.zeros((1, sizes.keep, 1))))
+    picks = g("ArgMin", coordinates, axis=2, keepdims=1)  # zeros too, as integers
     zero = g("Mul", count, ints(0))
-    picks = g("Add", _column(g, zero), ints(np.zeros((1, sizes.keep, 1))))
     image = g("CumSum", g("Add", zero, ints(1)), ints(0), exclusive=1)
     first_row = _row(g, g("Concat", image, zero, axis=1))
     body = GraphBuilder(parent=g)
@@ -314,13 +314,15 @@ def _greedy_step(g: GraphBuilder, kernel: str, loss: str, coordinates: str | Non
     key = g("Where", spanned, g("Round", loss), loss)
     pick = g("ArgMin", key, axis=2, keepdims=1)
     is_pick = g("Equal", ints(np.arange(n)[None, None]), pick)
-    residual = g("Sub", floats(1), g("ReduceMin", key, ints([2]), keepdims=1))
+    least = g("ReduceMin", key, ints([2]), keepdims=1)
+    # Where nothing is left to span, the new direction is rounding noise, and dividing makes it vanish.
+    residual = g("Where", g("Less", least, floats(1)), g("Sub", floats(1), least), floats(_TAKEN))
     new = g("GatherND", kernel, pick, batch_dims=1)
     if coordinates is not None:
         one_hot = g("Cast", is_pick, to=TensorProto.FLOAT)
         own = g("MatMul", one_hot, g("Transpose", coordinates, perm=[0, 2, 1]))
         new = g("Sub", new, g("MatMul", own, coordinates))
-    new = g("Div", new, g("Sqrt", g("Max", residual, floats(RESIDUAL_FLOOR))))
+    new = g("Div", new, g("Sqrt", residual))
     loss = g("Where", is_pick, floats(_TAKEN), g("Add", loss, g("Mul", new, new)))
     return loss, new, pick
 

@@ -72,7 +72,9 @@ def _greedy(  # type: ignore[no-untyped-def]
         # All losses within the floor of 1 are tied, and the lowest index wins.
         key = tl.where((loss > 1 - floor) & (loss < 1.5), 1.0, loss)
         pick = tl.argmin(key, axis=0, tie_break_left=True)
-        residual = tl.maximum(1 - tl.min(key, axis=0), floor)
+        least = tl.min(key, axis=0)
+        # Where nothing is left to span, the new direction is rounding noise, and dividing makes it vanish.
+        residual = tl.where(least < 1, 1 - least, 1e30)
         new = tl.load(kernel_ptr + pick * n + token, mask=inside, other=0.0)
         for start in range(0, t, ROWS):
             row = start + tl.arange(0, ROWS)

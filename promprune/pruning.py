@@ -229,7 +229,9 @@ def _coverage_loop(kernel: Tensor, loss: Tensor, keep_tokens: int) -> Tensor:
     for t in range(keep_tokens):
         key = torch.where(loss > 1 - RESIDUAL_FLOOR, loss.round(), loss)
         pick = key.argmin(dim=1, keepdim=True)
-        residual = (1 - key.gather(1, pick)).clamp_min(RESIDUAL_FLOOR)
+        least = key.gather(1, pick)
+        # Where nothing is left to span, the new direction is rounding noise, and dividing makes it vanish.
+        residual = torch.where(least < 1, 1 - least, _TAKEN)
         row = pick[:, :, None].expand(-1, 1, n)
         own = coordinates[:, :t].gather(2, pick[:, None, :].expand(-1, t, 1))
         new = (kernel.gather(1, row) - own.mT @ coordinates[:, :t]).squeeze(1) / residual.sqrt()

@@ -63,6 +63,13 @@ def test_more_tokens_than_features() -> None:
     assert_agrees(*batch(5, 200, 24), 20, SelectionConfig())
 
 
+def test_many_picks_after_the_rank_is_exhausted() -> None:
+    x, a = batch(5, 200, 64)
+    got = prune_tokens(x, a, 192, config=COVERAGE).token_indices
+    assert all(len(set(row)) == 192 for row in got.tolist())
+    assert all(row[70:] == sorted(row[70:]) for row in got.tolist())
+
+
 @pytest.mark.parametrize("config", [SelectionConfig(), HALF, COVERAGE])
 def test_padding(config: SelectionConfig) -> None:
     x, a = batch(4)
@@ -132,7 +139,7 @@ from promprune.greedy_kernel import fused_coverage_picks
 from promprune.pruning import _coverage_loop
 from tests.feature_sets import feature_set
 
-for n, d, keep in ((40, 60, 7), (100, 30, 40), (144, 160, 23)):
+for n, d, keep in ((40, 60, 7), (100, 30, 90), (144, 160, 23)):
     x = torch.stack([torch.from_numpy(feature_set(seed, n, d)[1]) for seed in range(3)])
     unit = x / x.norm(dim=-1, keepdim=True)
     unit[:, 3] = 0

@@ -211,6 +211,18 @@ class TestEdgeCases:
         assert got["saliency_count"][0, 0] == want.saliency_count
         assert got["token_indices"][0, :decided].tolist() == want.token_indices[:decided].tolist()
 
+    @pytest.mark.parametrize("loop", ["loop", "unrolled"])
+    @pytest.mark.parametrize(("n", "d"), [(200, 64), (144, 20), (100, 2)])
+    def test_many_picks_after_the_rank_is_exhausted(self, n: int, d: int, loop: str) -> None:
+        x, a = batch(range(5), n, d)
+        got = run(x, a, n - 5, config=COVERAGE, loop=loop)
+        for b in range(5):
+            want = reference(x[b], a[b], n - 5, COVERAGE).token_indices.tolist()
+            assert got["token_indices"][b].tolist()[: d // 2] == want[: d // 2]
+            # Whatever is left when nothing is left to span comes in index order.
+            tail = got["token_indices"][b].tolist()[d + 5 :]
+            assert tail == sorted(tail)
+
     def test_nearly_blank(self) -> None:
         # Noise of 1e-6 is below what float32 resolves: taken for blank, so coverage chooses, as the reference does.
         rng = np.random.default_rng(0)
