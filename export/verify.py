@@ -65,9 +65,10 @@ class Limits:
     equal_answers: float
 
 
-# fp32: a full CLIP-L differs by 6e-6; the limit leaves room for deeper stacks. fp16: rounding of 2**-11 a layer.
+# fp32: features and logits differ by some 1e-6 to 1e-5, a peaked saliency by up to 6e-5 on 200 images; a graph that is
+# wired wrongly, by 1e-2 and more. fp16: rounding of 2**-11 a layer.
 LIMITS: Final = {
-    "fp32": Limits(relative_error=1e-4, identical_sets=0.75, overlap=0.98, equal_answers=0.98),
+    "fp32": Limits(relative_error=3e-4, identical_sets=0.75, overlap=0.98, equal_answers=0.98),
     "fp16": Limits(relative_error=5e-2, identical_sets=0.75, overlap=0.98, equal_answers=0.75),
 }
 
