@@ -66,7 +66,13 @@ _DTYPES: Final[Mapping[str, str]] = {  # TensorRT's names -> numpy's
     "UINT8": "uint8",
     "BOOL": "bool",
 }
-_MEMORY_WORDS: Final = ("out of memory", "outofmemory", "bad_alloc", "cannot allocate", "resource temporarily unavailable")
+_MEMORY_WORDS: Final = (
+    "out of memory",
+    "outofmemory",
+    "bad_alloc",
+    "cannot allocate",
+    "resource temporarily unavailable",
+)
 
 Report = Callable[[float, str], None]
 
