@@ -280,8 +280,9 @@ def _build_one(
 def profiles_of(name: str, manifest: Manifest, config: EngineConfig) -> tuple[ProfileRecord, ...]:
     """Return the optimisation profiles of one graph.
 
-    The decoder has two: ``prefill`` for prompts (also those that go on from a cache), and ``decode`` for one token
-    per row. Both are tuned for one image of T tokens and a prompt of ``TYPICAL_PROMPT_TOKENS``.
+    One serves every length. With ``config.decode_profile`` the decoder has two: ``prefill`` for prompts (also those
+    that go on from a cache), and ``decode`` for one token per row. All are tuned for one image of T tokens and a
+    prompt of ``TYPICAL_PROMPT_TOKENS``.
 
     Raises:
         PackageError: the graph has a dynamic dimension of an unknown name.
@@ -304,7 +305,7 @@ def profiles_of(name: str, manifest: Manifest, config: EngineConfig) -> tuple[Pr
         },
     }
     graph = manifest.graphs[name]
-    if name == DECODER:
+    if name == DECODER and config.decode_profile:
         return tuple(_profile(phase, graph, {**batch, **sizes}) for phase, sizes in lengths.items())
     return (_profile("any", graph, {**batch, **lengths["prefill"]}),)
 

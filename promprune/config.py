@@ -149,6 +149,8 @@ class EngineConfig:
         max_prompt_tokens: longest prompt, in tokens besides those of its first image.
         max_new_tokens: longest answer, in tokens.
         max_batch: most images of one vision run, and most rows of one decoder run.
+        decode_profile: give the decoder a profile of its own for single tokens; in TensorRT for RTX that doubles
+            the size of its engine.
         workspace_mib: scratch memory one engine may use, in MiB; ``None``: all of the device's.
         rebuild: build again what is up to date already.
         keep_inspector_json: write what the builder made of every layer beside each engine; needs the target GPU.
@@ -162,6 +164,7 @@ class EngineConfig:
     max_prompt_tokens: int = 1024
     max_new_tokens: int = 256
     max_batch: int = 1
+    decode_profile: bool = False
     workspace_mib: int | None = None
     rebuild: bool = False
     keep_inspector_json: bool = False

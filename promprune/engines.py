@@ -120,6 +120,7 @@ class EngineOptions(_Record, frozen=True):
     max_prompt_tokens: Count
     max_new_tokens: Count
     max_batch: Count
+    decode_profile: bool
     workspace_mib: Count | None
     layer_details: bool  # kept in the engine for the inspector
     recipe: Count = RECIPE
@@ -180,6 +181,7 @@ def identity_of(manifest: Manifest, config: EngineConfig, *, tool_version: str, 
             max_prompt_tokens=config.max_prompt_tokens,
             max_new_tokens=config.max_new_tokens,
             max_batch=config.max_batch,
+            decode_profile=config.decode_profile,
             workspace_mib=config.workspace_mib,
             layer_details=config.keep_inspector_json,
         ),

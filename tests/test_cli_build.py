@@ -25,7 +25,9 @@ def fake(tmp_path: Path) -> Path:
 
 def test_engines_are_built_reported_and_then_left_alone(fake: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason=RTX)
-    first = run(main, str(fake), "--target", "sm89,sm120", "--max-prompt-tokens", "32", "--max-batch", "2")
+    first = run(
+        main, str(fake), "--target", "sm89,sm120", "--max-prompt-tokens", "32", "--max-batch", "2", "--decode-profile"
+    )
     assert first.exit_code == 0, first.stderr
     assert [line.split(", ")[1] for line in first.stdout.splitlines()] == ["sm89", "sm120"]
     assert first.stdout.count("built in") == 2
@@ -33,7 +35,9 @@ def test_engines_are_built_reported_and_then_left_alone(fake: Path) -> None:
         assert word in first.stderr
     options = read_engines(fake / "engines" / "tensorrt-rtx-sm120").identity.options
     assert (options.max_prompt_tokens, options.max_batch) == (32, 2)
-    again = run(main, str(fake), "--target", "sm89", "--max-prompt-tokens", "32", "--max-batch", "2")
+    again = run(
+        main, str(fake), "--target", "sm89", "--max-prompt-tokens", "32", "--max-batch", "2", "--decode-profile"
+    )
     assert again.exit_code == 0
     assert again.stdout.endswith("sm89, up to date\n")
 

@@ -90,7 +90,9 @@ def test_the_embedded_model_is_built_for_two_targets(
     embedded_export: ExportResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     package = copied(embedded_export.output, tmp_path)
-    check_built(package, build_engines(package, EngineConfig(targets=TARGETS, max_batch=4)), capsys)
+    check_built(
+        package, build_engines(package, EngineConfig(targets=TARGETS, max_batch=4, decode_profile=True)), capsys
+    )
 
 
 @pytest.mark.gpu
@@ -110,9 +112,11 @@ def test_an_engine_of_this_gpu_can_be_loaded(fake: Path, toolkit: Toolkit) -> No
 
 def test_the_profiles_lie_around_the_tokens_that_are_kept(fake: Path) -> None:
     manifest = read_manifest(fake)  # T = 4, a context of 256
-    config = EngineConfig(max_prompt_tokens=100, max_new_tokens=50, max_batch=3)
+    config = EngineConfig(max_prompt_tokens=100, max_new_tokens=50, max_batch=3, decode_profile=True)
     prefill, decode = profiles_of(DECODER, manifest, config)
     assert (prefill.name, decode.name) == ("prefill", "decode")
+    (alone,) = profiles_of(DECODER, manifest, EngineConfig(max_prompt_tokens=100, max_new_tokens=50, max_batch=3))
+    assert (alone.name, alone.shapes) == ("any", prefill.shapes)
     embeds, past = prefill.shapes["inputs_embeds"], prefill.shapes["past_key_values.0.key"]
     assert (embeds.min, embeds.opt, embeds.max) == ((1, 1, 16), (1, 68, 16), (3, 104, 16))
     assert (past.min[2], past.opt[2], past.max[2]) == (0, 0, 153)
@@ -129,7 +133,9 @@ def test_every_profile_is_in_order_and_inside_the_context(
     rewrite_manifest(fake, read_manifest(fake), context_length=context_length)
     manifest = read_manifest(fake)
     for name in manifest.graphs:
-        for profile in profiles_of(name, manifest, EngineConfig(max_prompt_tokens=max_prompt_tokens)):
+        for profile in profiles_of(
+            name, manifest, EngineConfig(max_prompt_tokens=max_prompt_tokens, decode_profile=True)
+        ):
             for shape in profile.shapes.values():
                 assert all(a <= b <= c for a, b, c in zip(shape.min, shape.opt, shape.max, strict=True))
             if "attention_mask" in profile.shapes:

@@ -42,7 +42,7 @@ from promprune.runtime.sessions.tensorrt import CudaDevice, TensorRtSession, cho
 from tests.fake_package import HIDDEN, FakeModel, write_fake_package
 
 TARGET = "sm89"
-CONFIG = EngineConfig(max_prompt_tokens=40, max_new_tokens=20, max_batch=2)
+CONFIG = EngineConfig(max_prompt_tokens=40, max_new_tokens=20, max_batch=2, decode_profile=True)
 TOOL = SimpleNamespace(__version__="1.7")
 
 

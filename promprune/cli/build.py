@@ -57,6 +57,12 @@ def build(
             help="Most images, or rows, at a time.", parser=option_type(int, "a whole number"), metavar="COUNT"
         ),
     ] = DEFAULTS.max_batch,
+    decode_profile: Annotated[
+        bool,
+        typer.Option(
+            "--decode-profile", help="Tune the decoder for single tokens too; doubles its size with tensorrt-rtx."
+        ),
+    ] = DEFAULTS.decode_profile,
     workspace_mib: Annotated[
         int | None,
         typer.Option(
@@ -91,6 +97,7 @@ def build(
         max_prompt_tokens=max_prompt_tokens,
         max_new_tokens=max_new_tokens,
         max_batch=max_batch,
+        decode_profile=decode_profile,
         workspace_mib=workspace_mib,
         rebuild=rebuild,
         keep_inspector_json=keep_inspector_json,
