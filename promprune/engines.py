@@ -41,7 +41,7 @@ from promprune.package import (
     Manifest,
     Size,
     TensorRecord,
-    _remove_partials_of_dead_processes,
+    remove_partials_of_dead_processes,
     sha256_of_file,
 )
 
@@ -288,7 +288,7 @@ def writing_engines(output: Path) -> Iterator[Path]:
     """
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        _remove_partials_of_dead_processes(output)
+        remove_partials_of_dead_processes(output)
         partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-{os.getpid()}-", dir=output.parent))
     except OSError as error:
         raise _unwritable(output, error) from error

@@ -51,6 +51,7 @@ __all__ = [
     "VerificationRecord",
     "file_records",
     "read_manifest",
+    "remove_partials_of_dead_processes",
     "sha256_of_file",
     "write_manifest",
     "writing_package",
@@ -321,7 +322,7 @@ def writing_package(output: Path, *, force: bool = False) -> Iterator[Path]:
     check_output(output, force=force)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        _remove_partials_of_dead_processes(output)
+        remove_partials_of_dead_processes(output)
         prefix = f".{output.name}.partial-{os.getpid()}-"
         partial = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
     except OSError as error:
@@ -376,7 +377,8 @@ def _move_into_place(partial: Path, output: Path, *, force: bool) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _remove_partials_of_dead_processes(output: Path) -> None:
+def remove_partials_of_dead_processes(output: Path) -> None:
+    """Remove what killed writers of ``output`` left beside it (``.NAME.partial-PID-*``)."""
     pattern = re.compile(re.escape(f".{output.name}.partial-") + r"(\d+)-")
     for path in output.parent.iterdir():
         match = pattern.match(path.name)
