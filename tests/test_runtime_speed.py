@@ -8,7 +8,6 @@ tokens meet a short question.
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +28,7 @@ from tests.tiny_models import CHAT_TEMPLATE, SPECIAL_TOKENS, byte_tokenizer
 
 PHOTOGRAPH = Path(skimage.__file__).parent / "data" / "astronaut.png"
 QUESTION = "What is this?"
-THREADS, NEW_TOKENS, RUNS = 2, 17, 3
+THREADS, NEW_TOKENS, RUNS = 2, 17, 4
 VISION = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4}
 TEXT = {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 8, "num_attention_heads": 16}
 
@@ -60,21 +59,23 @@ def save_scaled_llava(folder: Path) -> Path:
     return folder
 
 
-def median_ms(action: Callable[[int], Any], new_tokens: int) -> float:
-    """Return the median time of an answer of so many tokens, in milliseconds."""
-    times = []
-    for _ in range(RUNS):
-        start = time.perf_counter()
-        action(new_tokens)
-        times.append((time.perf_counter() - start) * 1000)
-    return statistics.median(times)
-
-
-def measured(action: Callable[[int], Any]) -> dict[str, float]:
-    """Return time to first token and decoding rate of something that generates."""
-    action(2)
-    first, whole = median_ms(action, 1), median_ms(action, NEW_TOKENS)
-    return {"first_token_ms": round(first, 1), "tokens_per_s": round((NEW_TOKENS - 1) / (whole - first) * 1000, 1)}
+def measured(actions: dict[str, Callable[[int], Any]]) -> dict[str, dict[str, float]]:
+    """Return time to first token and decoding rate of each; taken in turns, the least disturbed time of each counts."""
+    times: dict[str, dict[int, list[float]]] = {name: {1: [], NEW_TOKENS: []} for name in actions}
+    for run in range(RUNS + 1):
+        for name, action in actions.items():
+            for count, taken in times[name].items():
+                start = time.perf_counter()
+                action(count)
+                if run:  # the first warms up
+                    taken.append((time.perf_counter() - start) * 1000)
+    return {
+        name: {
+            "first_token_ms": round(min(taken[1]), 1),
+            "tokens_per_s": round((NEW_TOKENS - 1) / (min(taken[NEW_TOKENS]) - min(taken[1])) * 1000, 1),
+        }
+        for name, taken in times.items()
+    }
 
 
 @pytest.mark.slow
@@ -83,30 +84,29 @@ def test_at_least_as_fast_as_hugging_face(tmp_path: Path) -> None:
     reference = Reference(folder)
     reference.model.generation_config.eos_token_id = None
     torch.set_num_threads(THREADS)
-    figures: dict[str, Any] = {}
     messages = messages_of(QUESTION, 1)
+    actions: dict[str, Callable[[int], Any]] = {}
     for ratio in (0.12, 1.0):
         output = tmp_path / f"package-{ratio}"
         export_package(ExportConfig(model=str(folder), ratio=ratio, output=output, verify=False))
-        with VisionLanguagePipeline.from_package(
-            output, provider="cpu", num_threads=THREADS, image_cache_size=0
-        ) as pipeline:
-            pipeline._eos_token_ids = frozenset()
-            ours = pipeline.generate(PHOTOGRAPH, QUESTION, max_new_tokens=NEW_TOKENS)
-            kept = [np.asarray(ours.selection[0].token_indices)]
-            theirs = reference.generate([PHOTOGRAPH], messages, kept, max_new_tokens=NEW_TOKENS)
-            assert list(ours.token_ids) == theirs
-            figures[f"promprune {ratio}"] = measured(
-                lambda n, p=pipeline: p.generate(PHOTOGRAPH, QUESTION, max_new_tokens=n)
-            )
-            figures[f"Hugging Face {ratio}"] = measured(
-                lambda n, k=kept: reference.generate([PHOTOGRAPH], messages, k, max_new_tokens=n)
-            )
+        pipeline = VisionLanguagePipeline.from_package(output, provider="cpu", num_threads=THREADS, image_cache_size=0)
+        pipeline._eos_token_ids = frozenset()
+        kept = [np.asarray(pipeline.encode_image(PHOTOGRAPH).selection.token_indices)]
+
+        def ours(count: int, pipeline: VisionLanguagePipeline = pipeline) -> list[int]:
+            return list(pipeline.generate(PHOTOGRAPH, QUESTION, max_new_tokens=count).token_ids)
+
+        def theirs(count: int, kept: list[np.ndarray] = kept) -> list[int]:
+            return reference.generate([PHOTOGRAPH], messages, kept, max_new_tokens=count)
+
+        assert ours(NEW_TOKENS) == theirs(NEW_TOKENS)
+        actions |= {f"promprune {ratio}": ours, f"Hugging Face {ratio}": theirs}
+    figures = measured(actions)
     shapes = {"vision": VISION, "text": TEXT, "threads": THREADS, "new_tokens": NEW_TOKENS, "runs": RUNS}
     print(json.dumps({**shapes, **figures}))
     for ratio in (0.12, 1.0):
-        ours, theirs = figures[f"promprune {ratio}"], figures[f"Hugging Face {ratio}"]
-        assert ours["first_token_ms"] <= theirs["first_token_ms"]
-        assert ours["tokens_per_s"] >= theirs["tokens_per_s"]
+        our, their = figures[f"promprune {ratio}"], figures[f"Hugging Face {ratio}"]
+        assert our["first_token_ms"] <= their["first_token_ms"]
+        assert our["tokens_per_s"] >= their["tokens_per_s"]
     speedup = figures["Hugging Face 1.0"]["first_token_ms"] / figures["promprune 0.12"]["first_token_ms"]
     assert speedup >= 3
