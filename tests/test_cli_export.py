@@ -147,3 +147,18 @@ def test_a_killed_export_leaves_no_package(tiny_llava: Path, tmp_path: Path, ste
         read_manifest(tmp_path / "out", check_weights=True)
     else:
         assert all(path.name.startswith(".out.partial-") for path in tmp_path.iterdir())
+
+
+def test_an_interrupted_export_says_so_and_leaves_nothing(tiny_llava: Path, tmp_path: Path) -> None:
+    arguments = [str(tiny_llava), "--no-verify", "-o", str(tmp_path / "out")]
+    with subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "load the model" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == 130
+    assert "error: interrupted" in rest
+    assert "Traceback" not in rest
+    assert list(tmp_path.iterdir()) == []

@@ -32,6 +32,7 @@ __all__ = [
 
 EXIT_REFUSED: Final = 1  # refused, failed, or failed verification
 EXIT_USAGE: Final = 2
+EXIT_INTERRUPTED: Final = 130
 
 # Progress and tables go to stderr; stdout carries the answer, or the JSON.
 console = Console(stderr=True, highlight=False)
@@ -57,7 +58,7 @@ def run_command(command: Callable[..., None]) -> NoReturn:
     except PrompruneError as error:
         _fail(str(error), EXIT_REFUSED)
     except KeyboardInterrupt:
-        _fail("interrupted", 130)
+        _fail("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(EXIT_REFUSED)
@@ -66,11 +67,13 @@ def run_command(command: Callable[..., None]) -> NoReturn:
     except MemoryError:
         _fail("out of memory; expected more free memory; use a smaller model or fewer images at a time", EXIT_REFUSED)
     except Exception as error:
-        if type(error).__name__ == "Abort":  # Ctrl-C, seen by the command line library first
-            _fail("interrupted", 130)
+        if type(error).__name__ == "Abort":  # Ctrl-C at a prompt
+            _fail("interrupted", EXIT_INTERRUPTED)
         if not hasattr(error, "format_message"):  # not a usage error of the command line library
             raise
         _fail(f"{error.format_message().rstrip('.')}; see --help", EXIT_USAGE)
+    if exit_code == EXIT_INTERRUPTED:  # Ctrl-C, which the command line library turns into a code of its own
+        _fail("interrupted", EXIT_INTERRUPTED)
     sys.exit(exit_code if isinstance(exit_code, int) else 0)
 
 
