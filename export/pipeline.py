@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from promprune._version import __version__
-from promprune.config import ExportConfig, SelectionConfig
+from promprune.config import ExportConfig
 from promprune.errors import UnsupportedModelError, VerificationError
 from promprune.export.checkpoint import EMBEDDED_MODEL, Checkpoint, load_checkpoint, selection_config
 from promprune.export.decoder_graph import decoder_graph, embed_tokens_graph
@@ -179,13 +179,11 @@ def selector(config: ExportConfig, model: AdaptedModel, selection: SelectionReco
         selection.keep_tokens,
         batch_size="batch",
         dtype=_NUMPY_DTYPES[config.dtype],
-        config=SelectionConfig(
-            mu=selection.mu,
-            tau=selection.tau,
-            saliency_ratio_min=selection.saliency_ratio_min,
-            saliency_ratio_max=selection.saliency_ratio_max,
-            order=selection.order,
-        ),
+        mu=selection.mu,
+        tau=selection.tau,
+        saliency_ratio_min=selection.saliency_ratio_min,
+        saliency_ratio_max=selection.saliency_ratio_max,
+        order=selection.order,
         opset=config.opset,
     )
     return ir.from_proto(proto)

@@ -16,7 +16,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from promprune._version import __version__
-from promprune.config import SelectionConfig
+from promprune.config import SelectionConfig, TokenOrder
 from promprune.entropy_table import ENTROPY_TABLE
 from promprune.errors import ConfigError
 from promprune.export.graph_builder import Constant, GraphBuilder, floats, ints
@@ -54,9 +54,13 @@ def build_selector(
     hidden_size: int,
     keep_tokens: int,
     *,
-    config: SelectionConfig = SelectionConfig(),  # noqa: B008 - frozen
     batch_size: int | Literal["batch"] = 1,
     dtype: FeatureDtype = "float32",
+    mu: float = SelectionConfig.mu,
+    tau: float = SelectionConfig.tau,
+    saliency_ratio_min: float = SelectionConfig.saliency_ratio_min,
+    saliency_ratio_max: float = SelectionConfig.saliency_ratio_max,
+    order: TokenOrder = SelectionConfig.order,
     opset: int = 20,
     loop: LoopForm = "loop",
     token_mask: bool = False,
@@ -75,9 +79,9 @@ def build_selector(
         num_tokens: N, tokens per image.
         hidden_size: D, features per token.
         keep_tokens: T, tokens to keep, 1 to N.
-        config: the budget split's parameters and the output order.
         batch_size: B, or ``"batch"`` for a dynamic batch dimension of that name.
         dtype: of the features; everything inside is float32.
+        mu, tau, saliency_ratio_min, saliency_ratio_max, order: see :class:`promprune.config.SelectionConfig`.
         opset: 18 or later.
         loop: ``"loop"`` for one ONNX Loop over the coverage stage, ``"unrolled"`` for T copies of its body.
         token_mask: add the ``token_mask`` input.
@@ -86,8 +90,11 @@ def build_selector(
         A model that passes ``onnx.checker`` with shape inference.
 
     Raises:
-        ConfigError: a size, dtype, opset or loop form is out of range.
+        ConfigError: a size, dtype, opset, loop form or parameter of the selection is out of range.
     """
+    config = SelectionConfig(
+        mu=mu, tau=tau, saliency_ratio_min=saliency_ratio_min, saliency_ratio_max=saliency_ratio_max, order=order
+    )
     sizes = Sizes(num_tokens, hidden_size, keep_tokens)
     _check(sizes, batch_size, dtype, opset, loop)
     g = GraphBuilder()

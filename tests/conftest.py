@@ -15,6 +15,15 @@ from promprune.export import ExportResult, export_package
 from tests.tiny_models import save_tiny_llava
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what takes minutes, and say so, unless the command line chooses tests by their markers."""
+    if config.getoption("-m"):
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: pytest -m slow"))
+
+
 @pytest.fixture(scope="session")
 def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random LLaVA of 16 visual tokens per image."""
