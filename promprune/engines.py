@@ -311,7 +311,9 @@ def _swap(partial: Path, output: Path) -> None:
                 partial.rename(output)
                 return
             except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES) or not output.is_dir():
+                # Taken by engines that are there, or were a moment ago: another builder may have moved them away since.
+                taken = error.errno in (errno.ENOTEMPTY, errno.EEXIST)
+                if not taken and not (error.errno == errno.EACCES and output.is_dir()):
                     raise
             shutil.rmtree(old, ignore_errors=True)
             try:
