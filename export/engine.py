@@ -33,6 +33,7 @@ from promprune.engines import (
     engine_folder,
     graph_digests,
     identity_of,
+    make_log,
     parse_target,
     read_engines,
     write_engine_manifest,
@@ -358,7 +359,7 @@ def engine_from_onnx(
         PackageError: the file's inputs or outputs are not those of ``graph``.
         KeyboardInterrupt: while building; the builder stops at its next step.
     """
-    trt, log = toolkit.module, _make_log(toolkit.module)
+    trt, log = toolkit.module, make_log(toolkit.module)
     try:
         builder = trt.Builder(log)
         network = builder.create_network(_network_flags(trt))
@@ -478,21 +479,6 @@ def _configure(
         settings.set_compute_capability(capability, 0)
 
 
-def _make_log(trt: Any) -> Any:
-    """Make a logger that keeps errors and says nothing."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]  # the module is chosen at run time
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-                self.errors.append(message)
-
-    return Log()
-
-
 def _make_monitor(trt: Any, report: Report, pending: list[int]) -> Any:
     """Make a progress monitor that turns the builder's nested phases into one fraction.
 
@@ -577,7 +563,7 @@ def _build_error(path: Path, target: str, messages: list[str]) -> BackendError:
 
 def _write_inspection(toolkit: Toolkit, plan: Any, file: Path) -> str:
     """Write what the builder made of every layer; return a note where the engine cannot be loaded here."""
-    trt, log = toolkit.module, _make_log(toolkit.module)
+    trt, log = toolkit.module, make_log(toolkit.module)
     engine = trt.Runtime(log).deserialize_cuda_engine(plan)
     if engine is None:
         reason = _trimmed(log.errors[0]) if log.errors else "no reason given"

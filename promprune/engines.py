@@ -61,6 +61,7 @@ __all__ = [
     "engine_platform",
     "graph_digests",
     "identity_of",
+    "make_log",
     "parse_target",
     "read_engines",
     "write_engine_manifest",
@@ -328,6 +329,21 @@ def _unwritable(output: Path, error: OSError) -> OutputError:
     return OutputError(
         f"{output} cannot be written ({error.strerror})", fix="free space there, or make the package writable"
     )
+
+
+def make_log(trt: Any) -> Any:
+    """Make a logger for TensorRT (``trt`` is either of its modules) that keeps errors and says nothing."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]  # the module is chosen at run time
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
+                self.errors.append(message)
+
+    return Log()
 
 
 def parse_target(text: str) -> str:

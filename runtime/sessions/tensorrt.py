@@ -25,6 +25,7 @@ from promprune.engines import (
     difference,
     engine_folder,
     identity_of,
+    make_log,
     read_engines,
 )
 from promprune.errors import BackendError, MissingDependencyError, PackageError
@@ -334,7 +335,7 @@ class _CudaEngine:
     """An engine loaded by TensorRT; satisfies :class:`DeviceEngine`."""
 
     def __init__(self, plan: bytes, trt: Any, stream: int) -> None:
-        self._log = _make_log(trt)
+        self._log = make_log(trt)
         self._runtime = trt.Runtime(self._log)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         self._context: Any = None if self._engine is None else self._engine.create_execution_context()
@@ -368,21 +369,6 @@ class _CudaEngine:
         reason = " ".join(self._log.errors[-1].split())[:300] if self._log.errors else "no reason given"
         self._log.errors.clear()
         return BackendError(f"{what} ({reason})", fix="build the engines again on this machine, or use ONNX Runtime")
-
-
-def _make_log(trt: Any) -> Any:
-    """Make a logger that keeps errors and says nothing."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]  # the module is chosen at run time
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-                self.errors.append(message)
-
-    return Log()
 
 
 def _import(extra: EngineBackend, module: str) -> Any:
