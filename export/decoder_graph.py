@@ -34,7 +34,7 @@ class DecoderWithCache(nn.Module):
         Args:
             inputs_embeds: ``[B, S, D]``, model dtype.
             attention_mask: ``[B, P + S]``, int64; 0 where a position is padding.
-            position_ids: ``[B, S]``, int64.
+            position_ids: ``[B, S]``, int64; ``[3, B, S]`` for a model with three rotary positions per token.
             past_key_values: per layer a key and a value, ``[B, KV heads, P, head dim]``, model dtype.
 
         Returns:
@@ -76,37 +76,37 @@ def decoder_graph(model: AdaptedModel, *, opset: int) -> ir.Model:
     args = (
         torch.zeros(batch, length, text.hidden_size, dtype=dtype),
         torch.ones(batch, past + length, dtype=torch.int64),
-        torch.arange(past, past + length).repeat(batch, 1),
+        torch.arange(past, past + length).repeat(*model.position_axes, batch, 1),
         # A tensor of its own for each: torch.export takes one tensor given twice for one input.
         [(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in range(layers)],
     )
     return graph_from_module(
         DecoderWithCache(model.language_model, model.lm_head),
         args,
-        inputs=_decoder_inputs(layers),
+        inputs=_decoder_inputs(layers, len(model.position_axes)),
         outputs={"logits": {0: "batch"}, **_cache_dims("present", layers, "total_sequence_length")},
         opset=opset,
-        dynamic_shapes=_decoder_dynamic_shapes(layers),
+        dynamic_shapes=_decoder_dynamic_shapes(layers, len(model.position_axes)),
     )
 
 
-def _decoder_inputs(layers: int) -> dict[str, dict[int, str]]:
+def _decoder_inputs(layers: int, axes: int) -> dict[str, dict[int, str]]:
     return {
         "inputs_embeds": {0: "batch", 1: "sequence_length"},
         "attention_mask": {0: "batch", 1: "total_sequence_length"},
-        "position_ids": {0: "batch", 1: "sequence_length"},
+        "position_ids": {axes: "batch", axes + 1: "sequence_length"},
         **_cache_dims("past_key_values", layers, "past_sequence_length"),
     }
 
 
-def _decoder_dynamic_shapes(layers: int) -> tuple[Any, ...]:
+def _decoder_dynamic_shapes(layers: int, axes: int) -> tuple[Any, ...]:
     batch, length, past = Dim("batch", min=1), Dim("sequence", min=1), Dim("past", min=0)
     total = Dim("total", min=4)
     cached = {0: batch, 2: past}
     return (
         {0: batch, 1: length},
         {0: batch, 1: total},
-        {0: batch, 1: length},
+        {axes: batch, axes + 1: length},
         [(cached, cached) for _ in range(layers)],
     )
 

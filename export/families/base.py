@@ -44,6 +44,8 @@ class AdaptedModel:
         text_config: configuration of the language model.
         geometry: of one image.
         image_token_id: the placeholder in ``input_ids`` that a visual token replaces.
+        position_axes: what the language model's ``position_ids`` have in front of ``[B, S]``: nothing, or ``(3,)``
+            where a token has one rotary position each for time, height and width.
     """
 
     vision: nn.Module
@@ -53,6 +55,7 @@ class AdaptedModel:
     text_config: Any
     geometry: ImageGeometry
     image_token_id: int
+    position_axes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
