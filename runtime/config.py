@@ -8,7 +8,7 @@ from typing import Any, Final, Literal, TypedDict
 
 from promprune.errors import ConfigError
 
-__all__ = ["DEFAULT_NEW_TOKENS", "GenerationConfig", "GenerationOptions", "Provider", "RuntimeConfig"]
+__all__ = ["DEFAULT_NEW_TOKENS", "GenerationConfig", "GenerationOptions", "Provider", "RuntimeConfig", "RuntimeOptions"]
 
 Provider = Literal["auto", "cpu", "cuda"]
 DEFAULT_NEW_TOKENS: Final = 256
@@ -72,6 +72,17 @@ class GenerationConfig:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
+class RuntimeOptions(TypedDict, total=False):
+    """The fields of :class:`RuntimeConfig`, as keyword arguments."""
+
+    backend: str
+    provider: Provider
+    num_threads: int | None
+    check_weights: bool
+    image_cache_size: int
+    prefill_chunk: int | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
     """How a package is loaded.
@@ -82,6 +93,8 @@ class RuntimeConfig:
         num_threads: CPU threads of one operator; ``None``: as many as this process may use.
         check_weights: compare the SHA-256 of the weight files with the manifest; reads them whole.
         image_cache_size: encoded images kept for reuse, keyed by a digest of their pixels; 0 is off.
+        prefill_chunk: most tokens of a prompt that one run of the language model reads; ``None``: the whole prompt.
+            Bounds the scratch memory of long prompts, at the price of more runs.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -92,6 +105,7 @@ class RuntimeConfig:
     num_threads: int | None = None
     check_weights: bool = False
     image_cache_size: int = 8
+    prefill_chunk: int | None = None
 
     def __post_init__(self) -> None:
         _require(self.provider in ("auto", "cpu", "cuda"), "provider", self.provider, "'auto', 'cpu' or 'cuda'")
@@ -99,6 +113,8 @@ class RuntimeConfig:
         _require(threads is None or (_is_int(threads) and threads >= 1), "num_threads", threads, "1 or more")
         size = self.image_cache_size
         _require(_is_int(size) and size >= 0, "image_cache_size", size, "0 (off) or more")
+        chunk = self.prefill_chunk
+        _require(chunk is None or (_is_int(chunk) and chunk >= 1), "prefill_chunk", chunk, "1 or more")
 
 
 def _require(valid: bool, name: str, value: object, expected: str) -> None:

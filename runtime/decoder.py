@@ -59,6 +59,8 @@ class Decoder:
 
     Args:
         session: the loaded graph.
+        prefill_chunk: most positions that one run reads; ``None``: all of them. Chunks change no answer; what a run
+            needs besides keys and values (activations, a mask of chunk times length) grows with the chunk.
 
     Attributes:
         hidden_size: of ``inputs_embeds``.
@@ -69,8 +71,9 @@ class Decoder:
         PackageError: the graph has not the inputs and outputs of a decoder with a cache.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, prefill_chunk: int | None = None) -> None:
         self._session = session
+        self._prefill_chunk = prefill_chunk
         self._past = {name: spec for name, spec in session.inputs.items() if name.startswith(_PAST)}
         self._present = {_PRESENT + name.removeprefix(_PAST): name for name in self._past}
         wanted = {"inputs_embeds", "attention_mask", "position_ids", *self._past}
@@ -87,6 +90,15 @@ class Decoder:
         self.cache_bytes_per_token = sum(
             _fixed(spec, 1) * _fixed(spec, 3) * np.dtype(spec.dtype).itemsize for spec in self._past.values()
         )
+
+    @property
+    def device(self) -> str:
+        """Where the graph runs: ``"CPU"`` or ``"CUDA"``."""
+        return self._session.device
+
+    def close(self) -> None:
+        """Free the graph; reading afterwards is a BackendError."""
+        self._session.close()
 
     def empty_cache(self, batch: int) -> Cache:
         """Return the cache of a model that has read nothing."""
@@ -113,6 +125,17 @@ class Decoder:
             BackendError: the backend fails.
         """
         new = np.ones(embeds.shape[:2], np.int64) if mask is None else mask
+        for part in self._chunks(embeds.shape[1]):
+            logits, cache = self._run(embeds[:, part], cache, new[:, part])
+        return logits, cache
+
+    def _chunks(self, length: int) -> list[slice]:
+        """Return the stretches to read one after the other: all of one size but the first, which is the rest."""
+        size = self._prefill_chunk or length
+        ends = range(length, 0, -size)
+        return [slice(max(end - size, 0), end) for end in reversed(ends)]
+
+    def _run(self, embeds: Array, cache: Cache, new: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float32], Cache]:
         whole = np.concatenate([cache.mask, new], axis=1)
         positions = np.maximum(whole.cumsum(axis=1) - 1, 0)[:, cache.length :]
         inputs: dict[str, Value] = {

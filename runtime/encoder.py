@@ -8,14 +8,14 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self, TypeAlias
+from typing import TYPE_CHECKING, Self, TypeAlias, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
 from promprune.errors import ConfigError
 from promprune.package import Manifest, read_manifest
-from promprune.runtime.config import Provider, RuntimeConfig
+from promprune.runtime.config import RuntimeConfig, RuntimeOptions
 from promprune.runtime.loading import open_vision_encoder
 from promprune.runtime.preprocess import ImagePreprocessor, load_image
 from promprune.runtime.results import EncodedImage, encoded_image_of
@@ -28,8 +28,6 @@ __all__ = ["ImageEncoder", "ImageSource", "PreparedImage"]
 
 # A file, its encoded bytes, a PIL image, an array [height, width, 3] of uint8, or an image encoded before.
 ImageSource: TypeAlias = "str | Path | bytes | Image | npt.NDArray[np.uint8] | EncodedImage"
-
-_DEFAULTS: Final = RuntimeConfig()
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,24 +63,13 @@ class ImageEncoder:
     def from_package(
         cls,
         path: str | Path,
-        *,
-        backend: str = _DEFAULTS.backend,
-        provider: Provider = _DEFAULTS.provider,
-        num_threads: int | None = _DEFAULTS.num_threads,
-        check_weights: bool = _DEFAULTS.check_weights,
-        image_cache_size: int = _DEFAULTS.image_cache_size,
+        **options: Unpack[RuntimeOptions],
     ) -> Self:
         """Load the vision encoder of a package, and nothing else of it.
 
         Args and errors: as in :meth:`VisionLanguagePipeline.from_package`.
         """
-        config = RuntimeConfig(
-            backend=backend,
-            provider=provider,
-            num_threads=num_threads,
-            check_weights=check_weights,
-            image_cache_size=image_cache_size,
-        )
+        config = RuntimeConfig(**options)
         folder = Path(path)
         manifest = read_manifest(folder, check_weights=config.check_weights)
         return cls(folder, manifest, open_vision_encoder(folder, manifest, config), config)

@@ -13,14 +13,20 @@ from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self, TypeAlias, Unpack
+from typing import Self, TypeAlias, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
 from promprune.errors import BackendError
 from promprune.package import read_manifest
-from promprune.runtime.config import DEFAULT_NEW_TOKENS, GenerationConfig, GenerationOptions, Provider, RuntimeConfig
+from promprune.runtime.config import (
+    DEFAULT_NEW_TOKENS,
+    GenerationConfig,
+    GenerationOptions,
+    RuntimeConfig,
+    RuntimeOptions,
+)
 from promprune.runtime.decoder import Cache, Decoder
 from promprune.runtime.encoder import ImageEncoder, ImageSource, PreparedImage
 from promprune.runtime.generation import Row, eos_token_ids_of
@@ -35,8 +41,6 @@ __all__ = ["AnswerStream", "Chat", "Images", "Prompt", "VisionLanguagePipeline"]
 Images: TypeAlias = "ImageSource | Sequence[ImageSource]"
 # A text, which comes after the images, or messages with {"type": "image"} parts where the images are.
 Prompt: TypeAlias = "str | Sequence[Message]"
-
-_DEFAULTS: Final = RuntimeConfig()
 
 
 class VisionLanguagePipeline:
@@ -53,51 +57,41 @@ class VisionLanguagePipeline:
     """
 
     def __init__(
-        self, encoder: ImageEncoder, prompts: PromptBuilder, embed: Session, decoder: Session, eos: Collection[int]
+        self, encoder: ImageEncoder, prompts: PromptBuilder, embed: Session, decoder: Decoder, eos: Collection[int]
     ) -> None:
         self.manifest = encoder.manifest
         self.encoder = encoder
         self.prompts = prompts
         self.device = decoder.device
-        self._sessions = (embed, decoder)
-        self._decoder = Decoder(decoder)
+        self._embed = embed
+        self._decoder = decoder
         self._eos_token_ids = frozenset(eos)
 
     @classmethod
     def from_package(
         cls,
         path: str | Path,
-        *,
-        backend: str = _DEFAULTS.backend,
-        provider: Provider = _DEFAULTS.provider,
-        num_threads: int | None = _DEFAULTS.num_threads,
-        check_weights: bool = _DEFAULTS.check_weights,
-        image_cache_size: int = _DEFAULTS.image_cache_size,
+        **options: Unpack[RuntimeOptions],
     ) -> Self:
         """Load a package that ``promprune-export`` wrote.
 
         Args:
             path: its folder.
-            backend, provider, num_threads, check_weights, image_cache_size: see :class:`RuntimeConfig`.
+            options: see :class:`RuntimeConfig`.
 
         Raises:
             PackageError: it is no package, damaged, or its graphs are not what its manifest says.
             BackendError: a graph, or the provider that was asked for, cannot be loaded.
             ConfigError: an argument is out of range.
         """
-        config = RuntimeConfig(
-            backend=backend,
-            provider=provider,
-            num_threads=num_threads,
-            check_weights=check_weights,
-            image_cache_size=image_cache_size,
-        )
+        config = RuntimeConfig(**options)
         folder = Path(path)
         manifest = read_manifest(folder, check_weights=config.check_weights)
         embed, decoder = open_language_model(folder, manifest, config)
         encoder = ImageEncoder(folder, manifest, open_vision_encoder(folder, manifest, config), config)
         eos = eos_token_ids_of(read_json(folder / "generation_config.json"))
-        return cls(encoder, PromptBuilder.from_package(folder, manifest), embed, decoder, eos)
+        prompts = PromptBuilder.from_package(folder, manifest)
+        return cls(encoder, prompts, embed, Decoder(decoder, config.prefill_chunk), eos)
 
     def generate(self, images: Images = (), prompt: Prompt = "", **options: Unpack[GenerationOptions]) -> Result:
         """Answer one prompt about any number of images.
@@ -158,8 +152,8 @@ class VisionLanguagePipeline:
     def close(self) -> None:
         """Free the graphs; using the pipeline afterwards is a BackendError."""
         self.encoder.close()
-        for session in self._sessions:
-            session.close()
+        self._embed.close()
+        self._decoder.close()
 
     def __enter__(self) -> Self:
         return self
@@ -243,7 +237,7 @@ class VisionLanguagePipeline:
 
     def _embedded(self, ids: TokenIds) -> Array:
         """Return the embeddings of [batch, sequence] token ids: [batch, sequence, hidden]."""
-        embeds = self._sessions[0].run({"input_ids": ids})["inputs_embeds"]
+        embeds = self._embed.run({"input_ids": ids})["inputs_embeds"]
         return embeds.astype(self._decoder.embeds_dtype, copy=False)
 
     def _row(self, prompt: TokenIds, config: GenerationConfig) -> Row:

@@ -61,10 +61,13 @@ def reference(tiny_llava: Path) -> Reference:
     return Reference(tiny_llava)
 
 
-@pytest.fixture(scope="module", params=["pruned", "unpruned"])
+@pytest.fixture(scope="module", params=["pruned", "unpruned", "pruned, in chunks"])
 def pipeline(request: pytest.FixtureRequest, tiny_export: ExportResult, tiny_full_export: ExportResult) -> Any:
-    export = tiny_export if request.param == "pruned" else tiny_full_export
-    with VisionLanguagePipeline.from_package(export.output, provider="cpu", num_threads=1) as loaded:
+    export = tiny_full_export if request.param == "unpruned" else tiny_export
+    chunk = 5 if request.param.endswith("chunks") else None
+    with VisionLanguagePipeline.from_package(
+        export.output, provider="cpu", num_threads=1, prefill_chunk=chunk
+    ) as loaded:
         yield loaded
 
 

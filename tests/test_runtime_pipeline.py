@@ -96,6 +96,21 @@ def test_batch_stream_and_one_by_one_are_equal(pipeline: Any) -> None:
         assert one.finish_reason == row.finish_reason == stream.result.finish_reason
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 7, 1000])
+def test_a_prompt_read_in_chunks_is_answered_alike(folder: Path, pipeline: Any, chunk: int) -> None:
+    options = {"max_new_tokens": 30}
+    lengths: list[int] = []
+    with VisionLanguagePipeline.from_package(folder, prefill_chunk=chunk) as chunked:
+        session = chunked._decoder._session
+        run = session.run_keeping
+        session.run_keeping = lambda inputs, keep: lengths.append(inputs["inputs_embeds"].shape[1]) or run(inputs, keep)
+        for found, expected in zip(
+            chunked.generate_batch(REQUESTS, **options), pipeline.generate_batch(REQUESTS, **options), strict=True
+        ):
+            assert found.token_ids == expected.token_ids
+    assert max(lengths) == min(chunk, expected.timings.prompt_tokens)
+
+
 def test_rows_of_a_batch_that_finish_early_change_nothing(pipeline: Any) -> None:
     alone = [pipeline.generate((), text, max_new_tokens=40).text for text in ("abc", "defgh", "i")]
     stop = (alone[0][5:7], alone[2][1:3])
@@ -303,7 +318,8 @@ def test_unknown_options_are_refused(pipeline: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"provider": "tpu"}, {"num_threads": 0}, {"image_cache_size": -1}, {"num_threads": True}]
+    "options",
+    [{"provider": "tpu"}, {"num_threads": 0}, {"image_cache_size": -1}, {"prefill_chunk": 0}, {"num_threads": True}],
 )
 def test_wrong_loading_options_are_refused(folder: Path, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):

@@ -121,6 +121,15 @@ def run(
             metavar="COUNT",
         ),
     ] = RuntimeConfig.num_threads,
+    prefill_chunk: Annotated[
+        int | None,
+        typer.Option(
+            help="Read the prompt in pieces of this many tokens; bounds the scratch memory of long prompts.",
+            parser=option_type(int, _INT),
+            show_default="the whole prompt at once",
+            metavar="COUNT",
+        ),
+    ] = RuntimeConfig.prefill_chunk,
     check_weights: Annotated[
         bool, typer.Option("--check-weights", help="Compare the SHA-256 of the weights as well.")
     ] = RuntimeConfig.check_weights,
@@ -161,6 +170,7 @@ def run(
             provider=provider,  # type: ignore[arg-type]  # it validates
             num_threads=num_threads,
             check_weights=check_weights,
+            prefill_chunk=prefill_chunk,
         ),
         show_tokens=show_tokens,
         stats=stats,
