@@ -27,11 +27,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from promprune.bench.authors_method import authors_select
 from promprune.config import SelectionConfig
 from promprune.export.selector_graph import build_selector
 from promprune.pruning import _coverage_loop, coverage_picks, prune_tokens
 from promprune.selection import select_tokens
-from tests.authors_method import authors_select
 from tests.feature_sets import KINDS, feature_set
 
 BUDGETS = (64, 69, 128, 192)

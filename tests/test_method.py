@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from promprune.bench.authors_method import authors_select
 from promprune.config import SelectionConfig
 from promprune.errors import ConfigError
 from promprune.prominence import saliency_count, saliency_ratio, spectral_entropy, unit_tokens
 from promprune.selection import select_tokens
-from tests.authors_method import authors_select
 from tests.feature_sets import KINDS, feature_set
 
 SELECTION = SelectionConfig(order="selection")

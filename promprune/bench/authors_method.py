@@ -68,7 +68,8 @@ def _entropy(x: Tensor) -> Tensor:
         covariance = torch.bmm(centred.transpose(1, 2), centred)
     p = torch.linalg.eigvalsh(covariance).clamp_min(1e-12)
     p = p / p.sum(dim=-1, keepdim=True)
-    return -(p * p.log()).sum(dim=-1) / math.log(p.shape[-1])
+    entropy: Tensor = -(p * p.log()).sum(dim=-1) / math.log(p.shape[-1])
+    return entropy
 
 
 def _cover(x: Tensor, salient: Tensor, count: int, repeat_fault: bool, first_token_seeds: bool) -> Tensor:
