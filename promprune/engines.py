@@ -15,14 +15,11 @@ here needs torch, onnx or TensorRT.
 from __future__ import annotations
 
 import ctypes
-import errno
 import hashlib
 import os
 import platform
 import re
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,8 +27,9 @@ from typing import Annotated, Any, Final
 
 import msgspec
 
+from promprune.atomic import writing_folder
 from promprune.config import EngineBackend, EngineConfig
-from promprune.errors import BackendError, ConfigError, OutputError, PackageError
+from promprune.errors import BackendError, ConfigError, PackageError
 from promprune.package import (
     DECODER,
     EMBED_TOKENS,
@@ -41,7 +39,6 @@ from promprune.package import (
     Manifest,
     Size,
     TensorRecord,
-    remove_partials_of_dead_processes,
     sha256_of_file,
 )
 
@@ -279,56 +276,13 @@ def write_engine_manifest(folder: Path, identity: EngineIdentity, engines: dict[
 
 @contextmanager
 def writing_engines(output: Path) -> Iterator[Path]:
-    """Yield an empty folder beside ``output`` that replaces ``output`` when the block succeeds.
-
-    When the block fails, or the process is killed, ``output`` is as it was. Of two builders of the same engines
-    the later one stays, whole.
+    """Yield an empty folder that replaces ``output`` when the block succeeds.
 
     Raises:
         OutputError: it cannot be written.
     """
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        remove_partials_of_dead_processes(output)
-        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-{os.getpid()}-", dir=output.parent))
-    except OSError as error:
-        raise _unwritable(output, error) from error
-    try:
+    with writing_folder(output, replace=True, fix="free space there, or make the package writable") as partial:
         yield partial
-        partial.chmod(0o755)
-        _swap(partial, output)
-    except OSError as error:
-        raise _unwritable(output, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _swap(partial: Path, output: Path) -> None:
-    """Rename ``partial`` to ``output``; retried, because another builder may do the same at the same moment."""
-    old = partial.with_name(f"{partial.name}.old")
-    try:
-        while True:
-            try:
-                partial.rename(output)
-                return
-            except OSError as error:
-                # Taken by engines that are there, or were a moment ago: another builder may have moved them away since.
-                taken = error.errno in (errno.ENOTEMPTY, errno.EEXIST)
-                if not taken and not (error.errno == errno.EACCES and output.is_dir()):
-                    raise
-            shutil.rmtree(old, ignore_errors=True)
-            try:
-                output.rename(old)
-            except FileNotFoundError:
-                continue
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _unwritable(output: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"{output} cannot be written ({error.strerror})", fix="free space there, or make the package writable"
-    )
 
 
 def make_log(trt: Any) -> Any:

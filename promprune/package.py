@@ -16,12 +16,9 @@ Weights lie beside each graph as ``<graph>.onnx_data``. Nothing here needs torch
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
 import re
-import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -29,6 +26,7 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
+from promprune.atomic import writing_folder
 from promprune.config import TokenOrder
 from promprune.errors import OutputError, PackageError
 
@@ -51,7 +49,6 @@ __all__ = [
     "VerificationRecord",
     "file_records",
     "read_manifest",
-    "remove_partials_of_dead_processes",
     "sha256_of_file",
     "write_manifest",
     "writing_package",
@@ -70,8 +67,6 @@ _LANGUAGE_GRAPHS: Final = (EMBED_TOKENS, DECODER)  # both, or neither in a packa
 
 _MAX_MANIFEST_BYTES: Final = 16 * 1024 * 1024
 _AGAIN: Final = "copy the package again, or export it again"
-# The operating system's ways of saying that writing, rather than anything else, went wrong.
-_WRITE_ERRORS: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Size = Annotated[int, msgspec.Meta(ge=0)]
@@ -311,38 +306,14 @@ def _path_inside(folder: Path, relative: str) -> Path:
 
 @contextmanager
 def writing_package(output: Path, *, force: bool = False) -> Iterator[Path]:
-    """Yield an empty folder beside ``output`` that becomes ``output`` by one rename when the block succeeds.
-
-    When the block fails, or the process is killed, ``output`` is as it was. What a killed process left behind
-    (``.NAME.partial-PID-*``) is removed by the next one that writes the same package.
+    """Yield an empty folder that becomes ``output`` when the block succeeds, as :mod:`promprune.atomic` says.
 
     Raises:
-        OutputError: ``output`` exists and ``force`` is off, or it cannot be written.
+        OutputError: ``output`` exists and ``force`` is off, or it exists and is no package, or cannot be written.
     """
     check_output(output, force=force)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        remove_partials_of_dead_processes(output)
-        prefix = f".{output.name}.partial-{os.getpid()}-"
-        partial = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
-    except OSError as error:
-        raise OutputError(f"{output} cannot be written ({error.strerror})", fix="choose another -o") from error
-    try:
+    with writing_folder(output, replace=force, fix="free space there, or choose another output folder") as partial:
         yield partial
-        partial.chmod(0o755)
-        _move_into_place(partial, output, force=force)
-    except OSError as error:
-        if error.errno not in _WRITE_ERRORS:
-            raise
-        raise _unwritable(output, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _unwritable(output: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"{output} cannot be written ({error.strerror})", fix="free space there, or choose another output folder"
-    )
 
 
 def check_output(output: Path, *, force: bool) -> None:
@@ -351,7 +322,9 @@ def check_output(output: Path, *, force: bool) -> None:
     Raises:
         OutputError: ``output`` exists and ``force`` is off, or it exists and is no package.
     """
-    if not output.exists() and not output.is_symlink():
+    try:  # whoever replaces it at this moment takes it away before
+        names = [path.name for path in output.iterdir()] if stat.S_ISDIR(output.lstat().st_mode) else None
+    except (FileNotFoundError, NotADirectoryError):
         return
     if not force:
         raise OutputError(
@@ -359,38 +332,8 @@ def check_output(output: Path, *, force: bool) -> None:
             expected="a new folder",
             fix="choose another -o, or add --force to replace it",
         )
-    replaceable = output.is_dir() and not output.is_symlink()
-    if not replaceable or (any(output.iterdir()) and not (output / MANIFEST_FILE).is_file()):
+    if names is None or (names and MANIFEST_FILE not in names):
         raise OutputError(
             f"{output} exists and is not an exported package, so --force does not replace it",
             fix="choose another with -o, or remove it yourself",
         )
-
-
-def _move_into_place(partial: Path, output: Path, *, force: bool) -> None:
-    if not (force and output.exists()):
-        partial.rename(output)  # fails, rather than overwrites, when somebody else has written it meanwhile
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-{os.getpid()}-", dir=output.parent))
-    output.rename(old)
-    partial.rename(output)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def remove_partials_of_dead_processes(output: Path) -> None:
-    """Remove what killed writers of ``output`` left beside it (``.NAME.partial-PID-*``)."""
-    pattern = re.compile(re.escape(f".{output.name}.partial-") + r"(\d+)-")
-    for path in output.parent.iterdir():
-        match = pattern.match(path.name)
-        if match and not _is_alive(int(match[1])):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True

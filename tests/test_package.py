@@ -210,3 +210,42 @@ def test_what_a_killed_writer_leaves_is_removed_by_the_next(tmp_path: Path) -> N
     with writing_package(output) as folder:
         (folder / MANIFEST_FILE).write_text("{}")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+REPLACING = """
+import sys
+from pathlib import Path
+from promprune.package import MANIFEST_FILE, writing_package
+for number in range(150):
+    with writing_package(Path(sys.argv[1]), force=True) as folder:
+        (folder / MANIFEST_FILE).write_text("{}")
+        for name in "abc":
+            (folder / name).write_text(sys.argv[2])
+"""
+
+
+def test_two_writers_that_replace_one_package_leave_one_of_them_whole(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    writers = [
+        subprocess.Popen([sys.executable, "-c", REPLACING, str(output), name], stderr=subprocess.PIPE, text=True)
+        for name in ("first", "second")
+    ]
+    outcomes = [writer.communicate(timeout=60)[1] for writer in writers]
+    assert [writer.returncode for writer in writers] == [0, 0], outcomes
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert len({(output / name).read_text() for name in "abc"}) == 1
+
+
+def test_a_package_that_another_process_wrote_meanwhile_is_kept(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+
+    def write_twice() -> None:
+        with writing_package(output) as folder:
+            (folder / MANIFEST_FILE).write_text("late")
+            with writing_package(output) as other:
+                (other / MANIFEST_FILE).write_text("early")
+
+    with pytest.raises(OutputError, match="was written by another process meanwhile"):
+        write_twice()
+    assert (output / MANIFEST_FILE).read_text() == "early"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
