@@ -98,7 +98,7 @@ def selection_config(folder: Path, config: ExportConfig) -> tuple[SelectionConfi
     overrides = {key: value for key, value in given.items() if value is not None}
     if overrides:
         chosen_by = "command line"
-    return SelectionConfig(order=config.order, **{**constants, **overrides}), chosen_by
+    return SelectionConfig(order=config.order, policy=config.policy, **{**constants, **overrides}), chosen_by
 
 
 def _resolve(name: str | None) -> tuple[Path, str | None]:

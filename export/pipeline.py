@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from promprune._version import __version__
-from promprune.config import ExportConfig
+from promprune.config import ExportConfig, SelectionConfig
 from promprune.errors import UnsupportedModelError, VerificationError
 from promprune.export.checkpoint import EMBEDDED_MODEL, Checkpoint, load_checkpoint, selection_config
 from promprune.export.decoder_graph import decoder_graph, embed_tokens_graph
@@ -95,10 +95,11 @@ def export_package(config: ExportConfig, *, progress: Progress = NO_PROGRESS) ->
 
 
 def default_output(config: ExportConfig) -> Path:
-    """Return the folder that is written when none is named: ``promprune-<model>-<ratio or T>``."""
+    """Return the folder that is written when none is named: ``promprune-<model>-<ratio or T>``, and policy."""
     name = EMBEDDED_MODEL if config.model is None else Path(config.model).resolve().name
     kept = f"{config.ratio:g}" if config.keep_tokens is None else f"{config.keep_tokens}-tokens"
-    return Path(f"promprune-{name}-{kept}" + ("" if config.dtype == "fp32" else f"-{config.dtype}"))
+    policy = "" if config.policy == SelectionConfig.policy else f"-{config.policy}"
+    return Path(f"promprune-{name}-{kept}{policy}" + ("" if config.dtype == "fp32" else f"-{config.dtype}"))
 
 
 def in_dtype(model: Any, dtype: str) -> Any:
@@ -139,6 +140,7 @@ def selection_record(config: ExportConfig, checkpoint: Checkpoint, num_tokens: i
         saliency_ratio_min=parameters.saliency_ratio_min,
         saliency_ratio_max=parameters.saliency_ratio_max,
         order=parameters.order,
+        policy=parameters.policy,
         parameters_from=chosen_by,
     )
 
@@ -184,6 +186,7 @@ def selector(config: ExportConfig, model: AdaptedModel, selection: SelectionReco
         saliency_ratio_min=selection.saliency_ratio_min,
         saliency_ratio_max=selection.saliency_ratio_max,
         order=selection.order,
+        policy=selection.policy,
         opset=config.opset,
     )
     return ir.from_proto(proto)

@@ -16,12 +16,12 @@ import onnx
 from onnx import TensorProto, helper
 
 from promprune._version import __version__
-from promprune.config import SelectionConfig, TokenOrder
+from promprune.config import SelectionConfig, SelectionPolicy, TokenOrder
 from promprune.entropy_table import ENTROPY_TABLE
 from promprune.errors import ConfigError
 from promprune.export.graph_builder import Constant, GraphBuilder, floats, ints
 from promprune.prominence import NORM_FLOOR
-from promprune.selection import RESIDUAL_FLOOR
+from promprune.selection import RESIDUAL_FLOOR, random_order
 
 __all__ = ["FeatureDtype", "LoopForm", "build_selector"]
 
@@ -61,6 +61,7 @@ def build_selector(
     saliency_ratio_min: float = SelectionConfig.saliency_ratio_min,
     saliency_ratio_max: float = SelectionConfig.saliency_ratio_max,
     order: TokenOrder = SelectionConfig.order,
+    policy: SelectionPolicy = SelectionConfig.policy,
     opset: int = 20,
     loop: LoopForm = "loop",
     token_mask: bool = False,
@@ -81,7 +82,7 @@ def build_selector(
         keep_tokens: T, tokens to keep, 1 to N.
         batch_size: B, or ``"batch"`` for a dynamic batch dimension of that name.
         dtype: of the features; everything inside is float32.
-        mu, tau, saliency_ratio_min, saliency_ratio_max, order: see :class:`promprune.config.SelectionConfig`.
+        mu, tau, saliency_ratio_min, saliency_ratio_max, order, policy: see :class:`promprune.config.SelectionConfig`.
         opset: 18 or later.
         loop: ``"loop"`` for one ONNX Loop over the coverage stage, ``"unrolled"`` for T copies of its body.
         token_mask: add the ``token_mask`` input.
@@ -93,7 +94,12 @@ def build_selector(
         ConfigError: a size, dtype, opset, loop form or parameter of the selection is out of range.
     """
     config = SelectionConfig(
-        mu=mu, tau=tau, saliency_ratio_min=saliency_ratio_min, saliency_ratio_max=saliency_ratio_max, order=order
+        mu=mu,
+        tau=tau,
+        saliency_ratio_min=saliency_ratio_min,
+        saliency_ratio_max=saliency_ratio_max,
+        order=order,
+        policy=policy,
     )
     sizes = Sizes(num_tokens, hidden_size, keep_tokens)
     _check(sizes, batch_size, dtype, opset, loop)
@@ -105,8 +111,13 @@ def build_selector(
     count = _saliency_count(g, entropy, keep_tokens, config)
     in_saliency = g("Less", ints([range(keep_tokens)]), count)
     salient = _saliency_stage(g, mask, keep_tokens)
-    loss = _initial_loss(g, kernel, is_zero, mask, salient, in_saliency, num_tokens)
-    covering = _coverage_stage(g, kernel, loss, count, sizes, loop)
+    if policy == "saliency":
+        covering = salient  # not used: T_sal = T
+    elif policy == "random":
+        covering = _random_stage(g, mask, count, sizes)
+    else:
+        loss = _initial_loss(g, kernel, is_zero, mask, salient, in_saliency, num_tokens)
+        covering = _coverage_stage(g, kernel, loss, count, sizes, loop)
     indices, saliency_mask = _slots(g, salient, covering, in_saliency, count, sizes, config)
     g.rename(g("GatherND", "image_features", _column(g, indices), batch_dims=1), "selected_features")
     g.rename(indices, "token_indices")
@@ -158,6 +169,15 @@ def _saliency_stage(g: GraphBuilder, mask: str | None, keep_tokens: int) -> str:
     if mask:
         score = g("Where", mask, score, floats(_LOWEST))
     return g.many("TopK", score, ints([keep_tokens]), outputs=2, axis=1, largest=1, sorted=1)[1]
+
+
+def _random_stage(g: GraphBuilder, mask: str | None, count: str, sizes: Sizes) -> str:
+    """The first T tokens of `random_order`, padding last, [B, T]: the same for every image."""
+    order = random_order(sizes.tokens)
+    if mask is None:
+        return g("Add", g("Mul", count, ints([[0]])), ints(order[: sizes.keep][None].numpy()))
+    score = g("Where", mask, floats(-order.argsort()[None].numpy()), floats(_LOWEST))
+    return g.many("TopK", score, ints([sizes.keep]), outputs=2, axis=1, largest=1, sorted=1)[1]
 
 
 def _cosine_kernel(g: GraphBuilder, features: str, mask: str | None, n: int) -> tuple[str, str]:
@@ -250,9 +270,9 @@ def _inner_products(g: GraphBuilder, first: str, n: int) -> str:
 def _saliency_count(g: GraphBuilder, entropy: str, keep_tokens: int, config: SelectionConfig) -> str:
     """T_sal, [B, 1] int64; T where the entropy is NaN."""
     z = g("Mul", g("Sub", floats(config.mu), entropy), floats(1 / config.tau))
-    span = config.saliency_ratio_max - config.saliency_ratio_min
-    share = g("Mul", g("Sigmoid", z), floats(span * keep_tokens))
-    count = g("Round", g("Add", share, floats(config.saliency_ratio_min * keep_tokens)))
+    low, high = config.saliency_limits
+    share = g("Mul", g("Sigmoid", z), floats((high - low) * keep_tokens))
+    count = g("Round", g("Add", share, floats(low * keep_tokens)))
     return g("Cast", g("Where", g("IsNaN", entropy), floats(keep_tokens), count), to=TensorProto.INT64)
 
 

@@ -163,6 +163,7 @@ def check_selection(manifest: Manifest, outputs: dict[str, Array], limits: Limit
         saliency_ratio_min=record.saliency_ratio_min,
         saliency_ratio_max=record.saliency_ratio_max,
         order=record.order,
+        policy=record.policy,
     )
     exact = [
         select_tokens(_float64(row), _float64(scores), record.keep_tokens, config)

@@ -16,30 +16,38 @@ __all__ = [
     "DEFAULT_CHECK_IMAGES",
     "DTYPES",
     "ENGINE_BACKENDS",
+    "POLICIES",
     "Dtype",
     "EngineBackend",
     "EngineConfig",
     "ExportConfig",
     "SelectionConfig",
+    "SelectionPolicy",
     "TokenOrder",
 ]
 
 TokenOrder = Literal["spatial", "selection"]
+SelectionPolicy = Literal["promprune", "saliency", "coverage", "half", "random"]
 Dtype = Literal["fp32", "fp16"]
 EngineBackend = Literal["tensorrt", "tensorrt-rtx"]
 
 DTYPES: Final = get_args(Dtype)
+POLICIES: Final = get_args(SelectionPolicy)
 ENGINE_BACKENDS: Final = get_args(EngineBackend)
 DEFAULT_CHECK_IMAGES: Final = 8  # rendered images that a package is verified on
 MIN_OPSET: Final = 18
 MAX_OPSET: Final = 23
+_FIXED_SHARES: Final[dict[str, float]] = {"saliency": 1.0, "coverage": 0.0, "half": 0.5, "random": 0.0}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionConfig:
-    """Parameters of PromPrune's budget split and of the order of its output.
+    """How the kept tokens are chosen, and in which order they are given out.
 
     Attributes:
+        policy: ``"promprune"`` splits the budget by the image's entropy; ``"saliency"``, ``"coverage"`` and
+            ``"half"`` (half and half) split every image alike; ``"random"`` keeps the same positions of every image,
+            drawn once with a fixed seed (:func:`promprune.selection.random_order`). Baselines to compare with.
         mu: normalised spectral entropy, in [0, 1], at which the budget splits half and half (the paper's 0.42
             is for the CLIP-L tower of LLaVA; other towers need their own).
         tau: width of that transition, in units of entropy; above 0.
@@ -57,6 +65,7 @@ class SelectionConfig:
     saliency_ratio_min: float = 0.0
     saliency_ratio_max: float = 1.0
     order: TokenOrder = "spatial"
+    policy: SelectionPolicy = "promprune"
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.mu):
@@ -71,6 +80,14 @@ class SelectionConfig:
             )
         if self.order not in ("spatial", "selection"):
             raise ConfigError(f"received order = {self.order!r}", expected="'spatial' or 'selection'")
+        if self.policy not in POLICIES:
+            raise ConfigError(f"received policy = {self.policy!r}", expected="one of " + ", ".join(POLICIES))
+
+    @property
+    def saliency_limits(self) -> tuple[float, float]:
+        """Smallest and largest share of the budget that saliency gets under this policy."""
+        fixed = _FIXED_SHARES.get(self.policy)
+        return (self.saliency_ratio_min, self.saliency_ratio_max) if fixed is None else (fixed, fixed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +107,7 @@ class ExportConfig:
         force: replace ``output`` if it is a package already.
         mu, tau: override the entropy constants of the model (see :class:`SelectionConfig`).
         order: order of the kept tokens.
+        policy: what chooses them (see :class:`SelectionConfig`).
 
     Raises:
         ConfigError: a value is out of its range.
@@ -108,6 +126,7 @@ class ExportConfig:
     mu: float | None = None
     tau: float | None = None
     order: TokenOrder = SelectionConfig.order
+    policy: SelectionPolicy = SelectionConfig.policy
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1:

@@ -27,7 +27,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 
 from promprune.atomic import writing_folder
-from promprune.config import TokenOrder
+from promprune.config import SelectionPolicy, TokenOrder
 from promprune.errors import OutputError, PackageError
 
 __all__ = [
@@ -101,6 +101,7 @@ class SelectionRecord(_Record, frozen=True):
     saliency_ratio_max: Fraction
     order: TokenOrder
     parameters_from: str  # who chose mu and tau: "defaults", "model", "command line"
+    policy: SelectionPolicy = "promprune"  # what chooses the kept tokens; the others are baselines
 
 
 class ImageRecord(_Record, frozen=True):

@@ -69,14 +69,14 @@ def saliency_ratio(entropy: Tensor, config: SelectionConfig) -> Tensor:
 
     Args:
         entropy: normalised spectral entropy, any shape.
-        config: mu, tau and the two limits of the ratio.
+        config: mu, tau, and the two limits of the ratio under its policy.
 
     Returns:
-        The ratio, in [``saliency_ratio_min``, ``saliency_ratio_max``], same shape and dtype; NaN stays NaN.
+        The ratio, within ``config.saliency_limits``, same shape and dtype; NaN stays NaN.
     """
     z = ((entropy - config.mu) / config.tau).clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT)
-    span = config.saliency_ratio_max - config.saliency_ratio_min
-    ratio: Tensor = config.saliency_ratio_min + (1 - torch.sigmoid(z)) * span
+    low, high = config.saliency_limits
+    ratio: Tensor = low + (1 - torch.sigmoid(z)) * (high - low)
     return ratio
 
 

@@ -20,7 +20,7 @@ from promprune.config import SelectionConfig
 from promprune.entropy_table import ENTROPY_TABLE
 from promprune.errors import ConfigError
 from promprune.prominence import NORM_FLOOR, saliency_count, saliency_ratio
-from promprune.selection import RESIDUAL_FLOOR
+from promprune.selection import RESIDUAL_FLOOR, random_order
 
 __all__ = ["PrunedTokens", "coverage_picks", "prune_tokens"]
 
@@ -67,7 +67,7 @@ def prune_tokens(
         image_features: ``[B, N, D]`` projector output, any floating dtype.
         saliency: ``[B, N]`` score of each token, for CLIP the attention of the CLS token; keep it in float32.
         keep_tokens: the budget T, 1 to N.
-        config: the budget split's parameters and the output order.
+        config: policy, parameters of the budget split, output order.
         token_mask: ``[B, N]`` bool, false for padding; None where every token is real.
 
     Returns:
@@ -83,7 +83,7 @@ def prune_tokens(
         entropy = entropy + _zero_if_finite(saliency, token_mask)
         count = saliency_count(saliency_ratio(entropy, config), keep_tokens)
         salient = _saliency_stage(saliency.float(), token_mask, keep_tokens)
-        covering = coverage_picks(kernel, _initial_loss(kernel, token_mask, salient, count), count, keep_tokens)
+        covering = _second_stage(kernel, token_mask, salient, count, config)
     indices, mask = _slots(salient, covering, count, config)
     features = image_features.gather(1, indices[:, :, None].expand(-1, -1, image_features.shape[2]))
     return PrunedTokens(features, indices, mask, count, entropy)
@@ -208,6 +208,27 @@ def _saliency_stage(saliency: Tensor, token_mask: Tensor | None, keep_tokens: in
         score = torch.where(token_mask, score, -3e38)
     # Not topk, which breaks ties as it likes.
     return score.sort(dim=1, descending=True, stable=True).indices[:, :keep_tokens]
+
+
+def _second_stage(
+    kernel: Tensor, token_mask: Tensor | None, salient: Tensor, count: Tensor, config: SelectionConfig
+) -> Tensor:
+    """What the T - T_sal tokens behind the saliency stage are taken from, [B, T]."""
+    keep_tokens = salient.shape[1]
+    if config.policy == "saliency":
+        return salient  # not used: T_sal = T
+    if config.policy == "random":
+        return _random_stage(kernel, token_mask, keep_tokens)
+    return coverage_picks(kernel, _initial_loss(kernel, token_mask, salient, count), count, keep_tokens)
+
+
+def _random_stage(kernel: Tensor, token_mask: Tensor | None, keep_tokens: int) -> Tensor:
+    """The first T tokens of ``random_order``, padding last, [B, T]."""
+    batch, n = kernel.shape[:2]
+    place = random_order(n).argsort().to(kernel.device).expand(batch, n)
+    if token_mask is not None:
+        place = torch.where(token_mask, place, n)
+    return place.sort(dim=1, stable=True).indices[:, :keep_tokens]
 
 
 def _initial_loss(kernel: Tensor, token_mask: Tensor | None, salient: Tensor, count: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from promprune.config import SelectionConfig
 from promprune.errors import ConfigError
 from promprune.prominence import saliency_count, saliency_ratio, spectral_entropy, unit_tokens
 
-__all__ = ["RESIDUAL_FLOOR", "Selection", "select_tokens"]
+__all__ = ["RESIDUAL_FLOOR", "Selection", "random_order", "select_tokens"]
 
 # A token with less than this of its squared length outside the span of those picked adds nothing: the coverage
 # stage treats all such tokens as tied. It is ten times what rounding leaves in float32 once the rank is exhausted.
@@ -74,14 +75,25 @@ def select_tokens(
     n_salient = int(saliency_count(ratio, keep_tokens))
 
     salient = _saliency_stage(saliency, valid, n_salient)
-    unit = unit_tokens(image_features.where(valid[:, None], 0))
-    covering = _coverage_stage(unit, valid, salient, keep_tokens - n_salient)
+    if config.policy == "random":
+        covering = _random_stage(valid, keep_tokens - n_salient)
+    else:
+        unit = unit_tokens(image_features.where(valid[:, None], 0))
+        covering = _coverage_stage(unit, valid, salient, keep_tokens - n_salient)
     indices = torch.cat([salient, covering])
     mask = torch.arange(keep_tokens, device=indices.device) < n_salient
     if config.order == "spatial":
         indices, permutation = indices.sort()
         mask = mask[permutation]
     return Selection(indices, mask, n_salient, float(entropy), float(ratio))
+
+
+def random_order(num_tokens: int) -> Tensor:
+    """The order in which the policy "random" takes tokens: one permutation for each N, ``[N]`` int64.
+
+    That of ``numpy.random.RandomState(0)``, which numpy keeps the same in every version.
+    """
+    return torch.from_numpy(np.random.RandomState(0).permutation(num_tokens).astype(np.int64))
 
 
 def _check(image_features: Tensor, saliency: Tensor, keep_tokens: int, token_mask: Tensor | None) -> None:
@@ -106,6 +118,13 @@ def _saliency_stage(saliency: Tensor, valid: Tensor, count: int) -> Tensor:
     rank = torch.argsort(score, descending=True, stable=True)
     rank = torch.cat([rank[valid[rank]], rank[~valid[rank]]])
     return rank[:count]
+
+
+def _random_stage(valid: Tensor, count: int) -> Tensor:
+    """The first ``count`` tokens of ``random_order``, padding last, lowest index first."""
+    order = random_order(len(valid)).to(valid.device)
+    padding = torch.arange(len(valid), device=valid.device)[~valid]
+    return torch.cat([order[valid[order]], padding])[:count]
 
 
 def _coverage_stage(unit: Tensor, valid: Tensor, salient: Tensor, count: int) -> Tensor:

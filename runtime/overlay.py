@@ -15,6 +15,7 @@ __all__ = ["COVERAGE_COLOUR", "SALIENCY_COLOUR", "draw_kept_tokens"]
 
 SALIENCY_COLOUR: Final = (255, 140, 0)  # orange: stage 1
 COVERAGE_COLOUR: Final = (0, 190, 255)  # sky blue: stage 2; told apart with any kind of colour vision
+_RANDOM_COLOUR: Final = (200, 200, 200)
 _BACKGROUND: Final = (22, 24, 29)
 _TEXT: Final = (235, 235, 235)
 _MIN_SIDE_PIXELS: Final = 896  # smaller images are enlarged by a whole factor
@@ -70,6 +71,8 @@ def _patch(token: int, size: tuple[int, int], image: ImageRecord) -> tuple[int, 
 def _colours(selection: TokenSelection) -> list[tuple[int, int, int]]:
     if selection.saliency_mask is None:
         return []
+    if selection.policy == "random":
+        return [_RANDOM_COLOUR] * selection.keep_tokens
     return [SALIENCY_COLOUR if salient else COVERAGE_COLOUR for salient in selection.saliency_mask.tolist()]
 
 
@@ -107,10 +110,13 @@ def _legend(selection: TokenSelection) -> list[tuple[tuple[int, int, int] | None
     T, N = selection.keep_tokens, selection.num_tokens
     if not selection.ran:
         return [(None, f"all {N} visual tokens kept; no selection in this package")]
+    kept, entropy = f"{T} of {N} tokens ({T / N:.1%})", f"entropy {selection.spectral_entropy:.3f}"
+    if selection.policy == "random":
+        return [(None, kept), (_RANDOM_COLOUR, "at random"), (None, entropy)]
     saliency = selection.saliency_count or 0
     return [
-        (None, f"{T} of {N} tokens ({T / N:.1%})"),
+        (None, kept),
         (SALIENCY_COLOUR, f"saliency {saliency}"),
         (COVERAGE_COLOUR, f"coverage {T - saliency}"),
-        (None, f"entropy {selection.spectral_entropy:.3f}"),
+        (None, entropy),
     ]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from promprune.config import SelectionPolicy
 from promprune.errors import BackendError
 from promprune.package import SelectionRecord
 from promprune.runtime.generation import FinishReason
@@ -29,12 +30,14 @@ class TokenSelection:
         saliency_mask: bool [T]; kept for its saliency (stage 1), else for coverage (stage 2). ``None`` in a
             package without selection, which keeps every token.
         spectral_entropy: normalised spectral entropy of the image's tokens, in [0, 1]; ``None`` likewise.
+        policy: what chose them; under "random" no token was kept for its saliency, nor for coverage.
     """
 
     num_tokens: int
     token_indices: npt.NDArray[np.int64]
     saliency_mask: npt.NDArray[np.bool_] | None = None
     spectral_entropy: float | None = None
+    policy: SelectionPolicy = "promprune"
 
     @property
     def ran(self) -> bool:
@@ -56,6 +59,7 @@ class TokenSelection:
         mask = self.saliency_mask
         return {
             "ran": self.ran,
+            "policy": self.policy,
             "num_tokens": self.num_tokens,
             "keep_tokens": self.keep_tokens,
             "saliency_count": self.saliency_count,
@@ -208,7 +212,7 @@ def encoded_image_of(outputs: Mapping[str, Array], record: SelectionRecord) -> E
             expected=f"{record.keep_tokens} distinct tokens of {record.num_tokens}",
             fix="export the package again",
         )
-    return EncodedImage(features, TokenSelection(record.num_tokens, indices, mask, entropy))
+    return EncodedImage(features, TokenSelection(record.num_tokens, indices, mask, entropy, record.policy))
 
 
 def _not_numbers(what: str) -> BackendError:

@@ -22,7 +22,7 @@ from promprune.cli.common import (
     run_command,
     version_callback,
 )
-from promprune.config import DTYPES, ExportConfig
+from promprune.config import DTYPES, POLICIES, ExportConfig
 from promprune.errors import VerificationError
 
 if TYPE_CHECKING:
@@ -79,6 +79,9 @@ def export(
     order: Annotated[
         str, typer.Option(help="Of the kept tokens: spatial, or selection (the authors' order).")
     ] = DEFAULTS.order,
+    policy: Annotated[
+        str, typer.Option(help=f"What chooses the kept tokens: {', '.join(POLICIES)}; all but the first are baselines.")
+    ] = DEFAULTS.policy,
     split_selector: Annotated[
         bool, typer.Option("--split-selector", help="Also write the selection as a graph of its own.")
     ] = DEFAULTS.split_selector,
@@ -118,6 +121,7 @@ def export(
         mu=mu,
         tau=tau,
         order=order,  # type: ignore[arg-type]  # validated by SelectionConfig
+        policy=policy,  # type: ignore[arg-type]  # validated by SelectionConfig
     )
     try:
         with _progress(config) as progress:
