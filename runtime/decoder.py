@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from promprune.errors import PackageError
+from promprune.runtime.positions import Positions, PromptPositions
 from promprune.runtime.sessions import Array, Session, TensorSpec, Value
 
 __all__ = ["Cache", "Decoder"]
@@ -24,10 +25,12 @@ class Cache:
     Attributes:
         tensors: by the name of the graph input, [batch, kv_heads, length, head_dim] each.
         mask: int64 [batch, length]; 0 where a row is padded.
+        rope_delta: int64 [batch]; how much further on the next rotary position is than the number of tokens read.
     """
 
     tensors: Mapping[str, Value]
     mask: npt.NDArray[np.int64]
+    rope_delta: npt.NDArray[np.int64]
 
     @property
     def length(self) -> int:
@@ -40,18 +43,21 @@ class Cache:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def truncated(self, length: int) -> Cache:
-        """Return a cache of the first ``length`` positions; copies them through the host."""
+        """Return a cache of the first ``length`` positions; copies them through the host.
+
+        What is read next needs its positions stated, where the cache has a ``rope_delta``.
+        """
         if length == self.length:
             return self
         kept = {name: _on_host(tensor)[:, :, :length].copy() for name, tensor in self.tensors.items()}
-        return Cache(kept, self.mask[:, :length])
+        return Cache(kept, self.mask[:, :length], self.rope_delta)
 
     def of_rows(self, rows: Sequence[int]) -> Cache:
         """Return a cache of some of the rows; copies them through the host."""
         if list(rows) == list(range(len(self.mask))):
             return self
         kept = {name: _on_host(tensor)[list(rows)] for name, tensor in self.tensors.items()}
-        return Cache(kept, self.mask[list(rows)])
+        return Cache(kept, self.mask[list(rows)], self.rope_delta[list(rows)])
 
 
 class Decoder:
@@ -66,6 +72,7 @@ class Decoder:
         hidden_size: of ``inputs_embeds``.
         embeds_dtype: of ``inputs_embeds``.
         cache_bytes_per_token: memory of one position's keys and values, in bytes.
+        position_axes: rotary positions of one token: 1, or 3 for time, height and width.
 
     Raises:
         PackageError: the graph has not the inputs and outputs of a decoder with a cache.
@@ -87,6 +94,8 @@ class Decoder:
         embeds = session.inputs["inputs_embeds"]
         self.embeds_dtype = np.dtype(embeds.dtype)
         self.hidden_size = _fixed(embeds, -1)
+        position_ids = session.inputs["position_ids"]
+        self.position_axes = 1 if len(position_ids.shape) == 2 else _fixed(position_ids, 0)
         self.cache_bytes_per_token = sum(
             _fixed(spec, 1) * _fixed(spec, 3) * np.dtype(spec.dtype).itemsize for spec in self._past.values()
         )
@@ -106,10 +115,14 @@ class Decoder:
             name: np.zeros((batch, _fixed(spec, 1), 0, _fixed(spec, 3)), spec.dtype)
             for name, spec in self._past.items()
         }
-        return Cache(tensors, np.zeros((batch, 0), np.int64))
+        return Cache(tensors, np.zeros((batch, 0), np.int64), np.zeros(batch, np.int64))
 
     def read(
-        self, embeds: Array, cache: Cache, mask: npt.NDArray[np.int64] | None = None
+        self,
+        embeds: Array,
+        cache: Cache,
+        mask: npt.NDArray[np.int64] | None = None,
+        positions: PromptPositions | None = None,
     ) -> tuple[npt.NDArray[np.float32], Cache]:
         """Read more positions: a prompt, the rest of one, or one token per row.
 
@@ -117,6 +130,7 @@ class Decoder:
             embeds: ``embeds_dtype`` [batch, sequence, hidden].
             cache: what was read before.
             mask: int64 [batch, sequence], 0 where a row is padded; ``None``: nowhere.
+            positions: rotary positions of a model that gives every token three; ``None``: one after the other.
 
         Returns:
             The logits after the last position, float32 [batch, vocabulary], and the cache with the new positions.
@@ -125,9 +139,17 @@ class Decoder:
             BackendError: the backend fails.
         """
         new = np.ones(embeds.shape[:2], np.int64) if mask is None else mask
+        if positions is None:
+            positions = self._following(cache, new)
+        cache = replace(cache, rope_delta=positions.rope_delta)
         for part in self._chunks(embeds.shape[1]):
-            logits, cache = self._run(embeds[:, part], cache, new[:, part])
+            logits, cache = self._run(embeds[:, part], cache, new[:, part], positions.ids[:, :, part])
         return logits, cache
+
+    def _following(self, cache: Cache, new: npt.NDArray[np.int64]) -> PromptPositions:
+        """Return the positions that follow what a cache holds, one after the other."""
+        ids = np.maximum(cache.mask.sum(axis=1, keepdims=True) + new.cumsum(axis=1) - 1, 0) + cache.rope_delta[:, None]
+        return PromptPositions(np.repeat(ids[None], self.position_axes, axis=0), cache.rope_delta)
 
     def _chunks(self, length: int) -> list[slice]:
         """Return the stretches to read one after the other: all of one size but the first, which is the rest."""
@@ -135,18 +157,20 @@ class Decoder:
         ends = range(length, 0, -size)
         return [slice(max(end - size, 0), end) for end in reversed(ends)]
 
-    def _run(self, embeds: Array, cache: Cache, new: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float32], Cache]:
+    def _run(
+        self, embeds: Array, cache: Cache, new: npt.NDArray[np.int64], positions: Positions
+    ) -> tuple[npt.NDArray[np.float32], Cache]:
         whole = np.concatenate([cache.mask, new], axis=1)
-        positions = np.maximum(whole.cumsum(axis=1) - 1, 0)[:, cache.length :]
         inputs: dict[str, Value] = {
             "inputs_embeds": embeds,
             "attention_mask": whole,
-            "position_ids": positions,
+            "position_ids": positions[0] if self.position_axes == 1 else positions,
             **cache.tensors,
         }
         outputs = self._session.run_keeping(inputs, keep=self._present)
         logits: npt.NDArray[np.float32] = outputs["logits"].numpy()[:, -1]
-        return logits, Cache({past: outputs[present] for present, past in self._present.items()}, whole)
+        present = {past: outputs[name] for name, past in self._present.items()}
+        return logits, Cache(present, whole, cache.rope_delta)
 
 
 def _fixed(spec: TensorSpec, axis: int) -> int:

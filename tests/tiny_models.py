@@ -15,6 +15,11 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
 )
 
 IMAGE_SIZE = 56
@@ -29,16 +34,28 @@ CHAT_TEMPLATE = (
 )
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
+QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+QWEN_SPECIAL_TOKENS = ["<pad>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"]
+QWEN_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '" + QWEN_IMAGE + "' }}{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def byte_tokenizer(
+    special_tokens: list[str] = SPECIAL_TOKENS, *, bos: str | None = "<s>", eos: str = "</s>"
+) -> PreTrainedTokenizerFast:
     """A tokenizer of single bytes plus the special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
+    vocabulary = {token: index for index, token in enumerate([*special_tokens, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIAL_TOKENS)
+    tokenizer.add_special_tokens(special_tokens)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=256
+        tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token="<pad>", model_max_length=256
     )
 
 
@@ -68,14 +85,19 @@ def llava_config(**changes: Any) -> LlavaConfig:
     return LlavaConfig(vision_config=vision, text_config=text, **settings)
 
 
-def save_tiny_llava(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
-    """Write a random LLaVA of about 60 thousand parameters; 16 visual tokens per image."""
+def randomised(model_class: Any, config: Any, seed: int) -> Any:
+    """A model with random weights, larger than the default, or every token is answered alike."""
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(llava_config(**changes)).to(dtype)
-    for parameter in model.parameters():  # larger than the default, or every token is answered alike
+    model = model_class(config)
+    for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(folder)
+    return model
+
+
+def save_tiny_llava(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """Write a random LLaVA of about 60 thousand parameters; 16 visual tokens per image."""
+    randomised(LlavaForConditionalGeneration, llava_config(**changes), seed).to(dtype).save_pretrained(folder)
     image_processor = CLIPImageProcessor(
         size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     )
@@ -87,4 +109,62 @@ def save_tiny_llava(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.f
         chat_template=CHAT_TEMPLATE,
         num_additional_image_tokens=1,
     ).save_pretrained(folder)
+    return folder
+
+
+def _qwen_text(tie_word_embeddings: bool) -> dict[str, Any]:
+    return {
+        "vocab_size": len(QWEN_SPECIAL_TOKENS) + 256,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+        "bos_token_id": None,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "tie_word_embeddings": tie_word_embeddings,
+    }
+
+
+def _qwen_tokens() -> dict[str, int]:
+    return {"image_token_id": 3, "video_token_id": 261, "vision_start_token_id": 4, "vision_end_token_id": 5}
+
+
+def tiny_qwen2_5_vl(*, seed: int = 0, **vision: Any) -> Qwen2_5_VLForConditionalGeneration:
+    """A random Qwen2.5-VL with two kinds of blocks; windows of 2 x 2 tokens, a token for 28 x 28 pixels."""
+    tower = {
+        "depth": 4,
+        "hidden_size": 32,
+        "num_heads": 4,
+        "intermediate_size": 48,
+        "out_hidden_size": 64,
+        "window_size": 56,
+        "fullatt_block_indexes": [1, 2],
+        **vision,
+    }
+    config = Qwen2_5_VLConfig(
+        text_config=_qwen_text(False), vision_config=tower, tie_word_embeddings=False, **_qwen_tokens()
+    )
+    return randomised(Qwen2_5_VLForConditionalGeneration, config, seed).eval()
+
+
+def tiny_qwen2_vl(*, seed: int = 0) -> Qwen2VLForConditionalGeneration:
+    """A random Qwen2-VL, its word embeddings tied as in the real 2B model."""
+    tower = {"depth": 3, "embed_dim": 32, "num_heads": 4, "mlp_ratio": 2, "hidden_size": 64}
+    config = Qwen2VLConfig(
+        text_config=_qwen_text(True), vision_config=tower, tie_word_embeddings=True, **_qwen_tokens()
+    )
+    return randomised(Qwen2VLForConditionalGeneration, config, seed).eval()
+
+
+def save_tiny_qwen(folder: Path, model: Any, *, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a Qwen2-VL or Qwen2.5-VL as its makers do: an image processor, a tokenizer, a chat template."""
+    model.to(dtype).save_pretrained(folder)
+    Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 64}).save_pretrained(folder)
+    tokenizer = byte_tokenizer(QWEN_SPECIAL_TOKENS, bos=None, eos="<|im_end|>")
+    tokenizer.chat_template = QWEN_CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
     return folder
