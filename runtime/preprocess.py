@@ -15,7 +15,7 @@ import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -26,7 +26,7 @@ from promprune.errors import ImageError, PackageError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ImagePreprocessor", "ImageSource", "load_image"]
+__all__ = ["ImagePreprocessor", "ImageSource", "PixelConfig", "load_image", "pixel_levels", "read_pixel_config"]
 
 # A file, its bytes, a PIL image, or an array [height, width, 3] of uint8.
 ImageSource = "str | Path | bytes | Image | npt.NDArray[np.uint8]"
@@ -52,21 +52,29 @@ class _SizeDict(msgspec.Struct, frozen=True):
     width: Size | None = None
 
 
-class _Config(msgspec.Struct, frozen=True):
-    """What is read of ``preprocessor_config.json``; the defaults are CLIPImageProcessor's."""
+class PixelConfig(msgspec.Struct, frozen=True):
+    """What every ``preprocessor_config.json`` says of pixels; the defaults are CLIPImageProcessor's."""
 
-    image_processor_type: str = "CLIPImageProcessor"
     do_resize: bool = True
-    size: _SizeDict | Size = _SizeDict(shortest_edge=224)
     resample: Literal[0, 1, 2, 3, 4, 5] = 3
-    do_center_crop: bool = True
-    crop_size: _SizeDict | Size = _SizeDict(height=224, width=224)
     do_rescale: bool = True
     rescale_factor: float = 1 / 255
     do_normalize: bool = True
     image_mean: Channels = (0.48145466, 0.4578275, 0.40821073)
     image_std: Channels = (0.26862954, 0.26130258, 0.27577711)
+
+
+class _Config(PixelConfig, frozen=True):
+    """What is read of ``preprocessor_config.json``; the defaults are CLIPImageProcessor's."""
+
+    image_processor_type: str = "CLIPImageProcessor"
+    size: _SizeDict | Size = _SizeDict(shortest_edge=224)
+    do_center_crop: bool = True
+    crop_size: _SizeDict | Size = _SizeDict(height=224, width=224)
     do_pad: bool | None = None
+
+
+ConfigT = TypeVar("ConfigT", bound=PixelConfig)
 
 
 @dataclass(frozen=True)
@@ -93,10 +101,7 @@ class ImagePreprocessor:
         Raises:
             PackageError: it cannot be read, asks for something that is not supported, or leads to another size.
         """
-        try:
-            config = msgspec.json.decode(path.read_bytes(), type=_Config)
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise PackageError(f"{path} is not a usable image processor ({error})", fix="export again") from error
+        config = read_pixel_config(path, _Config)
         final = _final_size(config, path)
         if final != (height, width):
             raise PackageError(
@@ -104,14 +109,7 @@ class ImagePreprocessor:
                 expected=f"{height} x {width}, as the vision graph takes",
                 fix="export again",
             )
-        levels = _levels(config)
-        if not np.isfinite(levels).all():
-            raise PackageError(
-                f"{path} rescales or normalises to values that are not finite",
-                expected="a finite rescale_factor and image_mean, image_std other than 0",
-                fix="export again",
-            )
-        return cls(height, width, config, levels)
+        return cls(height, width, config, pixel_levels(config, path))
 
     def crop(self, image: Image) -> Image:
         """Return the part of an RGB image that the model sees, ``height`` x ``width`` pixels, 8 bits."""
@@ -266,8 +264,35 @@ def _undecodable(name: str, error: Exception) -> ImageError:
     )
 
 
-def _levels(config: _Config) -> npt.NDArray[np.float32]:
-    """Return what every 8-bit level becomes, per channel; in the precision and order of the reference."""
+def read_pixel_config(path: Path, config_type: type[ConfigT]) -> ConfigT:
+    """Read a ``preprocessor_config.json``.
+
+    Raises:
+        PackageError: it cannot be read, or says something else than ``config_type`` knows.
+    """
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=config_type)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise PackageError(f"{path} is not a usable image processor ({error})", fix="export again") from error
+
+
+def pixel_levels(config: PixelConfig, path: Path) -> npt.NDArray[np.float32]:
+    """Return what every 8-bit level of each channel becomes, float32 [3, 256]; computed as the reference does.
+
+    Raises:
+        PackageError: some of it is not a finite number.
+    """
+    table = _levels(config)
+    if not np.isfinite(table).all():
+        raise PackageError(
+            f"{path} rescales or normalises to values that are not finite",
+            expected="a finite rescale_factor and image_mean, image_std other than 0",
+            fix="export again",
+        )
+    return table
+
+
+def _levels(config: PixelConfig) -> npt.NDArray[np.float32]:
     levels = np.arange(256, dtype=np.float64)
     with np.errstate(all="ignore"):  # the caller refuses what is not finite
         scaled = (levels * config.rescale_factor if config.do_rescale else levels).astype(np.float32)

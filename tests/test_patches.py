@@ -1,0 +1,72 @@
+"""Patches of an image, against the Hugging Face image processor of Qwen2-VL."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import Qwen2VLImageProcessorPil
+
+from promprune.errors import PackageError
+from promprune.runtime.patches import PatchPreprocessor, closest_shape
+
+SIZE = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 64}
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Noise over a gradient: edges that a resize has to filter, and levels that it may overshoot."""
+    random = np.random.default_rng(seed)
+    ramp = np.linspace(0, 255, width)[None, :, None] * np.ones((height, 1, 3))
+    noise = random.integers(-60, 60, (height, width, 3))
+    return Image.fromarray(np.clip(ramp + noise, 0, 255).astype(np.uint8))
+
+
+@pytest.fixture
+def preprocessor(tmp_path: Path) -> PatchPreprocessor:
+    Qwen2VLImageProcessorPil(size=SIZE).save_pretrained(tmp_path)
+    return PatchPreprocessor.from_file(tmp_path / "preprocessor_config.json")
+
+
+@pytest.mark.parametrize(("width", "height"), [(112, 168), (300, 200), (97, 403), (56, 56), (30, 31)])
+def test_patches_are_those_of_transformers(preprocessor: PatchPreprocessor, width: int, height: int) -> None:
+    image = picture(width, height)
+    reference = Qwen2VLImageProcessorPil(size=SIZE)(images=[image], return_tensors="np")
+    _, rows, columns = (reference["image_grid_thw"][0] // [1, 2, 2]).tolist()
+    found = preprocessor.pixel_values(preprocessor.resized(image, rows=rows, columns=columns))
+    assert found.shape == (1, rows * columns * preprocessor.group, preprocessor.patch_values)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found[0], reference["pixel_values"], rtol=0, atol=1e-6)
+
+
+def test_another_grid_is_what_transformers_makes_of_the_resized_image(preprocessor: PatchPreprocessor) -> None:
+    resized = preprocessor.resized(picture(300, 200), rows=5, columns=3)
+    assert resized.size == (84, 140)
+    reference = Qwen2VLImageProcessorPil(size=SIZE)(images=[resized], return_tensors="np")
+    assert reference["image_grid_thw"].tolist() == [[1, 10, 6]]
+    np.testing.assert_allclose(preprocessor.pixel_values(resized)[0], reference["pixel_values"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "index"),
+    [
+        (100, 100, 0),
+        (100, 160, 1),
+        (160, 100, 2),
+        (100, 10_000, 1),
+        (600, 700, 3),  # as square as the first, and nearer in size
+        (250, 200, 2),
+    ],
+)
+def test_an_image_takes_the_grid_that_distorts_it_least(height: int, width: int, index: int) -> None:
+    grids = [(112, 112), (112, 168), (168, 112), (672, 672)]
+    assert closest_shape(height, width, grids) == index
+
+
+@pytest.mark.parametrize("change", ['"patch_size": 0', '"do_resize": false', '"merge_size": "two"'])
+def test_an_unusable_file_is_refused(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(f"{{{change}}}")
+    with pytest.raises(PackageError):
+        PatchPreprocessor.from_file(path)
