@@ -173,6 +173,8 @@ class EngineConfig:
         workspace_mib: scratch memory one engine may use, in MiB; ``None``: all of the device's.
         rebuild: build again what is up to date already.
         keep_inspector_json: write what the builder made of every layer beside each engine; needs the target GPU.
+        weight_streaming: let the runtime keep part of the weights in host memory.
+        strip_weights: leave the weights out; the runtime puts those of the package in. Building needs a GPU.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -187,6 +189,8 @@ class EngineConfig:
     workspace_mib: int | None = None
     rebuild: bool = False
     keep_inspector_json: bool = False
+    weight_streaming: bool = False
+    strip_weights: bool = False
 
     def __post_init__(self) -> None:
         if self.backend not in ENGINE_BACKENDS:

@@ -6,6 +6,8 @@ Layout, inside the package::
       engine.json                 described by :class:`EngineManifest`
       <graph>.engine              one for every graph of the package
       <graph>.layers.json         what the builder made of every layer, where asked for
+      <graph>.runtime-cache       kernels that TensorRT for RTX compiled on this machine; written by the runtime
+    OUT/engines/<backend>-<target>.timing-cache   kernels that TensorRT measured; written by the builder
 
 An engine runs on one kind of GPU, under one version of one tool, and only on the weights it was built from. All
 of that is its identity; an engine whose identity is not the wanted one is refused, with the difference. Nothing
@@ -33,6 +35,7 @@ from promprune.errors import BackendError, ConfigError, PackageError
 from promprune.package import (
     DECODER,
     EMBED_TOKENS,
+    TOKEN_SELECTOR,
     VISION_ENCODER,
     Count,
     Digest,
@@ -58,16 +61,16 @@ __all__ = [
     "engine_platform",
     "graph_digests",
     "identity_of",
-    "make_log",
     "parse_target",
     "read_engines",
+    "timing_cache_file",
     "write_engine_manifest",
     "writing_engines",
 ]
 
 ENGINE_SCHEMA_VERSION: Final = 1
 ENGINE_FILE: Final = "engine.json"
-ENGINE_GRAPHS: Final = (VISION_ENCODER, EMBED_TOKENS, DECODER)
+ENGINE_GRAPHS: Final = (VISION_ENCODER, EMBED_TOKENS, DECODER, TOKEN_SELECTOR)
 CURRENT: Final = "current"  # as a target: whatever GPU this machine has
 
 # Raised when the same settings begin to give another engine; engines of an older recipe are stale.
@@ -121,6 +124,8 @@ class EngineOptions(_Record, frozen=True):
     decode_profile: bool
     workspace_mib: Count | None
     layer_details: bool  # kept in the engine for the inspector
+    weight_streaming: bool = False
+    strip_weights: bool = False
     recipe: Count = RECIPE
 
 
@@ -146,6 +151,11 @@ class EngineManifest(_Record, frozen=True):
 def engine_folder(package: Path, backend: str, target: str) -> Path:
     """Return where the engines of a package for one target lie, built or not."""
     return package / "engines" / f"{backend}-{target}"
+
+
+def timing_cache_file(package: Path, backend: str, target: str) -> Path:
+    """Return where the kernels measured for one target are kept; outside the folder that a rebuild replaces."""
+    return package / "engines" / f"{backend}-{target}.timing-cache"
 
 
 def engine_platform() -> str:
@@ -182,6 +192,8 @@ def identity_of(manifest: Manifest, config: EngineConfig, *, tool_version: str, 
             decode_profile=config.decode_profile,
             workspace_mib=config.workspace_mib,
             layer_details=config.keep_inspector_json,
+            weight_streaming=config.weight_streaming,
+            strip_weights=config.strip_weights,
         ),
     )
 
@@ -202,7 +214,9 @@ def difference(found: EngineIdentity, wanted: EngineIdentity, *, options: bool =
         return f"built for {found.platform}; this is {wanted.platform}"
     if found.target != wanted.target:
         return f"built for {found.target}, not for {wanted.target}"
-    for name in sorted(found.graphs.keys() | wanted.graphs.keys()):
+    for name in sorted(wanted.graphs.keys() - found.graphs.keys()):
+        return f"built without {name}.onnx, which the package has"
+    for name in sorted(found.graphs):
         if found.graphs.get(name) != wanted.graphs.get(name):
             return f"built from another {name}.onnx or other weights than the package has"
     return _options_difference(found.options, wanted.options) if options else None
@@ -283,21 +297,6 @@ def writing_engines(output: Path) -> Iterator[Path]:
     """
     with writing_folder(output, replace=True, fix="free space there, or make the package writable") as partial:
         yield partial
-
-
-def make_log(trt: Any) -> Any:
-    """Make a logger for TensorRT (``trt`` is either of its modules) that keeps errors and says nothing."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]  # the module is chosen at run time
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-                self.errors.append(message)
-
-    return Log()
 
 
 def parse_target(text: str) -> str:

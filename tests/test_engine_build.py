@@ -25,12 +25,14 @@ import pytest
 from onnx import TensorProto, helper
 
 from promprune.config import EngineConfig
-from promprune.engines import current_target, engine_folder, read_engines
+from promprune.engines import current_target, engine_folder, read_engines, timing_cache_file
 from promprune.errors import BackendError, ConfigError, MissingDependencyError, PackageError
 from promprune.export import ExportResult
-from promprune.export import engine as engine_module
-from promprune.export.engine import Toolkit, build_engines, engine_from_onnx, load_toolkit, profiles_of
+from promprune.export.engine import Toolkit, build, build_engines, engine_from_onnx, load_toolkit, network, profiles_of
+from promprune.export.engine import toolkit as toolkit_module
+from promprune.export.families import FAMILIES
 from promprune.package import DECODER, GraphRecord, TensorRecord, read_manifest
+from promprune.trt_modules import log_of
 from tests.fake_package import FakeModel, make_graph, rewrite_manifest, write_fake_package
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed (Linux x86-64 only)")
@@ -63,7 +65,10 @@ def copied(package: Path, folder: Path) -> Path:
 
 
 def check_built(package: Path, results: tuple[Any, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    """Every graph has an engine for every target, as the manifest says; print what they cost."""
+    """Every graph has an engine for every target, as the manifest says; print what they cost.
+
+    Without a GPU no engine is deserialised; that it is that of the graph is seen by the names that it holds.
+    """
     manifest = read_manifest(package)
     assert [result.manifest.identity.target for result in results] == list(TARGETS)
     for result in results:
@@ -71,18 +76,25 @@ def check_built(package: Path, results: tuple[Any, ...], capsys: pytest.CaptureF
             engine_folder(package, "tensorrt-rtx", result.manifest.identity.target), check_digests=True
         )
         assert found == result.manifest
-        assert list(found.engines) == ["vision_encoder", "embed_tokens", "decoder_model_merged"]
+        assert set(found.engines) == set(manifest.graphs)
         for name, record in found.engines.items():
             assert (record.inputs, record.outputs) == (manifest.graphs[name].inputs, manifest.graphs[name].outputs)
+            plan = (result.folder / record.file).read_bytes()
+            assert [t.name for t in (*record.inputs, *record.outputs) if t.name.encode() not in plan] == []
             with capsys.disabled():
-                print(f"\n{package.name} {found.identity.target} {name}: ", end="")
+                print(f"\n{manifest.family} {found.identity.target} {name}: ", end="")
                 print(f"{record.build_seconds:.1f} s, {record.size_bytes / 1e6:.1f} MB", end="")
 
 
-def test_a_llava_is_built_for_two_targets(
-    tiny_export: ExportResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+# The fixture with a tiny exported package of each family.
+TINY_EXPORTS = {"llava": "tiny_export"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_built_for_two_targets(
+    family: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    package = copied(tiny_export.output, tmp_path)
+    package = copied(request.getfixturevalue(TINY_EXPORTS[family]).output, tmp_path)
     check_built(package, build_engines(package, EngineConfig(targets=TARGETS)), capsys)
 
 
@@ -156,7 +168,7 @@ def test_engines_that_are_up_to_date_are_not_built_again(
 ) -> None:
     package = copied(fake_built, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(engine_module, "engine_from_onnx", lambda *args, **kwargs: pytest.fail("built again"))
+        patch.setattr(build, "engine_from_onnx", lambda *args, **kwargs: pytest.fail("built again"))
         (result,) = build_engines(package, EngineConfig(targets=("sm89", "8.9")))
     assert not result.built
     before = read_engines(result.folder)
@@ -298,7 +310,7 @@ def test_an_unknown_target_is_refused_before_anything_is_built(fake: Path) -> No
 
 def test_tensorrt_builds_for_the_gpu_at_hand_only(monkeypatch: pytest.MonkeyPatch) -> None:
     tensorrt = Toolkit("tensorrt", SimpleNamespace(), "11.0")
-    monkeypatch.setattr(engine_module, "current_target", lambda: "sm90")
+    monkeypatch.setattr(toolkit_module, "current_target", lambda: "sm90")
     assert tensorrt.resolve("current") == tensorrt.resolve("sm90") == "sm90"
     with pytest.raises(
         ConfigError, match="received target 'sm89', but this machine has sm90; expected sm90 or current"
@@ -316,7 +328,7 @@ def test_a_module_that_does_not_load_is_one_clear_line(monkeypatch: pytest.Monke
     def broken(name: str) -> None:
         raise OSError("libnvinfer.so.11: cannot open shared object file")
 
-    monkeypatch.setattr(engine_module.importlib, "import_module", broken)
+    monkeypatch.setattr(toolkit_module.importlib, "import_module", broken)
     with pytest.raises(BackendError, match=r"tensorrt is installed but does not load .libnvinfer.so.11: cannot open"):
         load_toolkit("tensorrt")
 
@@ -444,14 +456,14 @@ def test_the_inspector_says_why_it_was_not_asked(fake: Path) -> None:
 def test_a_workspace_limit_reaches_the_builder(fake: Path, toolkit: Toolkit, monkeypatch: pytest.MonkeyPatch) -> None:
     limits: list[tuple[Any, int]] = []
     flags: list[bool] = []
-    original = engine_module._configure
+    original = network._configure
 
-    def spy(toolkit: Toolkit, builder: Any, settings: Any, *rest: Any) -> None:
-        original(toolkit, builder, settings, *rest)
+    def spy(toolkit: Toolkit, settings: Any, *rest: Any) -> None:
+        original(toolkit, settings, *rest)
         limits.append(settings.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE))
         flags.append(settings.get_flag(trt.BuilderFlag.TF32))
 
-    monkeypatch.setattr(engine_module, "_configure", spy)
+    monkeypatch.setattr(network, "_configure", spy)
     build_engines(fake, EngineConfig(targets=("sm89",), workspace_mib=64))
     assert limits == [64 * 1024 * 1024] * 3
     assert flags == [False] * 3
@@ -467,3 +479,65 @@ def test_a_vision_only_package_has_one_engine(fake: Path) -> None:
     assert list(result.manifest.engines) == ["vision_encoder"]
     assert 0 < result.seconds <= time.perf_counter() - started
     assert np.isfinite(result.manifest.engines["vision_encoder"].build_seconds)
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted"),
+    [
+        (EngineConfig(), set()),
+        (EngineConfig(weight_streaming=True), {"WEIGHT_STREAMING"}),
+        (EngineConfig(strip_weights=True), {"STRIP_PLAN", "REFIT"}),
+    ],
+)
+def test_settings_of_the_weights_reach_the_builder(toolkit: Toolkit, config: EngineConfig, wanted: set[str]) -> None:
+    settings = trt.Builder(log_of(trt)).create_builder_config()
+    network._configure(toolkit, settings, "sm89", config)
+    flags = ("WEIGHT_STREAMING", "STRIP_PLAN", "REFIT", "TF32")
+    assert {flag for flag in flags if settings.get_flag(getattr(trt.BuilderFlag, flag))} == wanted
+
+
+def test_engines_that_stream_their_weights_are_others(fake: Path) -> None:
+    (result,) = build_engines(fake, EngineConfig(targets=("sm89",), weight_streaming=True))
+    assert result.manifest.identity.options.weight_streaming
+    with pytest.raises(PackageError, match=r"are stale .built with weight_streaming = true, not false"):
+        build_engines(fake, EngineConfig(targets=("sm89",)))
+
+
+def test_engines_without_weights_are_built_where_a_gpu_is(fake: Path) -> None:
+    """The real builder refuses: whatever can be refitted is compiled on a GPU."""
+    config = EngineConfig(targets=("sm89",), strip_weights=True)
+    try:
+        current_target()
+    except BackendError:
+        expected = r"vision_encoder.onnx for sm89 without its weights needs a GPU, .*; build it there, or without --str"
+        with pytest.raises(BackendError, match=expected):
+            build_engines(fake, config)
+        assert list((fake / "engines").iterdir()) == []
+    else:
+        (result,) = build_engines(fake, config)
+        assert result.manifest.identity.options.strip_weights
+
+
+def test_kernels_that_were_measured_are_kept_beside_the_engines(
+    fake: Path, toolkit: Toolkit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the calls of the real module; only TensorRT, which is not here, measures any kernels."""
+    assert not toolkit.times_kernels
+    monkeypatch.setattr(build, "load_toolkit", lambda backend: Toolkit("tensorrt", trt, trt.__version__))
+    given: list[bytes] = []
+    config_type = trt.IBuilderConfig
+    create = config_type.create_timing_cache
+    monkeypatch.setattr(
+        config_type, "create_timing_cache", lambda self, content: given.append(content) or create(self, content)
+    )
+    with pytest.warns(DeprecationWarning, match="Timing cache operations are no-ops in TensorRT-RTX"):
+        build_engines(fake, EngineConfig(backend="tensorrt", targets=("sm89",)))
+    file = timing_cache_file(fake, "tensorrt", "sm89")
+    assert given[0] == b""
+    assert [len(content) for content in given[1:]] == [file.stat().st_size] * 2
+    assert sorted(path.name for path in file.parent.iterdir()) == ["tensorrt-sm89", file.name]
+
+
+def test_one_log_serves_builders_and_sessions() -> None:
+    """TensorRT ignores every logger of a process but the first."""
+    assert log_of(trt) is log_of(SimpleNamespace(ILogger=trt.ILogger))

@@ -31,6 +31,8 @@ from promprune.errors import BackendError, ConfigError, OutputError, PackageErro
 from promprune.package import FileRecord, Manifest, read_manifest
 from tests.fake_package import write_fake_package
 
+OTHER_GRAPHS = dict.fromkeys(("vision_encoder", "embed_tokens", "decoder_model_merged"), "0" * 64)
+
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -121,7 +123,11 @@ def test_equal_identities_do_not_differ(identity: EngineIdentity) -> None:
         ({"tool_version": "1.6"}, "built by tensorrt-rtx 1.6; this is 1.7"),
         ({"platform": "win32-x86_64"}, "built for win32-x86_64; this is "),
         ({"target": "sm120"}, "built for sm120, not for sm89"),
-        ({"graphs": {}}, "built from another decoder_model_merged.onnx or other weights than the package has"),
+        ({"graphs": {}}, "built without decoder_model_merged.onnx, which the package has"),
+        (
+            {"graphs": OTHER_GRAPHS},
+            "built from another decoder_model_merged.onnx or other weights than the package has",
+        ),
     ],
 )
 def test_a_difference_is_said_in_words(identity: EngineIdentity, change: dict[str, object], reason: str) -> None:

@@ -78,6 +78,16 @@ def build(
     keep_inspector_json: Annotated[
         bool, typer.Option("--keep-inspector-json", help="Also write every layer as built; needs the target GPU.")
     ] = DEFAULTS.keep_inspector_json,
+    weight_streaming: Annotated[
+        bool,
+        typer.Option("--weight-streaming", help="Let the runtime keep part of the weights in host memory."),
+    ] = DEFAULTS.weight_streaming,
+    strip_weights: Annotated[
+        bool,
+        typer.Option(
+            "--strip-weights", help="Leave the weights out; the runtime takes them from the package. Needs a GPU."
+        ),
+    ] = DEFAULTS.strip_weights,
     as_json: Annotated[bool, typer.Option("--json", help="Print the engines as one line of JSON on stdout.")] = False,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=version_callback, is_eager=True)
@@ -101,6 +111,8 @@ def build(
         workspace_mib=workspace_mib,
         rebuild=rebuild,
         keep_inspector_json=keep_inspector_json,
+        weight_streaming=weight_streaming,
+        strip_weights=strip_weights,
     )
     with missing_extra(backend):
         from promprune.export.engine import build_engines

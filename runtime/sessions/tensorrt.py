@@ -25,27 +25,16 @@ from promprune.engines import (
     difference,
     engine_folder,
     identity_of,
-    make_log,
     read_engines,
 )
 from promprune.errors import BackendError, MissingDependencyError, PackageError
 from promprune.package import read_manifest
 from promprune.runtime.sessions.base import Array, DeviceTensor, Session, SessionOptions, TensorSpec, Value
+from promprune.trt_modules import ENGINE_MODULES, TENSOR_DTYPES, log_of, trimmed
 
 __all__ = ["CudaDevice", "Device", "DeviceEngine", "TensorRtSession", "choose_profile", "find_engines", "open_session"]
 
-_MODULES: Final[Mapping[EngineBackend, str]] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _SMALLEST: Final = 1  # bytes; an empty tensor needs an address too
-_DTYPES: Final[Mapping[str, str]] = {  # TensorRT's names -> numpy's
-    "FLOAT": "float32",
-    "HALF": "float16",
-    "INT64": "int64",
-    "INT32": "int32",
-    "INT8": "int8",
-    "UINT8": "uint8",
-    "BOOL": "bool",
-}
-
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -104,7 +93,7 @@ def open_session(path: Path, options: SessionOptions) -> TensorRtSession:
     backend, folder, manifest = find_engines(path.parent.parent, current_target())
     if path.stem not in manifest.engines:
         raise PackageError(f"{folder} has no engine of {path.stem}", fix="run promprune-build with --rebuild")
-    trt = _import(backend, _MODULES[backend])
+    trt = _import(backend, ENGINE_MODULES[backend])
     return TensorRtSession(folder, manifest.engines[path.stem], _shared_device(), trt)
 
 
@@ -122,7 +111,7 @@ def find_engines(package: Path, target: str) -> tuple[EngineBackend, Path, Engin
         if not folder.exists():
             continue
         engines = read_engines(folder)
-        version = str(_import(backend, _MODULES[backend]).__version__)
+        version = str(_import(backend, ENGINE_MODULES[backend]).__version__)
         wanted = identity_of(read_manifest(package), EngineConfig(backend=backend), tool_version=version, target=target)
         reason = difference(engines.identity, wanted, options=False)
         if reason is not None:
@@ -335,7 +324,7 @@ class _CudaEngine:
     """An engine loaded by TensorRT; satisfies :class:`DeviceEngine`."""
 
     def __init__(self, plan: bytes, trt: Any, stream: int) -> None:
-        self._log = make_log(trt)
+        self._log = log_of(trt)
         self._runtime = trt.Runtime(self._log)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         self._context: Any = None if self._engine is None else self._engine.create_execution_context()
@@ -344,7 +333,7 @@ class _CudaEngine:
         self._stream, self._profile = stream, 0
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         kinds = {name: self._engine.get_tensor_dtype(name).name for name in names}
-        self.dtypes = {name: _DTYPES.get(kind, kind) for name, kind in kinds.items()}
+        self.dtypes = {name: TENSOR_DTYPES.get(kind, kind) for name, kind in kinds.items()}
         self._outputs = [n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT]
 
     def prepare(self, profile: int, inputs: Shapes) -> Shapes:
@@ -366,7 +355,7 @@ class _CudaEngine:
             raise self._error("the engine failed while running")
 
     def _error(self, what: str) -> BackendError:
-        reason = " ".join(self._log.errors[-1].split())[:300] if self._log.errors else "no reason given"
+        reason = trimmed(self._log.errors[-1]) if self._log.errors else "no reason given"
         self._log.errors.clear()
         return BackendError(f"{what} ({reason})", fix="build the engines again on this machine, or use ONNX Runtime")
 

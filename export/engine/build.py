@@ -1,0 +1,159 @@
+"""All engines of a package, for every target asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from promprune.config import EngineConfig
+from promprune.engines import (
+    EngineIdentity,
+    EngineManifest,
+    EngineRecord,
+    difference,
+    engine_folder,
+    graph_digests,
+    identity_of,
+    read_engines,
+    timing_cache_file,
+    write_engine_manifest,
+    writing_engines,
+)
+from promprune.errors import PackageError
+from promprune.export.engine.network import engine_from_onnx
+from promprune.export.engine.profiles import profiles_of
+from promprune.export.engine.progress import NO_BUILD_PROGRESS, BuildProgress, Report
+from promprune.export.engine.toolkit import Toolkit, load_toolkit
+from promprune.package import Manifest, read_manifest
+from promprune.trt_modules import log_of, trimmed
+
+__all__ = ["BuiltEngines", "build_engines"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltEngines:
+    """The engines of one target.
+
+    Attributes:
+        folder: where they lie.
+        manifest: what ``engine.json`` says.
+        built: False where they were up to date.
+        seconds: wall time of building all of them; 0 where they were up to date.
+        notes: what was asked for and could not be done, in words.
+    """
+
+    folder: Path
+    manifest: EngineManifest
+    built: bool
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+def build_engines(
+    package: Path, config: EngineConfig, *, progress: BuildProgress = NO_BUILD_PROGRESS
+) -> tuple[BuiltEngines, ...]:
+    """Build the engines of a package for every target, except those that are up to date.
+
+    Engines of one target appear together, by one rename; targets that are done stay when a later one fails.
+
+    Raises:
+        PackageError: not a package, or damaged; or its engines are stale and ``config.rebuild`` is off.
+        ConfigError, BackendError, MissingDependencyError: the backend or a target is not to be had here.
+        BackendError: a graph cannot be built; the message names it, and the node where there is one.
+        OutputError: the package cannot be written to.
+    """
+    manifest = read_manifest(package)
+    toolkit = load_toolkit(config.backend)
+    targets = tuple(dict.fromkeys(toolkit.resolve(target) for target in config.targets))
+    return tuple(_build_target(package, manifest, toolkit, target, config, progress) for target in targets)
+
+
+def _build_target(
+    package: Path, manifest: Manifest, toolkit: Toolkit, target: str, config: EngineConfig, progress: BuildProgress
+) -> BuiltEngines:
+    folder = engine_folder(package, config.backend, target)
+    identity = identity_of(manifest, config, tool_version=toolkit.version, target=target)
+    if folder.exists() and not config.rebuild:
+        return BuiltEngines(folder=folder, manifest=_up_to_date(folder, identity), built=False, seconds=0.0)
+    read_manifest(package, check_weights=True)  # an engine keeps whatever it is built from
+    started = time.perf_counter()
+    records: dict[str, EngineRecord] = {}
+    notes: tuple[str, ...] = ()
+    with writing_engines(folder) as partial:
+        for name in graph_digests(manifest):
+            with progress.building(f"{target} {name}") as report:
+                records[name], note = _build_one(package, manifest, name, toolkit, target, config, partial, report)
+            notes += (note,) if note else ()
+        written = write_engine_manifest(partial, identity, records)
+    seconds = time.perf_counter() - started
+    notes = tuple(dict.fromkeys(notes))
+    return BuiltEngines(folder=folder, manifest=written, built=True, seconds=seconds, notes=notes)
+
+
+def _up_to_date(folder: Path, identity: EngineIdentity) -> EngineManifest:
+    """Return the manifest of engines that are the wanted ones; refuse others, which took their time to build."""
+    found = read_engines(folder)
+    reason = difference(found.identity, identity)
+    if reason is not None:
+        raise PackageError(
+            f"the engines in {folder} are stale ({reason})",
+            expected="engines of this package, tool, target and settings",
+            fix="add --rebuild to replace them",
+        )
+    return found
+
+
+def _build_one(
+    package: Path,
+    manifest: Manifest,
+    name: str,
+    toolkit: Toolkit,
+    target: str,
+    config: EngineConfig,
+    folder: Path,
+    report: Report,
+) -> tuple[EngineRecord, str]:
+    """Build one graph into ``folder``; return its record, and a note where the inspector could not be asked."""
+    graph = manifest.graphs[name]
+    profiles = profiles_of(name, manifest, config)
+    started = time.perf_counter()
+    plan = engine_from_onnx(
+        toolkit,
+        package / graph.file,
+        graph,
+        profiles=profiles,
+        target=target,
+        config=config,
+        timing_cache=timing_cache_file(package, config.backend, target),
+        report=report,
+    )
+    seconds = time.perf_counter() - started
+    content = memoryview(plan)
+    file = folder / f"{name}.engine"
+    file.write_bytes(content)
+    record = EngineRecord(
+        file=file.name,
+        size_bytes=content.nbytes,
+        sha256=hashlib.sha256(content).hexdigest(),
+        inputs=graph.inputs,
+        outputs=graph.outputs,
+        profiles=profiles,
+        build_seconds=round(seconds, 3),
+    )
+    note = _write_inspection(toolkit, plan, folder / f"{name}.layers.json") if config.keep_inspector_json else ""
+    return record, note
+
+
+def _write_inspection(toolkit: Toolkit, plan: Any, file: Path) -> str:
+    """Write what the builder made of every layer; return a note where the engine cannot be loaded here."""
+    trt, log = toolkit.module, log_of(toolkit.module)
+    log.errors.clear()
+    engine = trt.Runtime(log).deserialize_cuda_engine(plan)
+    if engine is None:
+        reason = trimmed(log.errors[0]) if log.errors else "no reason given"
+        return f"no inspector JSON: an engine can only be inspected on its own kind of GPU ({reason})"
+    file.write_text(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
+    return ""

@@ -1,0 +1,53 @@
+"""Why an engine could not be built, in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from promprune.config import EngineConfig
+from promprune.errors import BackendError
+from promprune.trt_modules import trimmed
+
+__all__ = ["build_error"]
+
+_MEMORY_WORDS: Final = (
+    "out of memory",
+    "outofmemory",
+    "bad_alloc",
+    "cannot allocate",
+    "resource temporarily unavailable",
+)
+
+
+def build_error(path: Path, target: str, config: EngineConfig, messages: list[str]) -> BackendError:
+    """Say in one line why an engine could not be built, from what the builder logged (first what came first)."""
+    text = " ".join(messages).lower()
+    reason = trimmed(messages[0]) if messages else "the builder gave no reason"
+    if any(word in text for word in _MEMORY_WORDS):
+        return BackendError(
+            f"building {path} for {target} ran out of memory ({reason})",
+            expected="more free memory",
+            fix="lower --workspace-mib, --max-batch or --max-prompt-tokens, or close other programs",
+        )
+    if config.strip_weights and "status == cuda_success" in text:
+        return BackendError(
+            f"building {path} for {target} without its weights needs a GPU, and none is usable here ({reason})",
+            expected="a machine with a GPU: what is refitted later is compiled there",
+            fix="build it there, or without --strip-weights",
+        )
+    if "driver version is insufficient" in text or "cudaerror 35" in text:
+        return BackendError(
+            f"building {path} for {target} needs a GPU, and the driver here is missing or too old ({reason})",
+            expected="a current NVIDIA driver",
+            fix="update the driver, or name a target that can be built without its GPU, such as --target sm89",
+        )
+    if "cannot compile operation" in text or "compute capability" in text:
+        return BackendError(
+            f"{path} cannot be built for {target} ({reason})",
+            fix="choose a newer target; the selection computes in fp32 whatever --dtype the package has",
+        )
+    return BackendError(
+        f"{path} cannot be built for {target} ({reason})",
+        fix="export with another --opset or --dtype, or run the package with ONNX Runtime",
+    )

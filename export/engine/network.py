@@ -1,0 +1,190 @@
+"""One ONNX graph in, one serialized engine out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from promprune.atomic import replace_file
+from promprune.config import EngineConfig
+from promprune.engines import ProfileRecord
+from promprune.errors import BackendError, PackageError
+from promprune.export.engine.failures import build_error
+from promprune.export.engine.progress import Report, holding_signals, make_monitor
+from promprune.export.engine.toolkit import Toolkit
+from promprune.package import GraphRecord, TensorRecord
+from promprune.trt_modules import TENSOR_DTYPES, log_of, trimmed
+
+__all__ = ["engine_from_onnx"]
+
+DEFAULTS: Final = EngineConfig()
+
+
+def engine_from_onnx(
+    toolkit: Toolkit,
+    path: Path,
+    graph: GraphRecord,
+    *,
+    profiles: tuple[ProfileRecord, ...],
+    target: str,
+    config: EngineConfig = DEFAULTS,
+    timing_cache: Path | None = None,
+    report: Report = lambda fraction, phase: None,
+) -> Any:
+    """Build one engine.
+
+    Args:
+        toolkit: which TensorRT.
+        path: the ONNX file; external weights lie beside it.
+        graph: what the file must have as inputs and outputs.
+        profiles: shape ranges of the inputs.
+        target: as :meth:`Toolkit.resolve` returns it.
+        config: settings of the engine; those of the profiles are in ``profiles`` already.
+        timing_cache: file of measured kernels to begin with and to extend, where the toolkit measures any.
+        report: called with a fraction in [0, 1] and the builder's phase.
+
+    Returns:
+        The serialized engine, which offers the buffer protocol and lives as long as the object.
+
+    Raises:
+        BackendError: the graph cannot be built; out of memory; or the target's GPU is needed and not there.
+        PackageError: the file's inputs or outputs are not those of ``graph``.
+        KeyboardInterrupt: while building; the builder stops at its next step.
+    """
+    trt, log = toolkit.module, log_of(toolkit.module)
+    log.errors.clear()
+    try:
+        builder = trt.Builder(log)
+        network = builder.create_network(_network_flags(trt))
+        _parse(trt, network, log, path)
+        _check_tensors(network, graph, path)
+        _allow_decomposition(trt, network)
+        settings = builder.create_builder_config()
+        _configure(toolkit, settings, target, config)
+        _add_profiles(builder, settings, profiles)
+        with holding_signals() as pending, _timing_cache(toolkit, settings, timing_cache):
+            settings.progress_monitor = monitor = make_monitor(trt, report, pending)
+            plan = builder.build_serialized_network(network, settings)
+    except MemoryError as error:
+        raise build_error(path, target, config, ["out of memory"]) from error
+    except (TypeError, RuntimeError) as error:  # what the bindings make of a null pointer
+        raise build_error(path, target, config, [*log.errors, trimmed(error)]) from error
+    del monitor  # alive until here: the builder does not keep it
+    if plan is None:
+        raise build_error(path, target, config, list(log.errors))
+    return plan
+
+
+def _network_flags(trt: Any) -> int:
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)  # where the flag is gone, there is nothing else
+
+
+def _parse(trt: Any, network: Any, log: Any, path: Path) -> None:
+    parser = trt.OnnxParser(network, log)
+    if parser.parse_from_file(str(path)):
+        return
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    node = next((error for error in errors if error.node_name() or error.node_operator()), None)
+    if node is not None:
+        raise BackendError(
+            f"{path} has the node {node.node_name()!r} ({node.node_operator()}), which {trt.__name__} "
+            f"{trt.__version__} cannot import ({trimmed(node.desc())})",
+            expected="operators it supports",
+            fix="export with another --opset, or run the package with ONNX Runtime",
+        )
+    reasons = [message for message in log.errors if "Failed to open" in message] or [e.desc() for e in errors]
+    reason = trimmed((reasons or list(log.errors) or ["no reason given"])[0])
+    raise BackendError(
+        f"{path} cannot be read by {trt.__name__} {trt.__version__} ({reason})",
+        fix="copy the package again, or export it again",
+    )
+
+
+def _check_tensors(network: Any, graph: GraphRecord, path: Path) -> None:
+    """Compare the parsed network's inputs and outputs with the manifest: names, dtypes and fixed dimensions."""
+    for kind, records, count, get in (
+        ("input", graph.inputs, network.num_inputs, network.get_input),
+        ("output", graph.outputs, network.num_outputs, network.get_output),
+    ):
+        found = {tensor.name: tensor for tensor in map(get, range(count))}
+        for name in sorted(found.keys() | {record.name for record in records}):
+            record = next((record for record in records if record.name == name), None)
+            if name not in found or record is None or not _same_tensor(found[name], record):
+                raise PackageError(
+                    f"{path} has {kind} {name}: {_described(found.get(name))}",
+                    expected=f"{_stated(record)}, as the manifest says",
+                    fix="export the package again",
+                )
+
+
+def _same_tensor(tensor: Any, record: TensorRecord) -> bool:
+    shape = tuple(tensor.shape)
+    return (
+        TENSOR_DTYPES.get(tensor.dtype.name) == record.dtype
+        and len(shape) == len(record.shape)
+        and all(size in (-1, dim) for size, dim in zip(shape, record.shape, strict=True))
+    )
+
+
+def _described(tensor: Any) -> str:
+    return (
+        "none" if tensor is None else f"{TENSOR_DTYPES.get(tensor.dtype.name, tensor.dtype.name)}{list(tensor.shape)}"
+    )
+
+
+def _stated(record: TensorRecord | None) -> str:
+    return "none" if record is None else f"{record.dtype}[{', '.join(map(str, record.shape))}]"
+
+
+def _allow_decomposition(trt: Any, network: Any) -> None:
+    """Let attention layers without a kernel of their own (those in fp32) be built of simpler ones."""
+    kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)
+    if kind is None:
+        return
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == kind:
+            layer.__class__ = trt.IAttentionInputLayer
+            layer.attention.decomposable = True
+
+
+def _configure(toolkit: Toolkit, settings: Any, target: str, config: EngineConfig) -> None:
+    trt = toolkit.module
+    settings.clear_flag(trt.BuilderFlag.TF32)
+    if config.weight_streaming:
+        settings.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    if config.strip_weights:
+        settings.set_flag(trt.BuilderFlag.STRIP_PLAN)
+        settings.set_flag(trt.BuilderFlag.REFIT)
+    if config.workspace_mib is not None:
+        settings.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, config.workspace_mib * 1024 * 1024)
+    if config.keep_inspector_json:
+        settings.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if toolkit.cross_targets:
+        settings.num_compute_capabilities = 1
+        capability = toolkit.cross_targets.get(target, trt.ComputeCapability.CURRENT)
+        settings.set_compute_capability(capability, 0)
+
+
+def _add_profiles(builder: Any, settings: Any, profiles: tuple[ProfileRecord, ...]) -> None:
+    for record in profiles:
+        profile = builder.create_optimization_profile()
+        for name, shape in record.shapes.items():
+            profile.set_shape(name, shape.min, shape.opt, shape.max)
+        settings.add_optimization_profile(profile)
+
+
+@contextlib.contextmanager
+def _timing_cache(toolkit: Toolkit, settings: Any, file: Path | None) -> Iterator[None]:
+    """Build with the kernels that were measured before, and keep what is measured now; a cache is never vital."""
+    if file is None or not toolkit.times_kernels:
+        yield
+        return
+    cache = settings.create_timing_cache(file.read_bytes() if file.is_file() else b"")
+    settings.set_timing_cache(cache, False)  # refused, and then without effect, if it is of another device
+    yield
+    with contextlib.suppress(OSError):
+        replace_file(file, bytes(memoryview(cache.serialize())))

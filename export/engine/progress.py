@@ -1,0 +1,86 @@
+"""How far a build is, and how it is stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+__all__ = ["NO_BUILD_PROGRESS", "BuildProgress", "Report", "holding_signals", "make_monitor"]
+
+Report = Callable[[float, str], None]
+
+
+class BuildProgress(Protocol):
+    """Told of every engine when its build begins, and of how far it is."""
+
+    def building(self, description: str) -> contextlib.AbstractContextManager[Report]:
+        """Begin an engine; the context gives a function to call with a fraction in [0, 1] and the current phase."""
+        ...
+
+
+class _NoBuildProgress:
+    def building(self, description: str) -> contextlib.AbstractContextManager[Report]:
+        del description
+        return contextlib.nullcontext(lambda fraction, phase: None)
+
+
+NO_BUILD_PROGRESS: BuildProgress = _NoBuildProgress()
+
+
+def make_monitor(trt: Any, report: Report, pending: list[int]) -> Any:
+    """Make a progress monitor that turns the builder's nested phases into one fraction.
+
+    It stops the builder at its next step once ``pending`` holds a signal.
+    """
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # as above
+        def __init__(self) -> None:
+            super().__init__()
+            self.phases: dict[str, list[int]] = {}  # innermost last: steps done, steps in all
+            self.furthest = 0.0
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.phases[phase_name] = [0, max(num_steps, 1)]
+            self.tell()
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name in self.phases:
+                self.phases[phase_name][0] = step + 1
+            self.tell()
+            return not pending
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.phases.pop(phase_name, None)
+
+        def tell(self) -> None:
+            fraction = 0.0
+            for done, total in reversed(self.phases.values()):
+                fraction = min((done + fraction) / total, 1.0)
+            self.furthest = max(self.furthest, fraction)
+            report(self.furthest, next(reversed(self.phases), ""))
+
+    return Monitor()
+
+
+@contextlib.contextmanager
+def holding_signals() -> Iterator[list[int]]:
+    """Collect Ctrl-C and termination, and raise them when the block is left.
+
+    The builder is C++, and swallows whatever a signal raises while it calls back into Python.
+    """
+    pending: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield pending
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, frame: pending.append(number)) for number in numbers]
+    try:
+        yield pending
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler or signal.SIG_DFL)
+        if pending:
+            signal.raise_signal(pending[0])

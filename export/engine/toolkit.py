@@ -1,0 +1,87 @@
+"""One of the two TensorRT modules, and what it offers."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from promprune.config import EngineBackend
+from promprune.engines import CURRENT, current_target, parse_target
+from promprune.errors import BackendError, ConfigError, MissingDependencyError
+from promprune.trt_modules import ENGINE_MODULES, trimmed
+
+__all__ = ["Toolkit", "load_toolkit"]
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    """One of the two TensorRT modules.
+
+    Attributes:
+        backend: its name on the command line.
+        module: ``tensorrt`` or ``tensorrt_rtx``.
+        version: of the module.
+    """
+
+    backend: EngineBackend
+    module: Any
+    version: str
+
+    @property
+    def cross_targets(self) -> dict[str, Any]:
+        """Targets it builds for without their GPU, as ``sm89`` -> the module's constant; empty for TensorRT."""
+        capability = getattr(self.module, "ComputeCapability", None)
+        members: dict[str, Any] = getattr(capability, "__members__", {})
+        return {name.lower(): value for name, value in members.items() if name.startswith("SM")}
+
+    @property
+    def times_kernels(self) -> bool:
+        """Whether a build measures kernels, so that a timing cache saves time; TensorRT for RTX does not."""
+        return self.backend == "tensorrt"
+
+    def resolve(self, text: str) -> str:
+        """Return the target meant by ``text``, such as ``"sm89"``.
+
+        Raises:
+            ConfigError: not a target, or not one this toolkit builds for here.
+            BackendError: it means the GPU of this machine, and there is none.
+        """
+        target, known = parse_target(text), self.cross_targets
+        if target in known:
+            return target
+        if known and target != CURRENT:
+            raise ConfigError(
+                f"received target {text!r}, which {self.backend} {self.version} does not know",
+                expected=f"one of {', '.join(known)}, {CURRENT}",
+                fix="choose a target of that list, or build with --backend tensorrt on a machine with that GPU",
+            )
+        here = current_target()
+        if target not in (CURRENT, here):
+            raise ConfigError(
+                f"received target {text!r}, but this machine has {here}",
+                expected=f"{here} or {CURRENT}: {self.backend} builds for the GPU at hand only",
+                fix="build where that GPU is, or use --backend tensorrt-rtx",
+            )
+        return here
+
+
+def load_toolkit(backend: EngineBackend) -> Toolkit:
+    """Import the module of a backend.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+        BackendError: it is, but does not load.
+    """
+    try:
+        module = importlib.import_module(ENGINE_MODULES[backend])
+        return Toolkit(backend, module, str(module.__version__))
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"backend {backend} needs {error.name}, which is not installed", fix=f"pip install 'promprune[{backend}]'"
+        ) from error
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        raise BackendError(
+            f"backend {backend} is installed but does not load ({trimmed(error)})",
+            fix=f"pip install --force-reinstall 'promprune[{backend}]'",
+        ) from error
