@@ -74,8 +74,8 @@ def append_graph(first: ir.Model, second: ir.Model, *, connect: Mapping[str, str
     Args:
         first: changed in place; its outputs named in ``connect`` stop being outputs.
         second: emptied; its inner names get ``prefix``.
-        connect: input of ``second`` -> output of ``first``; every input of ``second`` is connected.
-        prefix: for the names of ``second``'s nodes, values and initializers, its outputs excepted.
+        connect: input of ``second`` -> output of ``first``; the other inputs of ``second`` become inputs of both.
+        prefix: for the names of ``second``'s nodes, values and initializers, its inputs and outputs excepted.
 
     Returns:
         ``first``, with the remaining outputs of ``first`` and then those of ``second``.
@@ -83,8 +83,14 @@ def append_graph(first: ir.Model, second: ir.Model, *, connect: Mapping[str, str
     values = {value.name: value for value in first.graph.outputs}
     outputs = list(second.graph.outputs)
     second.graph.outputs.clear()
-    for value in second.graph.inputs:
-        ir.convenience.replace_all_uses_with(value, values[connect[str(value.name)]])
+    inputs = list(second.graph.inputs)
+    second.graph.inputs.clear()
+    for value in inputs:
+        name = str(value.name)
+        if name in connect:
+            ir.convenience.replace_all_uses_with(value, values[connect[name]])
+        else:
+            first.graph.inputs.append(value)
     for name, value in list(second.graph.initializers.items()):
         del second.graph.initializers[name]
         value.name = prefix + name

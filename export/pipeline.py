@@ -6,7 +6,9 @@ import copy
 import json
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -14,14 +16,13 @@ from typing import Any, Final, Literal
 import msgspec
 import onnx_ir as ir
 import torch
-from PIL import Image
 
 from promprune._version import __version__
 from promprune.config import ExportConfig, SelectionConfig
-from promprune.errors import UnsupportedModelError, VerificationError
+from promprune.errors import VerificationError
 from promprune.export.checkpoint import EMBEDDED_MODEL, Checkpoint, load_checkpoint, selection_config
 from promprune.export.decoder_graph import decoder_graph, embed_tokens_graph
-from promprune.export.families import AdaptedModel
+from promprune.export.families import AdaptedModel, VisionGraph
 from promprune.export.graphs import graph_record, save_graph
 from promprune.export.progress import NO_PROGRESS, Progress
 from promprune.export.selector_graph import build_selector
@@ -33,7 +34,6 @@ from promprune.package import (
     EMBED_TOKENS,
     SCHEMA_VERSION,
     TOKEN_SELECTOR,
-    VISION_ENCODER,
     GraphRecord,
     ImageRecord,
     Manifest,
@@ -76,9 +76,8 @@ def export_package(config: ExportConfig, *, progress: Progress = NO_PROGRESS) ->
     with writing_package(output, force=config.force) as folder:
         with progress.step("load the model"):
             checkpoint = load_checkpoint(config.model)
-            model = checkpoint.family.adapt(in_dtype(checkpoint.model, config.dtype))
-            check_image_size(checkpoint, model)
-            selection = selection_record(config, checkpoint, model.geometry.num_tokens)
+            model = checkpoint.family.adapt(in_dtype(checkpoint.model, config.dtype), checkpoint.processor)
+            selection = selection_record(config, checkpoint, model.vision_graphs[0].num_tokens)
         graphs = write_graphs(folder, config, model, selection, progress)
         with progress.step("write tokenizer and configuration"):
             write_configs(folder, checkpoint)
@@ -107,23 +106,6 @@ def in_dtype(model: Any, dtype: str) -> Any:
     return model if dtype == "fp32" else copy.deepcopy(model).to(_TORCH_DTYPES[dtype])
 
 
-def check_image_size(checkpoint: Checkpoint, model: AdaptedModel) -> None:
-    """Refuse a model whose preprocessing makes images of another size than its vision tower takes.
-
-    Raises:
-        UnsupportedModelError: the sizes differ.
-    """
-    blank = Image.new("RGB", (64, 48))
-    values = checkpoint.processor.image_processor(images=[blank], return_tensors="np")["pixel_values"]
-    made, taken = tuple(values[0].shape[-2:]), (model.geometry.height, model.geometry.width)
-    if made != taken:
-        raise UnsupportedModelError(
-            f"the preprocessing of {checkpoint.source.model} makes images of {made[0]} x {made[1]} pixels",
-            expected=f"{taken[0]} x {taken[1]}, the size of its vision tower",
-            fix="set crop_size in its preprocessor_config.json",
-        )
-
-
 def selection_record(config: ExportConfig, checkpoint: Checkpoint, num_tokens: int) -> SelectionRecord:
     """Settle N, T and the parameters of the selection, as the manifest records them."""
     keep_tokens = config.keep_tokens_of(num_tokens)
@@ -149,12 +131,14 @@ def write_graphs(
     folder: Path, config: ExportConfig, model: AdaptedModel, selection: SelectionRecord, progress: Progress
 ) -> dict[str, GraphRecord]:
     """Export every graph into ``folder/onnx``, and return their records by name."""
-    makers = {VISION_ENCODER: lambda: vision_with_selection(config, model, selection)}
+    makers: dict[str, Callable[[], ir.Model]] = {
+        vision.name: partial(vision_with_selection, config, model, vision, selection) for vision in model.vision_graphs
+    }
     if not config.vision_only:
         makers[EMBED_TOKENS] = lambda: embed_tokens_graph(model, opset=config.opset)
         makers[DECODER] = lambda: decoder_graph(model, opset=config.opset)
     if config.split_selector:
-        makers[TOKEN_SELECTOR] = lambda: selector(config, model, selection)
+        makers[TOKEN_SELECTOR] = lambda: selector(config, model, model.vision_graphs[0], selection)
     (folder / "onnx").mkdir()
     records = {}
     for name, make in makers.items():
@@ -165,21 +149,24 @@ def write_graphs(
     return records
 
 
-def vision_with_selection(config: ExportConfig, model: AdaptedModel, selection: SelectionRecord) -> ir.Model:
-    """Export the vision encoder with the selection inside; with nothing to remove, without it."""
-    vision = vision_graph(model, opset=config.opset)
-    if selection.keep_tokens == selection.num_tokens:
-        return drop_saliency(vision)
-    return fuse_selector(vision, selector(config, model, selection))
+def vision_with_selection(
+    config: ExportConfig, model: AdaptedModel, vision: VisionGraph, selection: SelectionRecord
+) -> ir.Model:
+    """Export a vision encoder with the selection inside; with nothing to remove, without it."""
+    graph = vision_graph(vision, opset=config.opset)
+    if config.keep_tokens_of(vision.num_tokens) == vision.num_tokens:
+        return drop_saliency(graph)
+    return fuse_selector(graph, selector(config, model, vision, selection))
 
 
-def selector(config: ExportConfig, model: AdaptedModel, selection: SelectionRecord) -> ir.Model:
-    """Author the selection for this model, with a dynamic batch."""
+def selector(config: ExportConfig, model: AdaptedModel, vision: VisionGraph, selection: SelectionRecord) -> ir.Model:
+    """Author the selection for one vision graph."""
     proto = build_selector(
-        selection.num_tokens,
+        vision.num_tokens,
         model.text_config.hidden_size,
-        selection.keep_tokens,
-        batch_size="batch",
+        config.keep_tokens_of(vision.num_tokens),
+        batch_size="batch" if vision.is_batched else 1,
+        token_mask=vision.token_mask,
         dtype=_NUMPY_DTYPES[config.dtype],
         mu=selection.mu,
         tau=selection.tau,
@@ -216,7 +203,6 @@ def build_manifest(
     graphs: dict[str, GraphRecord],
 ) -> Manifest:
     """Describe the package as it lies on disk."""
-    geometry = model.geometry
     return Manifest(
         schema_version=SCHEMA_VERSION,
         family=checkpoint.family.model_type,
@@ -228,10 +214,7 @@ def build_manifest(
         image=ImageRecord(
             token=checkpoint.processor.tokenizer.convert_ids_to_tokens(model.image_token_id),
             token_id=model.image_token_id,
-            height=geometry.height,
-            width=geometry.width,
-            patch_rows=geometry.patch_rows,
-            patch_columns=geometry.patch_columns,
+            layout=model.layout,
         ),
         graphs=graphs,
         files=file_records(folder),

@@ -8,9 +8,8 @@ reference, because the features of a real tower have a standard deviation of sev
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -26,11 +25,10 @@ from promprune import scenes
 from promprune.config import DEFAULT_CHECK_IMAGES, SelectionConfig
 from promprune.errors import PrompruneError
 from promprune.export.checkpoint import Checkpoint
-from promprune.export.families import AdaptedModel
+from promprune.export.families import AdaptedModel, VisionGraph, VisionReference
 from promprune.package import (
     DECODER,
     EMBED_TOKENS,
-    VISION_ENCODER,
     CheckRecord,
     GraphRecord,
     Manifest,
@@ -81,13 +79,21 @@ class Sample:
     question: str
 
 
-def check_samples(count: int, *, image_size: int) -> list[Sample]:
-    """Render the images that a package is verified on: scenes of shapes and digits, never trained on."""
-    rendered = [scenes.render_scene(scenes.TEST_SEEDS[index], image_size=image_size) for index in range(count)]
-    return [
-        Sample(image=scene.image, question=scenes.questions(scene, per_type=1, seed=index)[index % 2].text)
-        for index, scene in enumerate(rendered)
-    ]
+def check_samples(count: int, *, sizes: Sequence[tuple[int, int]]) -> list[Sample]:
+    """Render the images that a package is verified on: scenes of shapes and digits, never trained on.
+
+    Args:
+        count: of the images.
+        sizes: (height, width) of the images in pixels, in turns; scenes are square, others are stretched.
+    """
+    samples = []
+    for index in range(count):
+        height, width = sizes[index % len(sizes)]
+        scene = scenes.render_scene(scenes.TEST_SEEDS[index], image_size=min(height, width))
+        question = scenes.questions(scene, per_type=1, seed=index)[index % 2].text
+        image = scene.image if height == width else scene.image.resize((width, height))
+        samples.append(Sample(image=image, question=question))
+    return samples
 
 
 def verify_package(
@@ -105,19 +111,15 @@ def verify_package(
     """
     manifest = read_manifest(folder, check_weights=True)
     limits = LIMITS[manifest.dtype]
-    model = checkpoint.family.adapt(checkpoint.model)
-    samples = check_samples(num_images, image_size=manifest.image.height)
+    family = checkpoint.family
+    model = family.adapt(checkpoint.model, checkpoint.processor)
+    samples = check_samples(num_images, sizes=model.sample_sizes)
     with torch.inference_mode():
-        pixel_values = pixel_values_of(checkpoint, samples)
-        features = in_batches(partial(checkpoint.family.reference_features, checkpoint.model), pixel_values)
-        saliency = in_batches(lambda batch: model.vision(batch)[1], pixel_values)
-        checks = [
-            *check_structure(folder, manifest),
-            *check_vision(folder, manifest, pixel_values.numpy(), features.numpy(), saliency.numpy(), limits),
-        ]
+        references = [family.reference(checkpoint.model, checkpoint.processor, sample.image) for sample in samples]
+        checks = [*check_structure(folder, manifest), *check_vision(folder, manifest, model, references, limits)]
         if manifest.has_language_model:
             checks += check_language(folder, manifest, checkpoint, model, samples, limits)
-            checks += check_answers(folder, checkpoint, model, samples, features, limits)
+            checks += check_answers(folder, checkpoint, model, samples, references, limits)
     return VerificationRecord(passed=all(check.passed for check in checks), checks=tuple(checks))
 
 
@@ -131,32 +133,65 @@ def check_structure(folder: Path, manifest: Manifest) -> Iterator[CheckRecord]:
 
 
 def check_vision(
-    folder: Path, manifest: Manifest, pixel_values: Array, features: Array, saliency: Array, limits: Limits
+    folder: Path, manifest: Manifest, model: AdaptedModel, references: Sequence[VisionReference], limits: Limits
 ) -> Iterator[CheckRecord]:
     """Features against torch, and the selection against the float64 method on the graph's own features."""
-    path = folder / manifest.graphs[VISION_ENCODER].file
-    if manifest.selection.keep_tokens == manifest.selection.num_tokens:
-        outputs = _run_in_batches(_session(path), pixel_values)
-        error = relative_error(outputs["image_features"], features)
-        yield _check("image features, relative error", error, "<=", limits.relative_error)
-        return
+    runs = [
+        run
+        for vision in model.vision_graphs
+        if (chosen := [reference for reference in references if reference.graph == vision.name])
+        for run in _run_vision(folder / manifest.graphs[vision.name].file, vision, chosen)
+    ]
+    pruned = "token_indices" in runs[0].outputs
+    features = "encoder/image_features" if pruned else "image_features"
+    error = max(relative_error(run.outputs[features], run.features) for run in runs)
+    yield _check("image features, relative error", error, "<=", limits.relative_error)
+    if pruned:
+        error = max(relative_error(run.outputs["encoder/saliency"], run.saliency) for run in runs)
+        yield _check("saliency, relative error", error, "<=", limits.relative_error)
+        yield from check_selection(manifest, runs, limits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionRun:
+    """What a vision graph returned for some images, and torch.
+
+    Attributes:
+        outputs: of the graph, by name, ``[B, ...]``; with a selection, also ``encoder/image_features [B, N, D]`` and
+            ``encoder/saliency [B, N]``, what was chosen from.
+        features, saliency: the same from torch.
+        token_mask: bool ``[B, N]``, false for padding.
+    """
+
+    outputs: dict[str, Array]
+    features: Array
+    saliency: Array
+    token_mask: Array
+
+
+def _run_vision(path: Path, vision: VisionGraph, references: Sequence[VisionReference]) -> Iterator[VisionRun]:
+    """Run a vision graph in ONNX Runtime and in torch, on a few images at a time where it takes several."""
     with _probe(path) as probe:
-        outputs = _run_in_batches(_session(probe), pixel_values)
-    inner, scores = outputs["encoder/image_features"], outputs["encoder/saliency"]
-    yield _check("image features, relative error", relative_error(inner, features), "<=", limits.relative_error)
-    yield _check("saliency, relative error", relative_error(scores, saliency), "<=", limits.relative_error)
-    yield from check_selection(manifest, outputs, limits)
+        session = _session(probe)
+        size = BATCH_SIZE if vision.is_batched else 1
+        for begin in range(0, len(references), size):
+            group = references[begin : begin + size]
+            feeds = {name: torch.cat([reference.feeds[name] for reference in group]) for name in group[0].feeds}
+            taken = {value.name for value in session.get_inputs()}
+            values = _run(session, {name: value.numpy() for name, value in feeds.items() if name in taken})
+            features = torch.cat([reference.features for reference in group])
+            mask = feeds.get("token_mask", torch.ones(features.shape[:2], dtype=torch.bool))
+            yield VisionRun(
+                outputs=dict(zip([value.name for value in session.get_outputs()], values, strict=True)),
+                features=features.numpy(),
+                saliency=vision.module(*(feeds[name] for name in vision.inputs))[1].numpy(),
+                token_mask=mask.numpy(),
+            )
 
 
-def check_selection(manifest: Manifest, outputs: dict[str, Array], limits: Limits) -> Iterator[CheckRecord]:
+def check_selection(manifest: Manifest, runs: Sequence[VisionRun], limits: Limits) -> Iterator[CheckRecord]:
     """Is it T distinct tokens, those features, and the choice of the method in exact arithmetic?"""
     record = manifest.selection
-    indices, inner = outputs["token_indices"], outputs["encoder/image_features"]
-    valid = [_is_valid(row, record.keep_tokens, record.num_tokens) for row in indices]
-    yield _check("images without T distinct tokens in range", valid.count(False), "==", 0)
-    gathered = np.take_along_axis(inner, indices[:, :, None], axis=1)
-    changed = float(np.abs(outputs["image_features"].astype(np.float64) - gathered).max())
-    yield _check("kept features changed by", changed, "==", 0)
     config = SelectionConfig(
         mu=record.mu,
         tau=record.tau,
@@ -165,20 +200,52 @@ def check_selection(manifest: Manifest, outputs: dict[str, Array], limits: Limit
         order=record.order,
         policy=record.policy,
     )
-    exact = [
-        select_tokens(_float64(row), _float64(scores), record.keep_tokens, config)
-        for row, scores in zip(inner, outputs["encoder/saliency"], strict=True)
-    ]
-    kept = [(set(row.tolist()), set(want.token_indices.tolist())) for row, want in zip(indices, exact, strict=True)]
-    identical = sum(ours == want for ours, want in kept) / len(kept)
-    overlap = sum(len(ours & want) for ours, want in kept) / (len(kept) * record.keep_tokens)
-    counts = outputs["saliency_count"][:, 0] - [want.saliency_count for want in exact]
-    entropies = outputs["spectral_entropy"][:, 0] - [want.spectral_entropy for want in exact]
-    detail = f"{len(kept)} images"
+    rows = [SelectedRow.of(run, index, config) for run in runs for index in range(len(run.features))]
+    yield _check("images without T distinct tokens in range", sum(not row.is_valid for row in rows), "==", 0)
+    yield _check("kept features changed by", max(row.changed_by for row in rows), "==", 0)
+    identical = sum(row.kept == row.wanted for row in rows) / len(rows)
+    overlap = sum(len(row.kept & row.wanted) for row in rows) / sum(len(row.wanted) for row in rows)
+    detail = f"{len(rows)} images"
     yield _check("kept sets equal to the float64 method's", identical, ">=", limits.identical_sets, detail)
     yield _check("kept tokens in common with it", overlap, ">=", limits.overlap, detail)
-    yield _check("saliency count differs from it by", int(np.abs(counts).max()), "<=", 1)
-    yield _check("spectral entropy differs from it by", float(np.abs(entropies).max()), "<=", 1e-4)
+    yield _check("saliency count differs from it by", max(row.count_difference for row in rows), "<=", 1)
+    yield _check("spectral entropy differs from it by", max(row.entropy_difference for row in rows), "<=", 1e-4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectedRow:
+    """The selection of one row of a vision graph's batch, against the method in float64.
+
+    Attributes:
+        is_valid: T distinct tokens in range.
+        changed_by: largest difference between a kept feature and the encoder's own.
+        kept, wanted: indices of the kept tokens, and those of the method.
+        count_difference, entropy_difference: of the saliency count, and of the spectral entropy.
+    """
+
+    is_valid: bool
+    changed_by: float
+    kept: frozenset[int]
+    wanted: frozenset[int]
+    count_difference: int
+    entropy_difference: float
+
+    @classmethod
+    def of(cls, run: VisionRun, row: int, config: SelectionConfig) -> SelectedRow:
+        """Compare row ``row`` of a run."""
+        outputs = {name: value[row] for name, value in run.outputs.items()}
+        indices, inner = outputs["token_indices"], outputs["encoder/image_features"]
+        mask = torch.as_tensor(run.token_mask[row])
+        want = select_tokens(_float64(inner), _float64(outputs["encoder/saliency"]), len(indices), config, mask)
+        difference = outputs["image_features"].astype(np.float64) - inner[indices.clip(0, len(inner) - 1)]
+        return cls(
+            is_valid=_is_valid(indices, len(indices), len(inner)),
+            changed_by=float(np.abs(difference).max()),
+            kept=frozenset(indices.tolist()),
+            wanted=frozenset(want.token_indices.tolist()),
+            count_difference=abs(int(outputs["saliency_count"][0]) - want.saliency_count),
+            entropy_difference=abs(float(outputs["spectral_entropy"][0]) - want.spectral_entropy),
+        )
 
 
 def check_language(
@@ -198,11 +265,11 @@ def check_language(
     yield _check("token embeddings, relative error", error, "<=", limits.relative_error)
 
     split = input_ids.shape[1] - 3  # the last three positions are decoded one by one
-    decoder = _Decoder(_session(folder / manifest.graphs[DECODER].file), manifest.graphs[DECODER])
+    decoder = _Decoder(_session(folder / manifest.graphs[DECODER].file), manifest.graphs[DECODER], model.position_axes)
     hidden = model.language_model(
         inputs_embeds=reference,
         attention_mask=attention_mask,
-        position_ids=_position_ids(attention_mask),
+        position_ids=_position_ids(attention_mask, model.position_axes),
         use_cache=False,
     ).last_hidden_state
     logits = model.lm_head(hidden).numpy()
@@ -219,26 +286,27 @@ def check_answers(
     checkpoint: Checkpoint,
     model: AdaptedModel,
     samples: Sequence[Sample],
-    features: Tensor,
+    references: Sequence[VisionReference],
     limits: Limits,
 ) -> Iterator[CheckRecord]:
     """Greedy answers of the runtime, against transformers' ``generate`` on the same kept tokens."""
     equal, refusal = 0, ""
     with VisionLanguagePipeline.from_package(folder, provider="cpu") as pipeline:
-        for sample, row in zip(samples, features, strict=True):
+        for sample, reference in zip(samples, references, strict=True):
             try:
                 result = pipeline.generate([sample.image], sample.question, max_new_tokens=MAX_NEW_TOKENS)
             except PrompruneError as error:  # the runtime refuses what the graphs gave
                 refusal = f"; {error}"
                 continue
-            kept = row[torch.as_tensor(np.array(result.selection[0].token_indices))]
+            indices = torch.as_tensor(np.array(result.selection[0].token_indices))
+            kept = checkpoint.family.kept_features(checkpoint.model, reference, indices)
             equal += torch_answer(checkpoint, model, sample.question, kept) == list(result.token_ids)
     detail = f"{equal} of {len(samples)}{refusal}"
     yield _check("greedy answers equal to torch's", equal / len(samples), ">=", limits.equal_answers, detail)
 
 
 def torch_answer(checkpoint: Checkpoint, model: AdaptedModel, question: str, kept: Tensor) -> list[int]:
-    """Answer with transformers, the image's placeholders filled with ``kept [T, D]``; returns the new token ids."""
+    """Answer with transformers, the placeholders filled with ``kept [placeholders, D]``; returns the new token ids."""
     tokenizer = checkpoint.processor.tokenizer
     text = prompt_text(checkpoint, model, question)
     token = tokenizer.convert_ids_to_tokens(model.image_token_id)
@@ -265,13 +333,6 @@ def prompt_text(checkpoint: Checkpoint, model: AdaptedModel, question: str) -> s
     return str(processor.apply_chat_template(messages, add_generation_prompt=True))
 
 
-def pixel_values_of(checkpoint: Checkpoint, samples: Sequence[Sample]) -> Tensor:
-    """Preprocess with the Hugging Face image processor; ``[B, 3, H, W]`` fp32."""
-    images = [sample.image for sample in samples]
-    values = checkpoint.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
-    return torch.as_tensor(values, dtype=torch.float32)
-
-
 def relative_error(value: Array, reference: Array) -> float:
     """Largest |difference| over the standard deviation of the reference; infinite if anything is not finite."""
     difference = np.abs(value.astype(np.float64) - reference.astype(np.float64)).max()
@@ -283,8 +344,9 @@ def relative_error(value: Array, reference: Array) -> float:
 class _Decoder:
     """The decoder graph with its cache carried from step to step."""
 
-    def __init__(self, session: ort.InferenceSession, record: GraphRecord) -> None:
+    def __init__(self, session: ort.InferenceSession, record: GraphRecord, position_axes: Sequence[int]) -> None:
         self.session = session
+        self.position_axes = position_axes
         self.past = [value for value in record.inputs if value.name.startswith("past_key_values.")]
         self.cache: dict[str, Array] = {}
 
@@ -293,7 +355,8 @@ class _Decoder:
             for value in self.past:
                 shape = (len(inputs_embeds), int(value.shape[1]), 0, int(value.shape[3]))
                 self.cache[value.name] = np.zeros(shape, dtype=value.dtype)
-        position_ids = _position_ids(torch.as_tensor(attention_mask))[:, -inputs_embeds.shape[1] :].numpy()
+        position_ids = _position_ids(torch.as_tensor(attention_mask), self.position_axes).numpy()
+        position_ids = position_ids[..., -inputs_embeds.shape[1] :]
         feeds = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
         logits, *present = _run(self.session, {**feeds, **self.cache})
         self.cache = {value.name: array for value, array in zip(self.past, present, strict=True)}
@@ -310,8 +373,10 @@ def _padded_ids(checkpoint: Checkpoint, questions: Sequence[str]) -> tuple[Tenso
     return torch.tensor(rows), torch.tensor(mask)
 
 
-def _position_ids(attention_mask: Tensor) -> Tensor:
-    return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+def _position_ids(attention_mask: Tensor, axes: Sequence[int]) -> Tensor:
+    """Positions of a text; on every axis the same, where there are several."""
+    positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    return positions.expand(*axes, *positions.shape)
 
 
 def _float64(array: Array) -> Tensor:
@@ -323,27 +388,14 @@ def _is_valid(indices: Array, keep_tokens: int, num_tokens: int) -> bool:
     return distinct and bool((indices >= 0).all() and (indices < num_tokens).all())
 
 
-def in_batches(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
-    """Apply a function to a few rows at a time, so that many images need no more memory than a few."""
-    return torch.cat([function(batch) for batch in values.split(BATCH_SIZE)])
-
-
-def _run_in_batches(session: ort.InferenceSession, pixel_values: Array) -> dict[str, Array]:
-    """Run a vision graph on a few images at a time; returns every output by name."""
-    names = [output.name for output in session.get_outputs()]
-    batches = [
-        _run(session, {"pixel_values": pixel_values[begin : begin + BATCH_SIZE]})
-        for begin in range(0, len(pixel_values), BATCH_SIZE)
-    ]
-    return {name: np.concatenate(parts) for name, parts in zip(names, zip(*batches, strict=True), strict=True)}
-
-
 @contextlib.contextmanager
 def _probe(path: Path) -> Iterator[Path]:
-    """Yield a copy of a graph, sharing its weights file, with the values named ``encoder/*`` as outputs."""
+    """Yield a copy of a graph, sharing its weights file, with what a selection in it chooses from as outputs."""
     model = onnx.load(path, load_external_data=False)
+    made = {name for node in model.graph.node for name in node.output}
     for name in ("encoder/image_features", "encoder/saliency"):
-        model.graph.output.append(onnx.ValueInfoProto(name=name))
+        if name in made:
+            model.graph.output.append(onnx.ValueInfoProto(name=name))
     probe = path.with_name(f".probe-{path.name}")
     probe.write_bytes(model.SerializeToString())
     try:

@@ -1,30 +1,33 @@
-"""The vision graph: encoder and projector, and the selection behind them."""
+"""The vision graphs: encoder and projector, and the selection behind them."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
-import torch
 from torch.export import Dim
 
-from promprune.export.families.base import AdaptedModel
+from promprune.export.families.base import VisionGraph
 from promprune.export.graphs import append_graph, graph_from_module
 
-__all__ = ["fuse_selector", "vision_graph"]
+__all__ = ["drop_saliency", "fuse_selector", "vision_graph"]
 
 IMAGE_FEATURES = "image_features"
 SALIENCY = "saliency"
 
 
-def vision_graph(model: AdaptedModel, *, opset: int) -> ir.Model:
-    """Export ``pixel_values [batch, 3, H, W]`` (fp32) -> ``image_features [batch, N, D]``, ``saliency [batch, N]``."""
-    sample = torch.zeros(2, 3, model.geometry.height, model.geometry.width)
+def vision_graph(vision: VisionGraph, *, opset: int) -> ir.Model:
+    """Export a vision graph: its inputs -> ``image_features [B, N, D]``, ``saliency [B, N]``."""
+    names = {name for value in vision.inputs.values() for name in value.dims.values()}
+    dims = {name: Dim(name, min=1) for name in names}
+    batch = {0: "batch"} if vision.is_batched else {}
     return graph_from_module(
-        model.vision,
-        (sample,),
-        inputs={"pixel_values": {0: "batch"}},
-        outputs={IMAGE_FEATURES: {0: "batch"}, SALIENCY: {0: "batch"}},
+        vision.module,
+        tuple(value.sample for value in vision.inputs.values()),
+        inputs={name: value.dims for name, value in vision.inputs.items()},
+        outputs={IMAGE_FEATURES: batch, SALIENCY: batch},
         opset=opset,
-        dynamic_shapes=({0: Dim("batch", min=1)},),
+        dynamic_shapes=tuple(
+            {axis: dims[name] for axis, name in value.dims.items()} for value in vision.inputs.values()
+        ),
     )
 
 
@@ -32,7 +35,8 @@ def fuse_selector(vision: ir.Model, selector: ir.Model) -> ir.Model:
     """Put the selection behind the vision encoder; the kept features take the name ``image_features``.
 
     Returns:
-        ``pixel_values`` -> ``image_features [batch, T, D]`` and the selector's report.
+        The vision graph's inputs, and the selector's ``token_mask`` if it has one -> ``image_features [B, T, D]`` and
+        the selector's report.
     """
     for value in vision.graph.outputs:
         value.name = f"encoder/{value.name}"

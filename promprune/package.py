@@ -39,6 +39,7 @@ __all__ = [
     "TOKEN_SELECTOR",
     "VISION_ENCODER",
     "CheckRecord",
+    "CropLayout",
     "FileRecord",
     "GraphRecord",
     "ImageRecord",
@@ -104,15 +105,21 @@ class SelectionRecord(_Record, frozen=True):
     policy: SelectionPolicy = "promprune"  # what chooses the kept tokens; the others are baselines
 
 
+class CropLayout(_Record, frozen=True, tag_field="kind", tag="crop"):
+    """Every image becomes one crop of a fixed size."""
+
+    height: Count  # of pixel_values, pixels
+    width: Count
+    patch_rows: Count  # patch_rows * patch_columns == num_tokens, in raster order
+    patch_columns: Count
+
+
 class ImageRecord(_Record, frozen=True):
     """How one image enters the model."""
 
     token: str  # placeholder text in a prompt
     token_id: Size
-    height: Count  # of pixel_values, pixels
-    width: Count
-    patch_rows: Count  # patch_rows * patch_columns == num_tokens, in raster order
-    patch_columns: Count
+    layout: CropLayout  # a union, told apart by "kind", once there are several
 
 
 class TensorRecord(_Record, frozen=True):

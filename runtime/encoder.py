@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeAlias, Unpack
@@ -16,26 +15,19 @@ import numpy.typing as npt
 from promprune.errors import ConfigError
 from promprune.package import Manifest, read_manifest
 from promprune.runtime.config import RuntimeConfig, RuntimeOptions
-from promprune.runtime.loading import open_vision_encoder
-from promprune.runtime.preprocess import ImagePreprocessor, load_image
-from promprune.runtime.results import EncodedImage, encoded_image_of
+from promprune.runtime.layouts import ImageLayout, PreparedImage, layout_of
+from promprune.runtime.loading import open_vision_graphs
+from promprune.runtime.preprocess import load_image
+from promprune.runtime.results import EncodedImage
 from promprune.runtime.sessions import Session
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ImageEncoder", "ImageSource", "PreparedImage"]
+__all__ = ["ImageEncoder", "ImageSource"]
 
 # A file, its encoded bytes, a PIL image, an array [height, width, 3] of uint8, or an image encoded before.
 ImageSource: TypeAlias = "str | Path | bytes | Image | npt.NDArray[np.uint8] | EncodedImage"
-
-
-@dataclass(frozen=True, eq=False)
-class PreparedImage:
-    """An image that is ready for the vision encoder."""
-
-    pixel_values: npt.NDArray[np.float32]  # [1, 3, height, width]
-    digest: bytes  # SHA-256 of its 8-bit pixels
 
 
 class ImageEncoder:
@@ -45,18 +37,17 @@ class ImageEncoder:
 
     Attributes:
         manifest: what the package says of itself.
-        preprocessor: from pictures to ``pixel_values``.
-        device: where the graph runs: ``"CPU"`` or ``"CUDA"``.
+        layout: from pictures to the inputs of a vision graph, and from its outputs to encoded images.
+        device: where the graphs run: ``"CPU"`` or ``"CUDA"``.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, session: Session, config: RuntimeConfig) -> None:
-        image = manifest.image
+    def __init__(
+        self, manifest: Manifest, layout: ImageLayout, sessions: Mapping[str, Session], config: RuntimeConfig
+    ) -> None:
         self.manifest = manifest
-        self.preprocessor = ImagePreprocessor.from_file(
-            folder / "preprocessor_config.json", height=image.height, width=image.width
-        )
-        self.device = session.device
-        self._session = session
+        self.layout = layout
+        self.device = sessions[layout.graphs[0]].device
+        self._sessions = sessions
         self._cache = _ImageCache(config.image_cache_size)
 
     @classmethod
@@ -65,14 +56,24 @@ class ImageEncoder:
         path: str | Path,
         **options: Unpack[RuntimeOptions],
     ) -> Self:
-        """Load the vision encoder of a package, and nothing else of it.
+        """Load the vision graphs of a package, and nothing else of it.
 
         Args and errors: as in :meth:`VisionLanguagePipeline.from_package`.
         """
         config = RuntimeConfig(**options)
         folder = Path(path)
-        manifest = read_manifest(folder, check_weights=config.check_weights)
-        return cls(folder, manifest, open_vision_encoder(folder, manifest, config), config)
+        return cls.open(folder, read_manifest(folder, check_weights=config.check_weights), config)
+
+    @classmethod
+    def open(cls, folder: Path, manifest: Manifest, config: RuntimeConfig) -> Self:
+        """Load the vision graphs of a package whose manifest was read.
+
+        Raises:
+            PackageError: they are not what the manifest says.
+            BackendError: one of them, or the provider that was asked for, cannot be loaded.
+        """
+        layout = layout_of(folder, manifest)
+        return cls(manifest, layout, open_vision_graphs(folder, manifest, layout, config), config)
 
     def encode_image(self, image: ImageSource) -> EncodedImage:
         """Return the kept visual tokens of one image.
@@ -84,12 +85,12 @@ class ImageEncoder:
         return self.encode(self.prepare(image))[0]
 
     def view(self, image: str | Path | bytes | Image | npt.NDArray[np.uint8]) -> Image:
-        """Return the part of an image that the model sees, in the size in which it sees it; 8-bit RGB.
+        """Return what the model sees of an image, in the size in which it sees it; 8-bit RGB.
 
         Raises:
             ImageError: it cannot be read.
         """
-        return self.preprocessor.crop(load_image(image))
+        return self.layout.view(load_image(image))
 
     def prepare(self, source: ImageSource) -> EncodedImage | PreparedImage:
         """Read and preprocess one image; one that was encoded by this package before is returned as it is.
@@ -99,13 +100,13 @@ class ImageEncoder:
             ConfigError: it was encoded by a package of another shape.
         """
         if not isinstance(source, EncodedImage):
-            crop = self.view(source)
-            return PreparedImage(self.preprocessor.pixel_values(crop), hashlib.sha256(crop.tobytes()).digest())
-        expected = self._session.outputs["image_features"].shape[1:]
+            return self.layout.prepare(load_image(source))
+        size = self._sessions[self.layout.graphs[0]].outputs["image_features"].shape[-1]
+        expected = (self.layout.num_placeholders(source.selection), size)
         if source.image_features.shape != expected:
             raise ConfigError(
                 f"received an encoded image of shape {list(source.image_features.shape)}",
-                expected=f"{list(expected)}",
+                expected=str(list(expected)),
                 fix="encode it with this package",
             )
         return source
@@ -121,14 +122,15 @@ class ImageEncoder:
         known = self._cache.get(image.digest)
         if known is not None:
             return known, False
-        pixel_values = image.pixel_values.astype(self._session.inputs["pixel_values"].dtype, copy=False)
-        encoded = encoded_image_of(self._session.run({"pixel_values": pixel_values}), self.manifest.selection)
+        encoded = self.layout.pack(self._sessions[image.graph].run(image.feeds), image)
+        encoded.image_features.flags.writeable = False
         self._cache.put(image.digest, encoded)
         return encoded, True
 
     def close(self) -> None:
-        """Free the graph; encoding afterwards is a BackendError."""
-        self._session.close()
+        """Free the graphs; encoding afterwards is a BackendError."""
+        for session in self._sessions.values():
+            session.close()
 
     def __enter__(self) -> Self:
         return self

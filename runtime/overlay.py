@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from promprune.errors import ImageError
-from promprune.package import ImageRecord
-from promprune.runtime.results import TokenSelection
+from promprune.runtime.results import TokenGrid, TokenSelection
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = ["COVERAGE_COLOUR", "SALIENCY_COLOUR", "draw_kept_tokens"]
+
+Box: TypeAlias = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 
 SALIENCY_COLOUR: Final = (255, 140, 0)  # orange: stage 1
 COVERAGE_COLOUR: Final = (0, 190, 255)  # sky blue: stage 2; told apart with any kind of colour vision
@@ -22,13 +24,12 @@ _MIN_SIDE_PIXELS: Final = 896  # smaller images are enlarged by a whole factor
 _DIMMED: Final = 0.36  # brightness left to a dropped patch
 
 
-def draw_kept_tokens(crop: Image, selection: TokenSelection, image: ImageRecord) -> Image:
+def draw_kept_tokens(view: Image, selection: TokenSelection) -> Image:
     """Draw the kept visual tokens over an image.
 
     Args:
-        crop: what the model sees (``pipeline.encoder.view(path)``), RGB.
+        view: what the model sees (``pipeline.encoder.view(path)``), RGB.
         selection: from a result, or from an encoded image.
-        image: the manifest's image record, for the patch grid.
 
     Returns:
         An RGB image, at least 896 pixels wide, with a legend below.
@@ -36,19 +37,21 @@ def draw_kept_tokens(crop: Image, selection: TokenSelection, image: ImageRecord)
     Raises:
         ImageError: the image has not the size that the model takes.
     """
-    if (crop.height, crop.width) != (image.height, image.width):
+    seen = (max(g.left + g.width for g in selection.grids), max(g.top + g.height for g in selection.grids))
+    if view.size != seen:
         raise ImageError(
-            f"received an image of {crop.width} x {crop.height} pixels",
-            expected=f"{image.width} x {image.height}, what the model sees",
+            f"received an image of {view.width} x {view.height} pixels",
+            expected=f"{seen[0]} x {seen[1]}, what the model sees",
             fix="use pipeline.encoder.view(image)",
         )
     from PIL import Image as PILImage
 
-    scale = max(1, -(-_MIN_SIDE_PIXELS // min(crop.size)))
-    size = (crop.width * scale, crop.height * scale)
-    bright = crop.convert("RGB").resize(size, resample=PILImage.Resampling.LANCZOS)
+    scale = max(1, -(-_MIN_SIDE_PIXELS // min(view.size)))
+    size = (view.width * scale, view.height * scale)
+    bright = view.convert("RGB").resize(size, resample=PILImage.Resampling.LANCZOS)
     dark = bright.point([round(level * _DIMMED) for level in range(256)] * 3)
-    boxes = [_patch(token, size, image) for token in selection.token_indices.tolist()]
+    patches = [box for grid in selection.grids for box in _patches(grid, scale)]
+    boxes = [patches[token] for token in selection.token_indices.tolist()]
     kept = PILImage.new("L", size, 0)
     for box in boxes:
         kept.paste(255, box)
@@ -57,15 +60,13 @@ def draw_kept_tokens(crop: Image, selection: TokenSelection, image: ImageRecord)
     return _with_legend(picture, selection)
 
 
-def _patch(token: int, size: tuple[int, int], image: ImageRecord) -> tuple[int, int, int, int]:
-    """Return the box (left, top, right, bottom) of a token in a picture of ``size`` = (width, height)."""
-    row, column = divmod(token, image.patch_columns)
-    return (
-        column * size[0] // image.patch_columns,
-        row * size[1] // image.patch_rows,
-        (column + 1) * size[0] // image.patch_columns,
-        (row + 1) * size[1] // image.patch_rows,
-    )
+def _patches(grid: TokenGrid, scale: int) -> Iterator[Box]:
+    """Yield the box of every patch of a grid, in raster order, in a view that was enlarged by ``scale``."""
+    xs = [(grid.left + column * grid.width / grid.columns) * scale for column in range(grid.columns + 1)]
+    ys = [(grid.top + row * grid.height / grid.rows) * scale for row in range(grid.rows + 1)]
+    for row in range(grid.rows):
+        for column in range(grid.columns):
+            yield int(xs[column]), int(ys[row]), int(xs[column + 1]), int(ys[row + 1])
 
 
 def _colours(selection: TokenSelection) -> list[tuple[int, int, int]]:
@@ -76,7 +77,7 @@ def _colours(selection: TokenSelection) -> list[tuple[int, int, int]]:
     return [SALIENCY_COLOUR if salient else COVERAGE_COLOUR for salient in selection.saliency_mask.tolist()]
 
 
-def _outline(picture: Image, boxes: list[tuple[int, int, int, int]], colours: list[tuple[int, int, int]]) -> None:
+def _outline(picture: Image, boxes: list[Box], colours: list[tuple[int, int, int]]) -> None:
     """Frame every kept patch; nothing in a package without selection, where all are kept."""
     from PIL import ImageDraw
 

@@ -28,9 +28,10 @@ from promprune.runtime.config import (
     RuntimeOptions,
 )
 from promprune.runtime.decoder import Cache, Decoder
-from promprune.runtime.encoder import ImageEncoder, ImageSource, PreparedImage
+from promprune.runtime.encoder import ImageEncoder, ImageSource
 from promprune.runtime.generation import Row, eos_token_ids_of
-from promprune.runtime.loading import open_language_model, open_vision_encoder
+from promprune.runtime.layouts import PreparedImage
+from promprune.runtime.loading import open_language_model
 from promprune.runtime.prompt import Message, PromptBuilder, TokenIds, as_messages, read_json
 from promprune.runtime.results import EncodedImage, Result, Stopwatch, Timings
 from promprune.runtime.sessions import Array, Session
@@ -88,7 +89,7 @@ class VisionLanguagePipeline:
         folder = Path(path)
         manifest = read_manifest(folder, check_weights=config.check_weights)
         embed, decoder = open_language_model(folder, manifest, config)
-        encoder = ImageEncoder(folder, manifest, open_vision_encoder(folder, manifest, config), config)
+        encoder = ImageEncoder.open(folder, manifest, config)
         eos = eos_token_ids_of(read_json(folder / "generation_config.json"))
         prompts = PromptBuilder.from_package(folder, manifest)
         return cls(encoder, prompts, embed, Decoder(decoder, config.prefill_chunk), eos)
@@ -172,7 +173,7 @@ class VisionLanguagePipeline:
             images = [[self.encoder.prepare(image) for image in _listed(given)] for given, _ in requests]
         with watch.stage("prompt"):
             prompts = [
-                self.prompts.build(as_messages(prompt, len(found)), len(found))
+                self.prompts.build(as_messages(prompt, len(found)), [self._placeholders(image) for image in found])
                 for found, (_, prompt) in zip(images, requests, strict=True)
             ]
             rows = [self._row(prompt, config) for prompt in prompts]
@@ -239,6 +240,9 @@ class VisionLanguagePipeline:
         """Return the embeddings of [batch, sequence] token ids: [batch, sequence, hidden]."""
         embeds = self._embed.run({"input_ids": ids})["inputs_embeds"]
         return embeds.astype(self._decoder.embeds_dtype, copy=False)
+
+    def _placeholders(self, image: EncodedImage | PreparedImage) -> int:
+        return len(image.image_features) if isinstance(image, EncodedImage) else image.num_placeholders
 
     def _row(self, prompt: TokenIds, config: GenerationConfig) -> Row:
         limit = self.prompts.check_fits(len(prompt), config.max_new_tokens, at_most=DEFAULT_NEW_TOKENS)

@@ -1,4 +1,4 @@
-"""From messages to token ids: chat template, tokenizer, and one run of T placeholders per image.
+"""From messages to token ids: chat template, tokenizer, and a run of placeholders for every image.
 
 A message is ``{"role": "user", "content": TEXT}`` or ``{"role": ..., "content": [PART, ...]}`` with parts
 ``{"type": "text", "text": TEXT}`` and ``{"type": "image"}``, as in Hugging Face chats.
@@ -59,14 +59,12 @@ class PromptBuilder:
     Attributes:
         image_token: the placeholder's text.
         image_token_id: its id.
-        keep_tokens: T, the placeholders of one image in the ids.
         context_length: positions the language model was made for.
     """
 
     folder: Path
     image_token: str
     image_token_id: int
-    keep_tokens: int
     context_length: int
 
     @classmethod
@@ -76,14 +74,15 @@ class PromptBuilder:
             folder=folder,
             image_token=manifest.image.token,
             image_token_id=manifest.image.token_id,
-            keep_tokens=manifest.selection.keep_tokens,
             context_length=manifest.context_length,
         )
 
-    def build(self, messages: Sequence[Message], num_images: int) -> TokenIds:
+    def build(self, messages: Sequence[Message], image_tokens: Sequence[int]) -> TokenIds:
         """Return the token ids of a conversation that the assistant is to continue, int64 [length].
 
-        Every image part became ``keep_tokens`` placeholders.
+        Args:
+            messages: of the conversation.
+            image_tokens: the number of placeholders that each image part becomes, in order.
 
         Raises:
             PromptError: a message is malformed, its text contains the placeholder, the template refuses it, or
@@ -94,13 +93,15 @@ class PromptBuilder:
         if not len(ids):
             raise PromptError("the prompt has no tokens", expected="at least one", fix="ask something")
         is_image = ids == self.image_token_id
-        if int(is_image.sum()) != num_images:
+        if int(is_image.sum()) != len(image_tokens):
             raise PromptError(
-                f"the prompt has {int(is_image.sum())} image placeholders for {num_images} images",
+                f"the prompt has {int(is_image.sum())} image placeholders for {len(image_tokens)} images",
                 expected="one per image",
                 fix="give one {'type': 'image'} part per image, before or between the texts",
             )
-        return np.repeat(ids, np.where(is_image, self.keep_tokens, 1))
+        repeats = np.ones(len(ids), np.int64)
+        repeats[is_image] = image_tokens
+        return np.repeat(ids, repeats)
 
     def render(self, messages: Sequence[Message]) -> str:
         """Return the text of a conversation, one placeholder per image.

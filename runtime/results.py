@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,12 +12,32 @@ import numpy as np
 import numpy.typing as npt
 
 from promprune.config import SelectionPolicy
-from promprune.errors import BackendError
-from promprune.package import SelectionRecord
 from promprune.runtime.generation import FinishReason
 from promprune.runtime.sessions import Array
 
-__all__ = ["EncodedImage", "Result", "Stopwatch", "Timings", "TokenSelection"]
+__all__ = ["EncodedImage", "Result", "Stopwatch", "Timings", "TokenGrid", "TokenSelection"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenGrid:
+    """A grid of patches that the model sees of an image, one visual token each.
+
+    Attributes:
+        rows, columns: patches.
+        left, top, width, height: the box that it covers in ``ImageEncoder.view(image)``, in pixels.
+    """
+
+    rows: int
+    columns: int
+    left: int
+    top: int
+    width: int
+    height: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Visual tokens of the grid."""
+        return self.rows * self.columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,19 +45,30 @@ class TokenSelection:
     """Which visual tokens of one image were kept, and why.
 
     Attributes:
-        num_tokens: N, visual tokens before selection.
-        token_indices: int64 [T]; positions of the kept tokens in raster order of the patch grid.
+        grids: the grids of patches that the tokens come from; LLaVA-1.5 has one.
+        token_indices: int64 [T]; positions of the kept tokens, counted grid by grid, each in raster order.
         saliency_mask: bool [T]; kept for its saliency (stage 1), else for coverage (stage 2). ``None`` in a
             package without selection, which keeps every token.
-        spectral_entropy: normalised spectral entropy of the image's tokens, in [0, 1]; ``None`` likewise.
+        spectral_entropies: normalised spectral entropy of the tokens that were chosen from, in [0, 1]; one for every
+            time the selection ran, which for LLaVA-1.5 is once. Empty in a package without selection.
         policy: what chose them; under "random" no token was kept for its saliency, nor for coverage.
     """
 
-    num_tokens: int
+    grids: tuple[TokenGrid, ...]
     token_indices: npt.NDArray[np.int64]
     saliency_mask: npt.NDArray[np.bool_] | None = None
-    spectral_entropy: float | None = None
+    spectral_entropies: tuple[float, ...] = ()
     policy: SelectionPolicy = "promprune"
+
+    @property
+    def num_tokens(self) -> int:
+        """N, visual tokens before selection."""
+        return sum(grid.num_tokens for grid in self.grids)
+
+    @property
+    def spectral_entropy(self) -> float | None:
+        """The spectral entropy, or the mean of several; ``None`` in a package without selection."""
+        return sum(self.spectral_entropies) / len(self.spectral_entropies) if self.spectral_entropies else None
 
     @property
     def ran(self) -> bool:
@@ -64,6 +95,8 @@ class TokenSelection:
             "keep_tokens": self.keep_tokens,
             "saliency_count": self.saliency_count,
             "spectral_entropy": self.spectral_entropy,
+            "spectral_entropies": list(self.spectral_entropies),
+            "grids": [asdict(grid) for grid in self.grids],
             "token_indices": self.token_indices.tolist(),
             "saliency_mask": None if mask is None else mask.tolist(),
         }
@@ -74,7 +107,8 @@ class EncodedImage:
     """The kept visual tokens of one image; can be used as an image again, in any prompt of the same package.
 
     Attributes:
-        image_features: float32 or float16 [T, D], what takes the place of the image's placeholders; read-only.
+        image_features: float32 or float16 [placeholders, D], what takes the place of the image's placeholders;
+            read-only. Most often one for each kept token, T in all.
         selection: which tokens they are.
     """
 
@@ -180,44 +214,3 @@ class Stopwatch:
     def __getitem__(self, name: str) -> float:
         """Return a stage's time, in milliseconds."""
         return self._stages.get(name, 0.0)
-
-
-def encoded_image_of(outputs: Mapping[str, Array], record: SelectionRecord) -> EncodedImage:
-    """Check what the vision graph returned for one image, and give it its names.
-
-    Args:
-        outputs: of the vision graph, for a batch of one; a package that keeps every token has only
-            ``image_features``.
-        record: the manifest's selection.
-
-    Raises:
-        BackendError: features or entropy are not numbers, or the selection is not T distinct tokens of N.
-    """
-    features = outputs["image_features"][0]
-    if not np.isfinite(features).all():
-        raise _not_numbers("image features")
-    features.flags.writeable = False
-    if "token_indices" not in outputs:
-        return EncodedImage(features, TokenSelection(record.num_tokens, np.arange(record.keep_tokens)))
-    indices, mask = outputs["token_indices"][0], outputs["saliency_mask"][0]
-    entropy, count = float(outputs["spectral_entropy"][0, 0]), int(outputs["saliency_count"][0, 0])
-    if not np.isfinite(entropy):
-        raise _not_numbers("a spectral entropy")
-    distinct = np.unique(indices)
-    valid = len(distinct) == record.keep_tokens and distinct[0] >= 0 and distinct[-1] < record.num_tokens
-    if not valid or count != int(mask.sum()):
-        raise BackendError(
-            f"the vision graph selected {len(distinct)} distinct tokens in {distinct[0]} ... {distinct[-1]}, "
-            f"{int(mask.sum())} of them for saliency with a count of {count}",
-            expected=f"{record.keep_tokens} distinct tokens of {record.num_tokens}",
-            fix="export the package again",
-        )
-    return EncodedImage(features, TokenSelection(record.num_tokens, indices, mask, entropy, record.policy))
-
-
-def _not_numbers(what: str) -> BackendError:
-    return BackendError(
-        f"the vision encoder returned {what} that are not finite numbers",
-        expected="finite values",
-        fix="export with --dtype fp32: fp16 overflows in some models",
-    )

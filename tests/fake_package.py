@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from promprune.package import (
+    CropLayout,
     GraphRecord,
     ImageRecord,
     Manifest,
@@ -154,10 +155,7 @@ def manifest_of(model: FakeModel, graphs: dict[str, onnx.ModelProto]) -> Manifes
         image=ImageRecord(
             token=IMAGE_TOKEN,
             token_id=IMAGE_TOKEN_ID,
-            height=SIDE,
-            width=SIDE,
-            patch_rows=GRID,
-            patch_columns=GRID,
+            layout=CropLayout(height=SIDE, width=SIDE, patch_rows=GRID, patch_columns=GRID),
         ),
         graphs={name: graph_record(name, graph) for name, graph in graphs.items()},
         files=(),

@@ -12,7 +12,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from PIL import Image
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from promprune.config import ExportConfig
 from promprune.errors import (
@@ -46,10 +46,12 @@ def pixel_values() -> torch.Tensor:
     return torch.randn(3, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
 
 
-def test_saliency_is_the_attention_that_transformers_reports(reference: Any, pixel_values: torch.Tensor) -> None:
+def test_saliency_is_the_attention_that_transformers_reports(
+    tiny_llava: Path, reference: Any, pixel_values: torch.Tensor
+) -> None:
     with torch.no_grad():
         outputs = reference.model.vision_tower(pixel_values, output_attentions=True)
-        _, saliency = adapt(reference).vision(pixel_values)
+        _, saliency = adapt(reference, AutoProcessor.from_pretrained(tiny_llava)).vision_graphs[0].module(pixel_values)
     layers = reference.config.vision_config.num_hidden_layers
     scored = outputs.attentions[layers + reference.config.vision_feature_layer]
     torch.testing.assert_close(saliency, scored.mean(dim=1)[:, 0, 1:])

@@ -105,7 +105,7 @@ def test_a_conversation_equals_hugging_face(pipeline: Any, reference: Reference)
 def test_encoded_images_serve_a_hugging_face_model(pipeline: Any, reference: Reference) -> None:
     """The way for those who run the language model elsewhere."""
     encoded = pipeline.encode_image(PHOTOGRAPHS[0])
-    ids = torch.tensor(pipeline.prompts.build(messages_of("What is this?", 1), 1))[None]
+    ids = torch.tensor(pipeline.prompts.build(messages_of("What is this?", 1), [len(encoded.image_features)]))[None]
     embeds = reference.model.get_input_embeddings()(ids)
     embeds[ids == 3] = torch.tensor(encoded.image_features)
     answer = reference.model.generate(

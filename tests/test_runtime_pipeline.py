@@ -55,14 +55,14 @@ def pipeline(folder: Path) -> Any:
 
 def expected_answer(pipeline: Any, model: FakeModel, images: list[Image.Image], text: str, count: int) -> list[int]:
     """Work out the greedy answer in numpy."""
-    features = [model.encode(pipeline.encoder.preprocessor(image)[0])[0] for image in images]
+    features = [model.encode(pipeline.encoder.layout.preprocessor(image)[0])[0] for image in images]
     ids: list[int] = []
     for token in pipeline.prompts.tokenizer.encode(f"USER: {'<image>' + chr(10)}{text} ASSISTANT:").ids:
         ids += [3] * 4 * len(images) if token == 3 else [token]
     if len(images) != 1:
         ids = pipeline.prompts.build(
             [{"role": "user", "content": [*[{"type": "image"}] * len(images), {"type": "text", "text": text}]}],
-            len(images),
+            [4] * len(images),
         ).tolist()
     return model.greedy(ids, np.concatenate(features) if features else np.zeros((0, HIDDEN)), count)
 
@@ -80,7 +80,9 @@ def test_greedy_answers_are_those_of_the_model(pipeline: Any, model: FakeModel, 
     assert list(result.token_ids) == expected_answer(pipeline, model, images, text, 20)
     assert result.finish_reason == ("stop" if result.token_ids[-1] == 2 else "length")
     for image, selection in zip(images, result.selection, strict=True):
-        np.testing.assert_array_equal(selection.token_indices, model.encode(pipeline.encoder.preprocessor(image)[0])[1])
+        np.testing.assert_array_equal(
+            selection.token_indices, model.encode(pipeline.encoder.layout.preprocessor(image)[0])[1]
+        )
         np.testing.assert_array_equal(selection.saliency_mask, selection.token_indices % 2 == 0)
 
 
@@ -247,15 +249,15 @@ def test_a_package_without_selection_keeps_everything(tmp_path: Path) -> None:
         assert selection.token_indices.tolist() == list(range(NUM_TOKENS))
         assert result.to_dict()["selection"][0]["spectral_entropy"] is None
         crop = pipeline.encoder.view(picture(1))
-        assert draw_kept_tokens(crop, selection, pipeline.manifest.image).width == 896
+        assert draw_kept_tokens(crop, selection).width == 896
 
 
 def expected_full(pipeline: Any, model: FakeModel) -> list[int]:
     prompt = pipeline.prompts.build(
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}], 1
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}], [NUM_TOKENS]
     )
     assert (prompt == 3).sum() == NUM_TOKENS
-    return model.greedy(prompt.tolist(), model.encode(pipeline.encoder.preprocessor(picture(1))[0])[0], 5)
+    return model.greedy(prompt.tolist(), model.encode(pipeline.encoder.layout.preprocessor(picture(1))[0])[0], 5)
 
 
 # Contexts
@@ -475,7 +477,7 @@ def test_a_tokenizer_with_another_placeholder_is_refused(tmp_path: Path) -> None
 def test_kept_tokens_are_framed_and_the_rest_is_dimmed(pipeline: Any) -> None:
     white = Image.new("RGB", (32, 32), "white")
     selection = pipeline.encode_image(picture(1)).selection
-    drawn = np.asarray(draw_kept_tokens(white, selection, pipeline.manifest.image))
+    drawn = np.asarray(draw_kept_tokens(white, selection))
     side = 896 // 4
     for token in range(NUM_TOKENS):
         row, column = divmod(token, 4)
@@ -489,9 +491,9 @@ def test_kept_tokens_are_framed_and_the_rest_is_dimmed(pipeline: Any) -> None:
 def test_the_picture_wants_what_the_model_sees(pipeline: Any) -> None:
     selection = pipeline.encode_image(picture(1)).selection
     with pytest.raises(ImageError, match=r"50 x 40.*32 x 32"):
-        draw_kept_tokens(picture(1), selection, pipeline.manifest.image)
+        draw_kept_tokens(picture(1), selection)
     crop = pipeline.encoder.view(picture(1))
-    assert draw_kept_tokens(crop, selection, pipeline.manifest.image).size[0] == 896
+    assert draw_kept_tokens(crop, selection).size[0] == 896
 
 
 def test_public_names() -> None:

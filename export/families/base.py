@@ -2,33 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["AdaptedModel", "Family", "ImageGeometry"]
+from promprune.package import VISION_ENCODER, CropLayout
+
+__all__ = ["AdaptedModel", "Family", "SampleInput", "VisionGraph", "VisionReference"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageGeometry:
-    """Shape of one image on its way into the language model.
+class SampleInput:
+    """One input of a graph.
 
     Attributes:
-        height, width: of ``pixel_values``, in pixels.
-        patch_rows, patch_columns: of the grid of visual tokens, in raster order.
+        sample: a tensor of its dtype and rank; every dynamic dimension at least 2.
+        dims: axis -> name of its dynamic dimension.
     """
 
-    height: int
-    width: int
-    patch_rows: int
-    patch_columns: int
+    sample: Tensor
+    dims: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionGraph:
+    """One vision graph of a package; the selection is put behind it.
+
+    Attributes:
+        module: takes ``inputs`` in their order; returns ``image_features [B, N, D]`` in the model's dtype and
+            ``saliency [B, N]`` (fp32, at least 0, larger is more salient).
+        inputs: by name. B is the dynamic dimension ``batch`` where one is named so, else 1.
+        num_tokens: N.
+        token_mask: whether the selection takes ``token_mask [B, N]`` (bool, false for padding) as a further input of
+            the graph; then padding is chosen only where there are fewer than T other tokens.
+        name: of the graph in the manifest.
+    """
+
+    module: nn.Module
+    inputs: Mapping[str, SampleInput]
+    num_tokens: int
+    token_mask: bool = False
+    name: str = VISION_ENCODER
 
     @property
-    def num_tokens(self) -> int:
-        """N, the visual tokens of one image before selection."""
-        return self.patch_rows * self.patch_columns
+    def is_batched(self) -> bool:
+        """Whether B is dynamic."""
+        return any("batch" in value.dims.values() for value in self.inputs.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,26 +57,43 @@ class AdaptedModel:
     """A loaded model, taken apart at the places where the exported graphs begin and end.
 
     Attributes:
-        vision: ``pixel_values [B, 3, H, W]`` (fp32) -> ``image_features [B, N, D]`` in the model's dtype, and
-            ``saliency [B, N]`` (fp32), the attention each patch receives from CLS, mean over the heads.
+        vision_graphs: one or more, the first one named ``vision_encoder``.
         embed_tokens: ``input_ids [B, S]`` (int64) -> ``inputs_embeds [B, S, D]``.
         language_model: a Hugging Face decoder stack that takes ``inputs_embeds`` and ``past_key_values``.
         lm_head: hidden states ``[B, S, D]`` -> logits ``[B, S, vocabulary]``.
         text_config: configuration of the language model.
-        geometry: of one image.
+        layout: what the manifest says of the way of an image into the model; the runtime has a layout for it.
+        sample_sizes: (height, width) in pixels of the images that a package is verified on, in turns; between them
+            they should take every way through the layout.
         image_token_id: the placeholder in ``input_ids`` that a visual token replaces.
         position_axes: what the language model's ``position_ids`` have in front of ``[B, S]``: nothing, or ``(3,)``
             where a token has one rotary position each for time, height and width.
     """
 
-    vision: nn.Module
+    vision_graphs: tuple[VisionGraph, ...]
     embed_tokens: nn.Module
     language_model: nn.Module
     lm_head: nn.Module
     text_config: Any
-    geometry: ImageGeometry
+    layout: CropLayout
+    sample_sizes: tuple[tuple[int, int], ...]
     image_token_id: int
     position_axes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionReference:
+    """What the source model itself, with its own preprocessing, makes of one image.
+
+    Attributes:
+        graph: name of the one of the model's vision graphs that takes this image.
+        feeds: all inputs of that graph, by name, ``token_mask`` included where it takes one.
+        features: ``[B, N, D]``, as transformers computes them.
+    """
+
+    feeds: Mapping[str, Tensor]
+    features: Tensor
+    graph: str = VISION_ENCODER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +103,17 @@ class Family:
     Attributes:
         model_type: as in ``config.json``.
         model_class: name of the class in ``transformers`` that loads it.
-        adapt: takes a loaded model apart; raises ``UnsupportedModelError`` on a feature that is not exported.
-        reference_features: the model's own path from ``pixel_values`` to all ``image_features [B, N, D]``, which the
-            exported graph is verified against.
+        adapt: ``(model, processor)``: takes a loaded model apart; raises ``UnsupportedModelError``, with the reason,
+            on whatever is not exported.
+        reference: ``(model, processor, image)``, ``model`` being what ``adapt`` got: one RGB image on transformers'
+            own path. The exported graph is verified against it.
+        kept_features: ``(model, reference, token_indices)``: ``[placeholders, D]``, what takes the place of an
+            image's placeholders when only some tokens are kept. The indices are those of
+            ``promprune.runtime.TokenSelection``.
     """
 
     model_type: str
     model_class: str
-    adapt: Callable[[Any], AdaptedModel]
-    reference_features: Callable[[Any, Tensor], Tensor]
+    adapt: Callable[[Any, Any], AdaptedModel]
+    reference: Callable[[Any, Any, Any], VisionReference]
+    kept_features: Callable[[Any, VisionReference, Tensor], Tensor]

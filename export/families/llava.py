@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from promprune.errors import UnsupportedModelError
-from promprune.export.families.base import AdaptedModel, ImageGeometry
+from promprune.export.families.base import AdaptedModel, SampleInput, VisionGraph, VisionReference
+from promprune.package import CropLayout
 
-__all__ = ["ClipVisionEncoder", "adapt", "reference_features"]
+__all__ = ["ClipVisionEncoder", "adapt", "kept_features", "reference"]
 
 
 class ClipVisionEncoder(nn.Module):
@@ -57,7 +59,7 @@ def cls_attention(attention: Any, hidden_states: Tensor) -> Tensor:
     return torch.softmax(scores, dim=-1).mean(dim=1)[:, 0, 1:]
 
 
-def adapt(model: Any) -> AdaptedModel:
+def adapt(model: Any, processor: Any) -> AdaptedModel:
     """Take a ``LlavaForConditionalGeneration`` apart.
 
     Raises:
@@ -66,21 +68,32 @@ def adapt(model: Any) -> AdaptedModel:
     config = model.config
     vision = config.vision_config
     _refuse_unsupported(config)
-    grid = vision.image_size // vision.patch_size
+    _refuse_other_size(vision.image_size, processor)
+    side, grid = vision.image_size, vision.image_size // vision.patch_size
+    encoder = ClipVisionEncoder(model.model.vision_tower, model.model.multi_modal_projector, _scored_layers(config))
+    pixel_values = SampleInput(sample=torch.zeros(2, 3, side, side), dims={0: "batch"})
     return AdaptedModel(
-        vision=ClipVisionEncoder(model.model.vision_tower, model.model.multi_modal_projector, _scored_layers(config)),
+        vision_graphs=(VisionGraph(module=encoder, inputs={"pixel_values": pixel_values}, num_tokens=grid * grid),),
         embed_tokens=model.model.language_model.embed_tokens,
         language_model=model.model.language_model,
         lm_head=model.lm_head,
         text_config=config.text_config,
-        geometry=ImageGeometry(height=vision.image_size, width=vision.image_size, patch_rows=grid, patch_columns=grid),
+        layout=CropLayout(height=side, width=side, patch_rows=grid, patch_columns=grid),
+        sample_sizes=((side, side),),
         image_token_id=config.image_token_id,
     )
 
 
-def reference_features(model: Any, pixel_values: Tensor) -> Tensor:
-    """Return ``image_features [B, N, D]`` as transformers computes them."""
-    return torch.stack(list(model.get_image_features(pixel_values, return_dict=True).pooler_output))
+def reference(model: Any, processor: Any, image: Image.Image) -> VisionReference:
+    """Preprocess and encode one image with transformers."""
+    pixel_values = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
+    features = torch.stack(list(model.get_image_features(pixel_values, return_dict=True).pooler_output))
+    return VisionReference(feeds={"pixel_values": pixel_values}, features=features)
+
+
+def kept_features(model: Any, reference: VisionReference, token_indices: Tensor) -> Tensor:
+    """Return the features of the kept tokens, ``[T, D]``."""
+    return reference.features[0, token_indices]
 
 
 def _refuse_unsupported(config: Any) -> None:
@@ -104,6 +117,18 @@ def _refuse_unsupported(config: Any) -> None:
         raise UnsupportedModelError(
             f"this LLaVA has vision_feature_layer = {config.vision_feature_layer} in a tower of {layers} layers",
             expected="the output of one of its layers",
+        )
+
+
+def _refuse_other_size(taken: int, processor: Any) -> None:
+    blank = Image.new("RGB", (64, 48))
+    values = processor.image_processor(images=[blank], return_tensors="np")["pixel_values"]
+    height, width = values[0].shape[-2:]
+    if (height, width) != (taken, taken):
+        raise UnsupportedModelError(
+            f"the preprocessing of this LLaVA makes images of {height} x {width} pixels",
+            expected=f"{taken} x {taken}, the size of its vision tower",
+            fix="set crop_size in its preprocessor_config.json",
         )
 
 

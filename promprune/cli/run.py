@@ -377,7 +377,7 @@ def _draw(encoder: ImageEncoder, asked: _Asked, selections: Sequence[TokenSelect
 
     for number, (path, selection) in enumerate(zip(asked.images, selections, strict=True), start=1):
         target = output if number == 1 else output.with_stem(f"{output.stem}-{number}")
-        _save(draw_kept_tokens(encoder.view(path), selection, encoder.manifest.image), target)
+        _save(draw_kept_tokens(encoder.view(path), selection), target)
         if not asked.as_json:
             console.print(f"[dim]kept tokens of {escape(path.name)}: {escape(str(target))}[/]", soft_wrap=True)
 

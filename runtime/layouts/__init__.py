@@ -1,0 +1,29 @@
+"""The ways of an image into the model: one literal table, one file per layout record of the manifest.
+
+To add a layout: write its record in :mod:`promprune.package`, a file beside this one with an
+:class:`~promprune.runtime.layouts.base.ImageLayout`, and add its row below.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from promprune.package import CropLayout, Manifest
+from promprune.runtime.layouts.base import ImageLayout, PreparedImage
+from promprune.runtime.layouts.crop import Crop
+
+__all__ = ["LAYOUTS", "ImageLayout", "PreparedImage", "layout_of"]
+
+LAYOUTS: Final[dict[type, type[ImageLayout]]] = {
+    CropLayout: Crop,
+}
+
+
+def layout_of(folder: Path, manifest: Manifest) -> ImageLayout:
+    """Return the layout of a package.
+
+    Raises:
+        PackageError: its files are unusable, or do not fit the manifest.
+    """
+    return LAYOUTS[type(manifest.image.layout)](folder, manifest)
