@@ -106,7 +106,7 @@ def test_a_package_of_a_baseline_verifies_and_says_so(policy: str, tiny_llava: P
     with VisionLanguagePipeline.from_package(tmp_path / "out", provider="cpu") as pipeline:
         image = render_scene(0).image
         selection = pipeline.encode_image(image).selection
-        draw_kept_tokens(pipeline.encoder.view(image), selection, manifest.image)
+        draw_kept_tokens(pipeline.encoder.view(image), selection)
     assert selection.to_dict()["policy"] == policy
     assert selection.saliency_count == 0
     if policy == "random":
