@@ -81,6 +81,8 @@ class RuntimeOptions(TypedDict, total=False):
     check_weights: bool
     image_cache_size: int
     prefill_chunk: int | None
+    cuda_graphs: bool
+    weight_budget_mib: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +97,9 @@ class RuntimeConfig:
         image_cache_size: encoded images kept for reuse, keyed by a digest of their pixels; 0 is off.
         prefill_chunk: most tokens of a prompt that one run of the language model reads; ``None``: the whole prompt.
             Bounds the scratch memory of long prompts, at the price of more runs.
+        cuda_graphs: with the backend ``"tensorrt"``, replay the vision encoder as a CUDA graph.
+        weight_budget_mib: with the backend ``"tensorrt"`` and engines that stream weights, device memory for the
+            weights of each engine, in MiB; ``None``: TensorRT's choice.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -106,6 +111,8 @@ class RuntimeConfig:
     check_weights: bool = False
     image_cache_size: int = 8
     prefill_chunk: int | None = None
+    cuda_graphs: bool = False
+    weight_budget_mib: int | None = None
 
     def __post_init__(self) -> None:
         _require(self.provider in ("auto", "cpu", "cuda"), "provider", self.provider, "'auto', 'cpu' or 'cuda'")
@@ -115,6 +122,11 @@ class RuntimeConfig:
         _require(_is_int(size) and size >= 0, "image_cache_size", size, "0 (off) or more")
         chunk = self.prefill_chunk
         _require(chunk is None or (_is_int(chunk) and chunk >= 1), "prefill_chunk", chunk, "1 or more")
+        budget = self.weight_budget_mib
+        _require(budget is None or (_is_int(budget) and budget >= 0), "weight_budget_mib", budget, "0 or more")
+        engines = self.backend == "tensorrt"
+        _require(engines or not self.cuda_graphs, "cuda_graphs", self.cuda_graphs, "the backend 'tensorrt' with it")
+        _require(engines or budget is None, "weight_budget_mib", budget, "the backend 'tensorrt' with it")
 
 
 def _require(valid: bool, name: str, value: object, expected: str) -> None:

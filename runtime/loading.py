@@ -56,7 +56,12 @@ def open_language_model(folder: Path, manifest: Manifest, config: RuntimeConfig)
 
 def _open(folder: Path, manifest: Manifest, name: str, config: RuntimeConfig) -> Session:
     record = manifest.graphs[name]
-    options = SessionOptions(provider=config.provider, num_threads=config.num_threads)
+    options = SessionOptions(
+        provider=config.provider,
+        num_threads=config.num_threads,
+        cuda_graphs=config.cuda_graphs,
+        weight_budget_mib=config.weight_budget_mib,
+    )
     session = open_session(folder / record.file, options, backend=config.backend)
     session.check_against(record, folder / record.file)
     return session

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import re
 import shutil
 import sys
 import threading
@@ -37,8 +38,12 @@ from promprune.package import DECODER, read_manifest, sha256_of_file
 from promprune.runtime import VisionLanguagePipeline
 from promprune.runtime.decoder import Decoder
 from promprune.runtime.sessions import SessionOptions, open_session
+from promprune.runtime.sessions import cuda as cuda_module
 from promprune.runtime.sessions import tensorrt as module
-from promprune.runtime.sessions.tensorrt import CudaDevice, TensorRtSession, choose_profile, find_engines
+from promprune.runtime.sessions.cuda import CudaDevice
+from promprune.runtime.sessions.device import EngineLoading
+from promprune.runtime.sessions.dlpack import CPU
+from promprune.runtime.sessions.tensorrt import TensorRtSession, choose_profile, find_engines
 from tests.fake_package import HIDDEN, FakeModel, write_fake_package
 
 TARGET = "sm89"
@@ -75,30 +80,67 @@ class FakeEngine:
             self.device.array(addresses[node.name], value.shape, str(value.dtype))[...] = value
         self.device.calls["enqueue"] += 1
 
+    def capture(self, addresses: Mapping[str, int]) -> FakeGraph | None:
+        if self.device.refuses_capture:
+            raise BackendError("cudaStreamEndCapture failed on the GPU (cudaErrorStreamCaptureUnsupported)")
+        self.device.calls["capture"] += 1
+        return FakeGraph(self, dict(self.shapes), dict(addresses)) if self.device.captures else None
+
+    def layer_times(self, addresses: Mapping[str, int]) -> list[tuple[str, float]]:
+        self.enqueue(addresses)
+        return [("first", 1.0 + self.device.calls["enqueue"]), ("second", 0.5)]
+
+    def close(self) -> None:
+        self.device.calls["close"] += 1
+
+
+class FakeGraph:
+    """Runs an engine at the shapes and addresses it was recorded with, whatever the engine did since."""
+
+    def __init__(self, engine: FakeEngine, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
+        self.engine, self.shapes, self.addresses = engine, shapes, addresses
+
+    def launch(self) -> None:
+        now, self.engine.shapes = self.engine.shapes, self.shapes
+        self.engine.enqueue(self.addresses)
+        self.engine.shapes = now
+        self.engine.device.calls["launch"] += 1
+
 
 class FakeDevice:
-    """Memory by address, and counts of what was asked of it."""
+    """Memory by address, and counts of what was asked of it.
+
+    It is host memory at its real addresses, so that other libraries can look at it.
+    """
+
+    dlpack_device = (CPU, 0)
+    stream = None
+    captures = True
+    refuses_capture = False
 
     def __init__(self) -> None:
+        self.loadings: list[EngineLoading] = []
         self.memory: dict[int, np.ndarray] = {}
         self.calls: Counter[str] = Counter()
         self.profiles: list[int] = []
         self.downloaded = 0
         self.pending: list[tuple[np.ndarray, np.ndarray]] = []
-        self.next_address = 4096
         self.lock = threading.Lock()
 
-    def load(self, plan: bytes, trt: Any) -> FakeEngine:
+    def load(self, plan: bytes, trt: Any, loading: EngineLoading) -> FakeEngine:
         assert trt is TOOL
+        self.loadings.append(loading)
         return FakeEngine(self, plan.decode())
 
     def allocate(self, nbytes: int) -> int:
         assert nbytes > 0
         with self.lock:
-            self.next_address += 4096 + nbytes
-            self.memory[self.next_address] = np.full(nbytes, 0xAB, np.uint8)
+            memory = np.full(nbytes, 0xAB, np.uint8)
+            address = memory.ctypes.data
+            assert address not in self.memory
+            self.memory[address] = memory
             self.calls["allocate"] += 1
-            return self.next_address
+            return address
 
     def free(self, address: int) -> None:
         del self.memory[address]
@@ -136,7 +178,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def add_engines(package: Path, *, backend: str = "tensorrt-rtx", **changes: Any) -> None:
     manifest = read_manifest(package)
-    config = EngineConfig(**{**vars(CONFIG), "backend": backend})
+    known = {name: changes.pop(name) for name in ("weight_streaming", "strip_weights") if name in changes}
+    config = EngineConfig(**{**vars(CONFIG), "backend": backend, **known})
     settings = {"tool_version": TOOL.__version__, "target": TARGET, **changes}
     with writing_engines(engine_folder(package, backend, TARGET)) as folder:
         records = {}
@@ -161,7 +204,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
     fake = FakeDevice()
     monkeypatch.setattr(module, "_shared_device", lambda: fake)
     monkeypatch.setattr(module, "current_target", lambda: TARGET)
-    monkeypatch.setattr(module, "_import", lambda extra, name: TOOL)
+    monkeypatch.setattr(module, "import_module", lambda extra, name: TOOL)
     return fake
 
 
@@ -204,7 +247,7 @@ def test_a_decoder_generates_as_with_onnx_runtime_and_its_cache_stays_on_the_dev
         assert device.downloaded == logits_bytes
         for name, tensor in cache.tensors.items():
             np.testing.assert_array_equal(tensor.numpy(), expected_cache.tensors[name].numpy())  # type: ignore[union-attr]
-        assert len(device.memory) == len(cache.tensors)  # the caches of earlier steps were freed
+        assert len(device.memory) == 2 * len(cache.tensors)  # a double buffer for each
     del cache, tensor
     gc.collect()
     assert device.memory == {}
@@ -253,6 +296,177 @@ def test_an_array_that_is_not_contiguous(built: Path, device: FakeDevice) -> Non
         np.testing.assert_array_equal(
             session.run({"input_ids": ids})["inputs_embeds"], FakeModel().weights["embed"][ids]
         )
+
+
+def test_a_cache_that_grows_lives_in_two_buffers_in_turn(built: Path, device: FakeDevice) -> None:
+    with opened(built, DECODER) as session:
+        decoder = Decoder(session)
+        _, cache = decoder.read(np.ones((1, 5, HIDDEN), np.float32), decoder.empty_cache(1))
+        places, sizes = [], set()
+        for _ in range(8):
+            _, cache = decoder.read(np.ones((1, 1, HIDDEN), np.float32), cache)
+            tensor = cache.tensors["past_key_values.0.key"]
+            places.append(tensor.address)  # type: ignore[union-attr]
+            sizes.add(device.memory[places[-1]].nbytes)
+    assert len(set(places)) == 2
+    assert places[::2] == [places[0]] * 4
+    assert sizes == {2 * 64 * HIDDEN * 4}  # the largest batch and length that the engine was built for
+
+
+def test_an_older_cache_is_never_overwritten(built: Path, device: FakeDevice) -> None:
+    """A conversation may go on from an older cache when a turn fails."""
+    step = np.random.default_rng(3).normal(size=(5, 1, 1, HIDDEN)).astype(np.float32)
+    with opened(built, DECODER) as session:
+        decoder = Decoder(session)
+        _, kept = decoder.read(np.ones((1, 5, HIDDEN), np.float32), decoder.empty_cache(1))
+        tensor: Any = kept.tensors["past_key_values.0.key"]
+        before = device.array(tensor.address, tensor.shape, tensor.dtype).copy()
+        first = [decoder.read(step[0], kept)[0]]
+        cache = kept
+        for part in step:
+            _, cache = decoder.read(part, cache)
+        np.testing.assert_array_equal(device.array(tensor.address, tensor.shape, tensor.dtype), before)
+        first.append(decoder.read(step[0], kept)[0])
+        np.testing.assert_array_equal(*first)
+
+
+def images_of(seed: int, batch: int = 1) -> dict[str, np.ndarray]:
+    return {"pixel_values": np.random.default_rng(seed).normal(size=(batch, 3, 32, 32)).astype(np.float32)}
+
+
+@pytest.mark.parametrize("captures", [True, False], ids=["recorded here", "recorded by the engine"])
+def test_a_graph_of_static_shapes_is_replayed(built: Path, device: FakeDevice, captures: bool) -> None:
+    device.captures = captures
+    path = built / "onnx" / "vision_encoder.onnx"
+    options = SessionOptions(cuda_graphs=True)
+    with (
+        open_session(path, options, backend="tensorrt") as session,
+        open_session(path, SessionOptions()) as reference,
+    ):
+        allocated = []
+        for seed, batch in enumerate((1, 1, 2, 1, 2, 1)):
+            found, expected = session.run(images_of(seed, batch)), reference.run(images_of(seed, batch))
+            for name, value in expected.items():
+                np.testing.assert_array_equal(found[name], value)
+            allocated.append(device.calls["allocate"])
+        assert allocated[2:] == [allocated[2]] * 4  # the buffers of both batch sizes are there
+    assert device.calls["capture"] == 2
+    assert device.calls["launch"] == (4 if captures else 0)
+    assert device.loadings[0].cuda_graphs
+    gc.collect()
+    assert device.memory == {}
+
+
+def test_results_of_a_replay_are_not_overwritten_by_the_next(built: Path, device: FakeDevice) -> None:
+    del device
+    path = built / "onnx" / "vision_encoder.onnx"
+    with open_session(path, SessionOptions(cuda_graphs=True), backend="tensorrt") as session:
+        first = session.run(images_of(0))["image_features"]
+        copy = first.copy()
+        session.run(images_of(1))
+        np.testing.assert_array_equal(first, copy)
+
+
+def test_what_cannot_be_recorded_runs_without_and_says_so(built: Path, device: FakeDevice) -> None:
+    device.refuses_capture = True
+    path = built / "onnx" / "vision_encoder.onnx"
+    with open_session(path, SessionOptions(cuda_graphs=True), backend="tensorrt") as session:
+        assert session.notes == ()
+        outputs = [session.run(images_of(0))["image_features"] for _ in range(3)]
+        assert "vision_encoder.engine runs without a CUDA graph: cudaStreamEndCapture failed" in session.notes[0]
+    np.testing.assert_array_equal(outputs[0], outputs[2])
+
+
+def test_a_graph_whose_shapes_change_at_every_step_is_not_recorded(built: Path, device: FakeDevice) -> None:
+    with open_session(
+        built / "onnx" / f"{DECODER}.onnx", SessionOptions(cuda_graphs=True), backend="tensorrt"
+    ) as session:
+        decoder = Decoder(session)
+        decoder.read(np.ones((1, 5, HIDDEN), np.float32), decoder.empty_cache(1))
+    assert not device.loadings[0].cuda_graphs
+    assert device.calls["capture"] == 0
+
+
+def test_the_time_of_every_layer(built: Path, device: FakeDevice) -> None:
+    with opened(built, "vision_encoder") as session:
+        assert session.layer_times(images_of(0), runs=3) == {"first": 3.0, "second": 0.5}  # medians
+        with pytest.raises(BackendError, match="received inputs"):
+            session.layer_times({})
+    assert device.calls["enqueue"] == 3
+
+
+def test_an_output_is_lent_by_dlpack_without_a_copy(built: Path, device: FakeDevice) -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    ids = np.array([[3, 4, 9]])
+    with opened(built, "embed_tokens") as session:
+        tensor: Any = session.run_keeping({"input_ids": ids}, keep=["inputs_embeds"])["inputs_embeds"]
+        address = tensor.address
+        for module_of in (torch, np):
+            lent = module_of.from_dlpack(tensor)
+            np.testing.assert_array_equal(np.asarray(lent), FakeModel().weights["embed"][ids])
+            assert (lent.data_ptr() if module_of is torch else lent.ctypes.data) == address
+        assert device.downloaded == 0
+    del tensor
+    gc.collect()
+    assert address in device.memory  # the borrower lives
+    del lent
+    gc.collect()
+    assert device.memory == {}
+
+
+def test_a_capsule_that_nobody_takes_lends_nothing(built: Path, device: FakeDevice) -> None:
+    with opened(built, "embed_tokens") as session:
+        kept = session.run_keeping({"input_ids": np.array([[1]])}, keep=["inputs_embeds"])
+        capsule = kept["inputs_embeds"].__dlpack__()  # type: ignore[attr-defined]
+    del kept
+    assert len(device.memory) == 1
+    del capsule
+    gc.collect()
+    assert device.memory == {}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int64"])
+def test_a_tensor_of_another_library_is_used_where_it_lies(built: Path, device: FakeDevice, dtype: str) -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    name, inputs = ("vision_encoder", images_of(4)) if dtype == "float32" else ("embed_tokens", {"input_ids": [[5, 6]]})
+    tensors = {key: torch.asarray(value, dtype=getattr(torch, dtype)) for key, value in inputs.items()}
+    for tensor in tensors.values():
+        device.memory[tensor.data_ptr()] = tensor.numpy().reshape(-1).view(np.uint8)
+    path = built / "onnx" / f"{name}.onnx"
+    with opened(built, name) as session, open_session(path, SessionOptions()) as reference:
+        borrowed = {key: session.from_dlpack(tensor) for key, tensor in tensors.items()}
+        found = session.run_keeping(borrowed, keep=())
+        assert device.calls["upload"] == 0
+        for key, value in reference.run({key: tensor.numpy() for key, tensor in tensors.items()}).items():
+            np.testing.assert_array_equal(found[key].numpy(), value)
+
+
+def test_tensors_that_no_engine_takes_are_refused(built: Path, device: FakeDevice) -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    with opened(built, "embed_tokens") as session:
+        with pytest.raises(BackendError, match="expected a contiguous one of float32"):
+            session.from_dlpack(torch.zeros(4, 6, dtype=torch.int64)[:, ::2])
+        with pytest.raises(BackendError, match="that no graph takes"):
+            session.from_dlpack(torch.zeros(4, dtype=torch.bfloat16))
+        device.dlpack_device = (2, 0)  # type: ignore[misc]
+        with pytest.raises(BackendError, match=r"on DLPack device \(1, 0\); expected \(2, 0\); move it there"):
+            session.from_dlpack(torch.zeros(1))
+
+
+def test_a_budget_for_weights_needs_engines_that_stream_them(built: Path, tmp_path: Path, device: FakeDevice) -> None:
+    options = SessionOptions(weight_budget_mib=64)
+    with pytest.raises(BackendError, match="that do not stream; run promprune-build with --weight-streaming"):
+        open_session(built / "onnx" / f"{DECODER}.onnx", options, backend="tensorrt")
+    write_fake_package(tmp_path / "package")
+    add_engines(tmp_path / "package", weight_streaming=True, strip_weights=True)
+    path = tmp_path / "package" / "onnx" / f"{DECODER}.onnx"
+    open_session(path, options, backend="tensorrt").close()
+    loading = device.loadings[-1]
+    assert (loading.weight_budget, loading.weights_from) == (64 * 1024 * 1024, path)
+    assert loading.runtime_cache == engine_folder(tmp_path / "package", "tensorrt-rtx", TARGET) / (
+        f"{DECODER}.runtime-cache"
+    )
+    assert device.calls["close"] == 1
 
 
 def test_many_threads_share_a_session(built: Path, device: FakeDevice) -> None:
@@ -414,6 +628,7 @@ class Runtime:
 
     cudaStreamNonBlocking = 1  # noqa: N815  # CUDA's names
     cudaMemPoolAttr = SimpleNamespace(cudaMemPoolAttrReleaseThreshold=4)  # noqa: N815
+    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)  # noqa: N815
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)  # noqa: N815
 
     def __init__(self, failing: str, name: str) -> None:
@@ -442,20 +657,21 @@ class CudaError(int):
     [
         ("cudaMallocAsync", "cudaErrorMemoryAllocation", "use fewer images or tokens at a time"),
         ("cudaMallocAsync", "cudaErrorUnknown", "check the driver"),
-        ("cudaStreamCreateWithFlags", "cudaErrorInsufficientDriver", "check the driver"),
+        ("cudaStreamCreateWithFlags", "cudaErrorInsufficientDriver", "install or update the NVIDIA driver"),
+        ("cudaStreamCreateWithFlags", "cudaErrorNoDevice", "use a machine with an NVIDIA GPU"),
         ("cudaMemPoolSetAttribute", "cudaErrorNotSupported", "check the driver"),
     ],
 )
 def test_cuda_errors_are_one_clear_line(monkeypatch: pytest.MonkeyPatch, function: str, name: str, fix: str) -> None:
     runtime = Runtime(function, name)
-    monkeypatch.setattr(module, "_import", lambda extra, wanted: runtime)
+    monkeypatch.setattr(cuda_module, "import_module", lambda extra, wanted: runtime)
     with pytest.raises(BackendError, match=rf"{function} failed on the GPU \({name}\); {fix}"):
         CudaDevice().allocate(16)
 
 
 def test_copies_are_made_on_the_stream_with_addresses_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = Runtime("", "")
-    monkeypatch.setattr(module, "_import", lambda extra, wanted: runtime)
+    monkeypatch.setattr(cuda_module, "import_module", lambda extra, wanted: runtime)
     device, array = CudaDevice(), np.arange(6, dtype=np.float32)
     device.upload(array, 1024)
     device.download(1024, array)
@@ -485,16 +701,23 @@ def test_the_calls_are_those_of_the_real_bindings() -> None:
         "cudaFreeAsync": (4096, stream),
         "cudaMemcpyAsync": (4096, array.ctypes.data, array.nbytes, kind, stream),
         "cudaStreamSynchronize": (stream,),
+        "cudaStreamBeginCapture": (stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal),
+        "cudaStreamEndCapture": (stream,),
+        "cudaStreamDestroy": (stream,),
+        "cudaGraphInstantiate": (cuda.cudaGraph_t(0), 0),
+        "cudaGraphDestroy": (cuda.cudaGraph_t(0),),
+        "cudaGraphLaunch": (cuda.cudaGraphExec_t(0), stream),
+        "cudaGraphExecDestroy": (cuda.cudaGraphExec_t(0),),
     }.items():
         error, *_ = getattr(cuda, name)(*arguments)
         assert int(error) != 0, name
-        assert f'"{name}"' in Path(module.__file__).read_text() or f".{name}(" in Path(module.__file__).read_text()
+        assert re.search(rf"\b{name}\b", Path(cuda_module.__file__).read_text()), name
 
 
 def test_an_engine_that_does_not_load_is_one_clear_line() -> None:
     trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed (Linux x86-64 only)")
     with pytest.raises(BackendError, match=r"the engine does not load on this GPU \(.+\)") as caught:
-        module._CudaEngine(b"not an engine" * 100, trt, 0)
+        cuda_module._CudaEngine(b"not an engine" * 100, trt, SimpleNamespace(stream=0), EngineLoading())  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
 
 
@@ -505,13 +728,18 @@ def test_the_thin_layer_calls_what_the_real_module_has() -> None:
         trt.Runtime: ["deserialize_cuda_engine"],
         trt.ICudaEngine: [
             "create_execution_context",
+            "create_runtime_config",
+            "streamable_weights_size",
+            "weight_streaming_budget_v2",
             "get_tensor_dtype",
             "get_tensor_mode",
             "get_tensor_name",
             "num_io_tensors",
         ],
         trt.IExecutionContext: [
+            "enqueue_emits_profile",
             "execute_async_v3",
+            "profiler",
             "get_tensor_shape",
             "infer_shapes",
             "set_input_shape",
@@ -519,12 +747,111 @@ def test_the_thin_layer_calls_what_the_real_module_has() -> None:
             "set_tensor_address",
         ],
         trt.TensorIOMode: ["OUTPUT"],
+        trt.IRuntimeConfig: ["create_runtime_cache", "set_runtime_cache", "cuda_graph_strategy"],
+        trt.IRuntimeCache: ["serialize", "deserialize"],
+        trt.CudaGraphStrategy: ["WHOLE_GRAPH_CAPTURE"],
+        trt.Refitter: ["refit_cuda_engine"],
+        trt.OnnxParserRefitter: ["refit_from_file"],
+        trt: ["IProfiler", "IRuntimeCache"],
     }
-    source = Path(module.__file__).read_text()
+    source = Path(cuda_module.__file__).read_text()
     for owner, names in used.items():
         for name in names:
             assert hasattr(owner, name)
-            assert f".{name}" in source
+            assert f".{name}" in source or f'"{name}"' in source
+
+
+class StandIn:
+    """The objects of TensorRT that only exist where an engine loads: they note what is done with them, in order."""
+
+    streamable_weights_size = 1000
+    num_io_tensors = 0
+
+    def __init__(self, done: list[Any], cached: bytes = b"new kernels") -> None:
+        object.__setattr__(self, "done", done)
+        object.__setattr__(self, "cached", cached)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.done.append((name, value))
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> Any:
+            self.done.append((name, *(a for a in arguments if isinstance(a, (bytes, str, int)))))
+            return self.cached if name == "serialize" else self
+
+        return call
+
+
+@pytest.fixture
+def stand_in() -> tuple[Any, list[Any]]:
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed (Linux x86-64 only)")
+    done: list[Any] = []
+    members = {name: getattr(trt, name) for name in ("ILogger", "IRuntimeCache", "CudaGraphStrategy", "TensorIOMode")}
+    makers = {name: lambda *arguments: StandIn(done) for name in ("Runtime", "Refitter", "OnnxParserRefitter")}
+    return SimpleNamespace(**members, **makers), done
+
+
+def load_with(trt: Any, loading: EngineLoading) -> Any:
+    return cuda_module._CudaEngine(b"plan", trt, SimpleNamespace(stream=7), loading)  # type: ignore[arg-type]
+
+
+def test_compiled_kernels_are_kept_beside_the_engine(stand_in: tuple[Any, list[Any]], tmp_path: Path) -> None:
+    trt, done = stand_in
+    file = tmp_path / "decoder.runtime-cache"
+    load_with(trt, EngineLoading(runtime_cache=file)).close()
+    assert file.read_bytes() == b"new kernels"
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    file.write_bytes(b"kernels of last time")
+    done.clear()
+    load_with(trt, EngineLoading(runtime_cache=file))
+    names = [name for name, *_ in done]
+    assert ("deserialize", b"kernels of last time") in done
+    assert names.index("deserialize") < names.index("set_runtime_cache") < names.index("create_execution_context")
+
+
+def test_a_package_that_cannot_be_written_runs_all_the_same(stand_in: tuple[Any, list[Any]], tmp_path: Path) -> None:
+    load_with(stand_in[0], EngineLoading(runtime_cache=tmp_path / "gone" / "decoder.runtime-cache")).close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_and_their_budget_are_set_before_the_context(stand_in: tuple[Any, list[Any]], tmp_path: Path) -> None:
+    trt, done = stand_in
+    path = tmp_path / "decoder.onnx"
+    load_with(trt, EngineLoading(weights_from=path, weight_budget=4000, cuda_graphs=True))
+    assert ("refit_from_file", str(path)) in done
+    assert ("weight_streaming_budget_v2", 1000) in done  # no more than there is
+    assert ("cuda_graph_strategy", trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE) in done
+    names = [name for name, *_ in done]
+    order = ["refit_cuda_engine", "weight_streaming_budget_v2", "cuda_graph_strategy", "create_execution_context"]
+    assert sorted(order, key=names.index) == order
+
+
+def test_tensorrt_has_no_settings_of_tensorrt_for_rtx(stand_in: tuple[Any, list[Any]], tmp_path: Path) -> None:
+    trt, done = stand_in
+    del trt.IRuntimeCache
+    load_with(trt, EngineLoading(runtime_cache=tmp_path / "decoder.runtime-cache", cuda_graphs=True)).close()
+    assert "create_runtime_config" not in [name for name, *_ in done]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_recorded_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime("", "")
+    monkeypatch.setattr(cuda_module, "import_module", lambda extra, wanted: runtime)
+    device = CudaDevice()
+    runtime.calls.clear()
+    graph = device.graph_of(lambda stream: runtime.calls.append(("run", (stream,))))
+    graph.launch()
+    names = [name for name, _ in runtime.calls]
+    assert names == [
+        "cudaStreamCreateWithFlags",
+        "cudaStreamBeginCapture",
+        "run",
+        "cudaStreamEndCapture",
+        "cudaGraphInstantiate",
+        "cudaGraphDestroy",
+        "cudaStreamDestroy",
+        "cudaGraphLaunch",
+    ]
 
 
 @pytest.mark.gpu

@@ -63,10 +63,15 @@ class SessionOptions:
     Attributes:
         provider: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         num_threads: CPU threads of one operator; ``None``: as many as this process may use.
+        cuda_graphs: of engines: replay runs of graphs whose shapes are static as CUDA graphs.
+        weight_budget_mib: of engines that stream weights: device memory for the weights of each, in MiB; ``None``:
+            TensorRT's choice.
     """
 
     provider: str = "auto"
     num_threads: int | None = None
+    cuda_graphs: bool = False
+    weight_budget_mib: int | None = None
 
 
 class Session(ABC):
@@ -75,12 +80,14 @@ class Session(ABC):
     Attributes:
         inputs, outputs: the graph's tensors by name.
         device: where it runs, as a short word: ``"CPU"``, ``"CUDA"``.
+        notes: why it runs there and so, in words.
     """
 
     name: str
     inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, TensorSpec]
     device: str
+    notes: tuple[str, ...] = ()
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run the graph on host arrays and return every output as a host array.

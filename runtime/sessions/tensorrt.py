@@ -7,12 +7,13 @@ is tested without a GPU. Outputs that are kept stay in device memory, and are fe
 from __future__ import annotations
 
 import functools
-import importlib
+import math
+import statistics
 import threading
-import weakref
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 
@@ -27,51 +28,26 @@ from promprune.engines import (
     identity_of,
     read_engines,
 )
-from promprune.errors import BackendError, MissingDependencyError, PackageError
+from promprune.errors import BackendError, PackageError
 from promprune.package import read_manifest
 from promprune.runtime.sessions.base import Array, DeviceTensor, Session, SessionOptions, TensorSpec, Value
-from promprune.trt_modules import ENGINE_MODULES, TENSOR_DTYPES, log_of, trimmed
+from promprune.runtime.sessions.cuda import CudaDevice, import_module
+from promprune.runtime.sessions.device import (
+    BufferPool,
+    Device,
+    DeviceArray,
+    DeviceEngine,
+    DeviceGraph,
+    EngineLoading,
+    Shapes,
+)
+from promprune.runtime.sessions.dlpack import BorrowedTensor
+from promprune.trt_modules import ENGINE_MODULES
 
-__all__ = ["CudaDevice", "Device", "DeviceEngine", "TensorRtSession", "choose_profile", "find_engines", "open_session"]
+__all__ = ["TensorRtSession", "choose_profile", "find_engines", "open_session"]
 
-_SMALLEST: Final = 1  # bytes; an empty tensor needs an address too
-Shapes = Mapping[str, tuple[int, ...]]
-
-
-class DeviceEngine(Protocol):
-    """One engine on the device, with one execution context. Not safe to use from two threads at once."""
-
-    @property
-    def dtypes(self) -> Mapping[str, str]:
-        """Numpy's name of the element type of every input and output."""
-
-    def prepare(self, profile: int, inputs: Shapes) -> Shapes:
-        """Choose a profile, set the input shapes, and return the shapes of the outputs."""
-
-    def enqueue(self, addresses: Mapping[str, int]) -> None:
-        """Run on the device's stream, with every input and output at its address; returns before it is done."""
-
-
-class Device(Protocol):
-    """Memory and engines of one GPU, in the order of one stream. Safe to use from several threads."""
-
-    def load(self, plan: bytes, trt: Any) -> DeviceEngine:
-        """Load a serialized engine with ``tensorrt`` or ``tensorrt_rtx``."""
-
-    def allocate(self, nbytes: int) -> int:
-        """Return the address of new memory."""
-
-    def free(self, address: int) -> None:
-        """Free memory once all work enqueued so far is done; returns at once."""
-
-    def upload(self, array: Array, address: int) -> None:
-        """Copy a contiguous array to the device; it must stay unchanged until :meth:`synchronize`."""
-
-    def download(self, address: int, array: Array) -> None:
-        """Copy from the device into a contiguous array; it is complete after :meth:`synchronize`."""
-
-    def synchronize(self) -> None:
-        """Wait for all work enqueued so far."""
+_MOST_GRAPHS: Final = 4  # shapes of one engine that keep buffers and a CUDA graph of their own
+_BATCH: Final = "batch"
 
 
 def open_session(path: Path, options: SessionOptions) -> TensorRtSession:
@@ -93,8 +69,24 @@ def open_session(path: Path, options: SessionOptions) -> TensorRtSession:
     backend, folder, manifest = find_engines(path.parent.parent, current_target())
     if path.stem not in manifest.engines:
         raise PackageError(f"{folder} has no engine of {path.stem}", fix="run promprune-build with --rebuild")
-    trt = _import(backend, ENGINE_MODULES[backend])
-    return TensorRtSession(folder, manifest.engines[path.stem], _shared_device(), trt)
+    loading = _loading(folder, manifest, path, options)
+    trt = import_module(backend, ENGINE_MODULES[backend])
+    return TensorRtSession(folder, manifest.engines[path.stem], _shared_device(), trt, loading)
+
+
+def _loading(folder: Path, manifest: EngineManifest, path: Path, options: SessionOptions) -> EngineLoading:
+    built = manifest.identity.options
+    if options.weight_budget_mib is not None and not built.weight_streaming:
+        raise BackendError(
+            f"received weight_budget_mib = {options.weight_budget_mib}, but {folder} has engines that do not stream",
+            fix="run promprune-build with --weight-streaming --rebuild",
+        )
+    return EngineLoading(
+        weights_from=path if built.strip_weights else None,
+        weight_budget=None if options.weight_budget_mib is None else options.weight_budget_mib * 1024 * 1024,
+        runtime_cache=folder / f"{path.stem}.runtime-cache",
+        cuda_graphs=options.cuda_graphs and _is_static(manifest.engines[path.stem]),
+    )
 
 
 def find_engines(package: Path, target: str) -> tuple[EngineBackend, Path, EngineManifest]:
@@ -111,7 +103,7 @@ def find_engines(package: Path, target: str) -> tuple[EngineBackend, Path, Engin
         if not folder.exists():
             continue
         engines = read_engines(folder)
-        version = str(_import(backend, ENGINE_MODULES[backend]).__version__)
+        version = str(import_module(backend, ENGINE_MODULES[backend]).__version__)
         wanted = identity_of(read_manifest(package), EngineConfig(backend=backend), tool_version=version, target=target)
         reason = difference(engines.identity, wanted, options=False)
         if reason is not None:
@@ -161,17 +153,23 @@ def _width(profile: ProfileRecord) -> int:
 class TensorRtSession(Session):
     """One engine on one device.
 
+    Outputs that grow with the text (keys and values) lie in buffers of the largest size that the engine was built
+    for, two of them in turn.
+
     Args:
         folder: of the engines.
         record: of the engine, from ``engine.json``.
         device: where it runs; sessions that hand each other tensors share one device.
         trt: ``tensorrt`` or ``tensorrt_rtx``, whichever built it.
+        loading: how it is loaded.
 
     Raises:
         BackendError: the engine does not load, or has other inputs and outputs than its record.
     """
 
-    def __init__(self, folder: Path, record: EngineRecord, device: Device, trt: Any) -> None:
+    def __init__(
+        self, folder: Path, record: EngineRecord, device: Device, trt: Any, loading: EngineLoading | None = None
+    ) -> None:
         self.name = record.file
         self.device = "CUDA"
         self.inputs = {tensor.name: TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor in record.inputs}
@@ -179,7 +177,11 @@ class TensorRtSession(Session):
         self._record = record
         self._device = device
         self._lock = threading.Lock()
-        self._engine: DeviceEngine | None = device.load((folder / record.file).read_bytes(), trt)
+        self._pools = _pools(record, device)
+        loading = loading or EngineLoading()
+        self._static = loading.cuda_graphs
+        self._replays: dict[tuple[int, ...], _Replay] = {}
+        self._engine: DeviceEngine | None = device.load((folder / record.file).read_bytes(), trt, loading)
         stated = {name: spec.dtype for name, spec in {**self.inputs, **self.outputs}.items()}
         if dict(self._engine.dtypes) != stated:
             raise BackendError(
@@ -188,24 +190,96 @@ class TensorRtSession(Session):
                 fix="run promprune-build with --rebuild",
             )
 
+    def from_dlpack(self, tensor: Any) -> DeviceTensor:
+        """Return a tensor of another library on this device as an input, without a copy: ``torch.Tensor``, ...
+
+        Raises:
+            BackendError: it is elsewhere, not contiguous, or of a dtype that no graph has.
+        """
+        return BorrowedTensor(tensor, self._device.dlpack_device, self._device.stream)
+
+    def layer_times(self, inputs: Mapping[str, Value], *, runs: int = 10) -> dict[str, float]:
+        """Return the median time of every layer of the engine, in milliseconds, in the order in which they ran.
+
+        Raises:
+            BackendError: a name, dtype or shape is not the graph's, or the backend fails.
+        """
+        self._check(inputs)
+        times: dict[str, list[float]] = {}
+        with self._lock:
+            engine = self._opened()
+            tensors, outputs = self._prepared(engine, inputs)
+            for _ in range(runs):
+                for layer, milliseconds in engine.layer_times(_addresses({**tensors, **outputs})):
+                    times.setdefault(layer, []).append(milliseconds)
+        return {layer: statistics.median(found) for layer, found in times.items()}
+
     def _run(self, inputs: Mapping[str, Value], keep: Collection[str]) -> dict[str, DeviceTensor]:
-        profile = choose_profile(self._record, {name: tuple(value.shape) for name, value in inputs.items()})
-        tensors = {name: self._on_device(value) for name, value in inputs.items()}
+        arrays = {name: value for name, value in inputs.items() if isinstance(value, np.ndarray)}
+        if self._static and not keep and arrays.keys() == inputs.keys():
+            return self._replay(arrays)
         with self._lock:  # the context holds shapes and addresses
-            engine = self._engine
-            if engine is None:
-                raise BackendError(f"{self.name} was closed", fix="load the package again")
-            shapes = engine.prepare(profile, {name: tensor.shape for name, tensor in tensors.items()})
-            outputs = {name: DeviceArray(self._device, shapes[name], spec.dtype) for name, spec in self.outputs.items()}
-            engine.enqueue({name: tensor.address for name, tensor in {**tensors, **outputs}.items()})
+            engine = self._opened()
+            tensors, outputs = self._prepared(engine, inputs)
+            engine.enqueue(_addresses({**tensors, **outputs}))
         for name, tensor in outputs.items():
             if name not in keep:
                 tensor.fetch()
         self._device.synchronize()  # host arrays that were uploaded may change from here on
         return dict(outputs)
 
-    def _on_device(self, value: Value) -> DeviceArray:
-        if isinstance(value, DeviceArray) and value.device is self._device:
+    def _prepared(
+        self, engine: DeviceEngine, inputs: Mapping[str, Value]
+    ) -> tuple[dict[str, DeviceArray | BorrowedTensor], dict[str, DeviceArray]]:
+        """Bring the inputs to the device, tell the engine their shapes, and make room for its outputs."""
+        profile = choose_profile(self._record, {name: tuple(value.shape) for name, value in inputs.items()})
+        tensors = {name: self._on_device(value) for name, value in inputs.items()}
+        shapes = engine.prepare(profile, {name: tensor.shape for name, tensor in tensors.items()})
+        outputs = {
+            name: DeviceArray(self._device, shapes[name], spec.dtype, self._pools.get(name))
+            for name, spec in self.outputs.items()
+        }
+        return tensors, outputs
+
+    def _replay(self, inputs: Mapping[str, Array]) -> dict[str, DeviceTensor]:
+        """Run at the addresses of the last run of these shapes, as a CUDA graph from the second time on."""
+        with self._lock:  # the buffers are shared by all runs of these shapes
+            engine = self._opened()
+            key = tuple(size for name in self.inputs for size in inputs[name].shape)
+            replay = self._replays.pop(key, None)
+            if replay is None:
+                replay = self._recorded(engine, inputs)
+            else:
+                for name, tensor in replay.inputs.items():
+                    tensor.write(np.ascontiguousarray(inputs[name]))
+                replay.run(engine)
+            while len(self._replays) >= _MOST_GRAPHS:
+                self._replays.pop(next(iter(self._replays)))
+            self._replays[key] = replay  # last, as the latest used
+            found = {name: _Fetched(tensor.fetch()) for name, tensor in replay.outputs.items()}
+            self._device.synchronize()
+        return dict(found)
+
+    def _recorded(self, engine: DeviceEngine, inputs: Mapping[str, Array]) -> _Replay:
+        """Run as ever, which lets TensorRT prepare itself, and then record a run."""
+        tensors, outputs = self._prepared(engine, inputs)
+        owned = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DeviceArray)}
+        profile = choose_profile(self._record, {name: tensor.shape for name, tensor in owned.items()})
+        replay = _Replay(profile, owned, outputs)
+        replay.run(engine)
+        try:
+            replay.graph = engine.capture(replay.addresses)
+        except BackendError as error:  # such as of a loop whose length the device decides
+            self.notes = (f"{self.name} runs without a CUDA graph: {error}",)
+        return replay
+
+    def _opened(self) -> DeviceEngine:
+        if self._engine is None:
+            raise BackendError(f"{self.name} was closed", fix="load the package again")
+        return self._engine
+
+    def _on_device(self, value: Value) -> DeviceArray | BorrowedTensor:
+        if isinstance(value, BorrowedTensor) or (isinstance(value, DeviceArray) and value.device is self._device):
             return value
         array = np.ascontiguousarray(value if isinstance(value, np.ndarray) else value.numpy())
         tensor = DeviceArray(self._device, tuple(array.shape), str(array.dtype))
@@ -215,160 +289,75 @@ class TensorRtSession(Session):
     def close(self) -> None:
         """Free the engine; running it afterwards is a BackendError."""
         with self._lock:
-            self._engine = None
+            engine, self._engine = self._engine, None
+            self._replays.clear()
+        if engine is not None:
+            engine.close()
+            for pool in self._pools.values():
+                pool.close()
 
 
-class DeviceArray:
-    """A contiguous tensor in device memory, freed with this object; satisfies :class:`DeviceTensor`.
+@dataclass(eq=False)
+class _Replay:
+    """The buffers of the runs of one engine that have the same shapes, and their CUDA graph."""
 
-    Args:
-        device: where it lies.
-        shape: its shape.
-        dtype: numpy's name of the element type.
-    """
-
-    def __init__(self, device: Device, shape: tuple[int, ...], dtype: str) -> None:
-        self.device, self.shape, self.dtype = device, shape, dtype
-        self.address = device.allocate(max(self.nbytes, _SMALLEST))
-        self._host: Array | None = None
-        self._source: Array | None = None  # kept until the copy is surely done
-        # At exit the driver frees everything itself, and may be gone before us.
-        weakref.finalize(self, device.free, self.address).atexit = False
+    profile: int
+    inputs: Mapping[str, DeviceArray]
+    outputs: Mapping[str, DeviceArray]
+    graph: DeviceGraph | None = None
 
     @property
-    def nbytes(self) -> int:
-        """Its size, in bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+    def addresses(self) -> dict[str, int]:
+        return _addresses({**self.inputs, **self.outputs})
 
-    def write(self, array: Array) -> None:
-        """Begin to copy a contiguous array of the same shape and dtype here."""
-        self._source = array
-        if array.nbytes:
-            self.device.upload(array, self.address)
+    def run(self, engine: DeviceEngine) -> None:
+        """Run on what the input buffers hold now."""
+        if self.graph is not None:
+            self.graph.launch()
+            return
+        engine.prepare(self.profile, {name: tensor.shape for name, tensor in self.inputs.items()})
+        engine.enqueue(self.addresses)
 
-    def fetch(self) -> Array:
-        """Begin to copy it to the host; the array is complete once the device was synchronised."""
-        self._host = np.empty(self.shape, self.dtype)
-        if self.nbytes:
-            self.device.download(self.address, self._host)
-        return self._host
+
+class _Fetched:
+    """An output that was brought to the host; satisfies :class:`DeviceTensor`."""
+
+    def __init__(self, array: Array) -> None:
+        self._array = array
+        self.dtype, self.shape, self.nbytes = str(array.dtype), tuple(array.shape), array.nbytes
 
     def numpy(self) -> Array:
-        """Return its content as an array on the host; do not write to it."""
-        if self._host is None:
-            self.fetch()
-            self.device.synchronize()
-        assert self._host is not None
-        return self._host
+        """Return it."""
+        return self._array
 
 
-class CudaDevice:
-    """The first CUDA device, through the CUDA bindings for Python. The only code here that needs a driver.
+def _addresses(tensors: Mapping[str, DeviceArray | BorrowedTensor]) -> dict[str, int]:
+    return {name: tensor.address for name, tensor in tensors.items()}
 
-    Raises:
-        MissingDependencyError: the CUDA bindings are not installed.
-        BackendError: no driver or no device.
-    """
 
-    def __init__(self) -> None:
-        self._cuda = _import("tensorrt", "cuda.bindings.runtime")
-        self._stream = self._call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
-        # Freed memory stays ours: by default every synchronisation would return it, and every step ask for it again.
-        pool, everything = self._call("cudaDeviceGetDefaultMemPool", 0), (1 << 64) - 1
-        threshold = _import("tensorrt", "cuda.bindings.driver").cuuint64_t(everything)
-        attribute = self._cuda.cudaMemPoolAttr.cudaMemPoolAttrReleaseThreshold
-        self._call("cudaMemPoolSetAttribute", pool, attribute, threshold)
+def _is_static(record: EngineRecord) -> bool:
+    """Whether all dimensions but the batch are fixed, so that the same shapes come again."""
+    return all(dim == _BATCH for tensor in record.inputs for dim in tensor.shape if isinstance(dim, str))
 
-    def load(self, plan: bytes, trt: Any) -> DeviceEngine:
-        """Load a serialized engine; see :class:`Device`."""
-        return _CudaEngine(plan, trt, int(self._stream))
 
-    def allocate(self, nbytes: int) -> int:
-        """Return the address of new memory; see :class:`Device`."""
-        return int(self._call("cudaMallocAsync", nbytes, self._stream))
-
-    def free(self, address: int) -> None:
-        """Free memory in the order of the stream; see :class:`Device`."""
-        self._cuda.cudaFreeAsync(address, self._stream)  # what fails here has failed before, and was reported
-
-    def upload(self, array: Array, address: int) -> None:
-        """Begin a copy to the device; see :class:`Device`."""
-        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self._call("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kind, self._stream)
-
-    def download(self, address: int, array: Array) -> None:
-        """Begin a copy from the device; see :class:`Device`."""
-        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, self._stream)
-
-    def synchronize(self) -> None:
-        """Wait for the stream; see :class:`Device`."""
-        self._call("cudaStreamSynchronize", self._stream)
-
-    def _call(self, function: str, *arguments: Any) -> Any:
-        error, *values = getattr(self._cuda, function)(*arguments)
-        if int(error) != 0:
-            memory = error.name == "cudaErrorMemoryAllocation"
-            fix = "use fewer images or tokens at a time, or free memory" if memory else "check the driver (nvidia-smi)"
-            raise BackendError(f"{function} failed on the GPU ({error.name})", fix=fix)
-        return values[0] if values else None
+def _pools(record: EngineRecord, device: Device) -> dict[str, BufferPool]:
+    """Make a pool for every output that grows from run to run."""
+    most: dict[str, int] = {}
+    for tensor in record.inputs:
+        for profile in record.profiles:
+            for dim, size in zip(tensor.shape, profile.shapes[tensor.name].max, strict=True):
+                if isinstance(dim, str):
+                    most[dim] = max(size, most.get(dim, 0))
+    pools = {}
+    for tensor in record.outputs:
+        dynamic = [dim for dim in tensor.shape if isinstance(dim, str)]
+        if set(dynamic) - {_BATCH} and all(dim in most for dim in dynamic):
+            count = math.prod(most[dim] if isinstance(dim, str) else dim for dim in tensor.shape)
+            pools[tensor.name] = BufferPool(device, max(count * np.dtype(tensor.dtype).itemsize, 1))
+    return pools
 
 
 @functools.cache
 def _shared_device() -> CudaDevice:
     """Return the device that all sessions of the process share, so that they can hand each other tensors."""
     return CudaDevice()
-
-
-class _CudaEngine:
-    """An engine loaded by TensorRT; satisfies :class:`DeviceEngine`."""
-
-    def __init__(self, plan: bytes, trt: Any, stream: int) -> None:
-        self._log = log_of(trt)
-        self._runtime = trt.Runtime(self._log)
-        self._engine = self._runtime.deserialize_cuda_engine(plan)
-        self._context: Any = None if self._engine is None else self._engine.create_execution_context()
-        if self._context is None:
-            raise self._error("the engine does not load on this GPU")
-        self._stream, self._profile = stream, 0
-        names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
-        kinds = {name: self._engine.get_tensor_dtype(name).name for name in names}
-        self.dtypes = {name: TENSOR_DTYPES.get(kind, kind) for name, kind in kinds.items()}
-        self._outputs = [n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT]
-
-    def prepare(self, profile: int, inputs: Shapes) -> Shapes:
-        """Choose a profile and set the input shapes; see :class:`DeviceEngine`."""
-        context = self._context
-        if profile != self._profile:
-            if not context.set_optimization_profile_async(profile, self._stream):
-                raise self._error(f"profile {profile} cannot be chosen")
-            self._profile = profile
-        if not all(context.set_input_shape(name, shape) for name, shape in inputs.items()) or context.infer_shapes():
-            raise self._error(f"the engine refuses the shapes {dict(inputs)}")
-        return {name: tuple(context.get_tensor_shape(name)) for name in self._outputs}
-
-    def enqueue(self, addresses: Mapping[str, int]) -> None:
-        """Run at these addresses; see :class:`DeviceEngine`."""
-        for name, address in addresses.items():
-            self._context.set_tensor_address(name, address)
-        if not self._context.execute_async_v3(self._stream):
-            raise self._error("the engine failed while running")
-
-    def _error(self, what: str) -> BackendError:
-        reason = trimmed(self._log.errors[-1]) if self._log.errors else "no reason given"
-        self._log.errors.clear()
-        return BackendError(f"{what} ({reason})", fix="build the engines again on this machine, or use ONNX Runtime")
-
-
-def _import(extra: EngineBackend, module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            f"running engines needs {error.name}, which is not installed", fix=f"pip install 'promprune[{extra}]'"
-        ) from error
-    except (ImportError, OSError, RuntimeError) as error:
-        raise BackendError(
-            f"{module} does not load ({' '.join(str(error).split())[:300]})",
-            fix=f"pip install --force-reinstall 'promprune[{extra}]'",
-        ) from error
