@@ -39,7 +39,7 @@ class Checkpoint:
         folder: where its files lie.
         family: its row of the table.
         model: the transformers model, fp32, in evaluation mode.
-        processor: the transformers processor: tokenizer, image processor, chat template.
+        processor: the transformers processor, or its parts: tokenizer, image processor, chat template.
     """
 
     source: SourceRecord
@@ -47,6 +47,20 @@ class Checkpoint:
     family: Family
     model: Any
     processor: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTextProcessor:
+    """The parts of a transformers processor that images and texts need.
+
+    Attributes:
+        image_processor, tokenizer: of transformers.
+        chat_template: ``None``: that of the tokenizer, if any.
+    """
+
+    image_processor: Any
+    tokenizer: Any
+    chat_template: str | None
 
 
 def embedded_model_folder() -> Path:
@@ -182,8 +196,16 @@ def _load_model(folder: Path, family: Family) -> Any:
 
 
 def _load_processor(folder: Path) -> Any:
+    local: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:
-        processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        try:
+            processor = transformers.AutoProcessor.from_pretrained(folder, **local)
+        except ImportError:  # some have a part for videos, with needs of its own
+            processor = ImageTextProcessor(
+                image_processor=transformers.AutoImageProcessor.from_pretrained(folder, **local),
+                tokenizer=transformers.AutoTokenizer.from_pretrained(folder, **local),
+                chat_template=_chat_template(folder),
+            )
     except Exception as error:  # transformers raises many kinds for a missing or broken file
         raise ModelError(
             f"{folder} has no usable processor ({_first_line(error)})",
@@ -192,6 +214,12 @@ def _load_processor(folder: Path) -> Any:
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ModelError(f"{folder} has a {type(processor).__name__}", expected="a tokenizer and an image processor")
     return processor
+
+
+def _chat_template(folder: Path) -> str | None:
+    """Return the chat template of a processor, where it has a file of its own; the tokenizer knows of others."""
+    path = folder / "chat_template.json"
+    return str(json.loads(path.read_bytes())["chat_template"]) if path.is_file() else None
 
 
 def _weights_digest(folder: Path) -> str:

@@ -76,7 +76,8 @@ def export_package(config: ExportConfig, *, progress: Progress = NO_PROGRESS) ->
     with writing_package(output, force=config.force) as folder:
         with progress.step("load the model"):
             checkpoint = load_checkpoint(config.model)
-            model = checkpoint.family.adapt(in_dtype(checkpoint.model, config.dtype), checkpoint.processor)
+            converted = in_dtype(checkpoint.model, config.dtype)
+            model = checkpoint.family.adapted(converted, checkpoint.processor, config.image_grids)
             selection = selection_record(config, checkpoint, model.vision_graphs[0].num_tokens)
         graphs = write_graphs(folder, config, model, selection, progress)
         with progress.step("write tokenizer and configuration"):

@@ -25,7 +25,7 @@ from promprune import scenes
 from promprune.config import DEFAULT_CHECK_IMAGES, SelectionConfig
 from promprune.errors import PrompruneError
 from promprune.export.checkpoint import Checkpoint
-from promprune.export.families import AdaptedModel, VisionGraph, VisionReference
+from promprune.export.families import AdaptedModel, VisionGraph, VisionReference, grids_of
 from promprune.package import (
     DECODER,
     EMBED_TOKENS,
@@ -104,7 +104,7 @@ def verify_package(
     Args:
         folder: the package, finished or still being made.
         checkpoint: the model it was made from, fp32.
-        num_images: images to compare on; at least 1.
+        num_images: images to compare on; at least one of each of the model's sample sizes is.
 
     Returns:
         Every check with what was measured; ``passed`` when all passed.
@@ -112,10 +112,12 @@ def verify_package(
     manifest = read_manifest(folder, check_weights=True)
     limits = LIMITS[manifest.dtype]
     family = checkpoint.family
-    model = family.adapt(checkpoint.model, checkpoint.processor)
-    samples = check_samples(num_images, sizes=model.sample_sizes)
+    model = family.adapted(checkpoint.model, checkpoint.processor, grids_of(manifest.image))
+    samples = check_samples(max(num_images, len(model.sample_sizes)), sizes=model.sample_sizes)
     with torch.inference_mode():
-        references = [family.reference(checkpoint.model, checkpoint.processor, sample.image) for sample in samples]
+        references = [
+            family.reference(checkpoint.model, checkpoint.processor, sample.image, model) for sample in samples
+        ]
         checks = [*check_structure(folder, manifest), *check_vision(folder, manifest, model, references, limits)]
         if manifest.has_language_model:
             checks += check_language(folder, manifest, checkpoint, model, samples, limits)
@@ -142,14 +144,12 @@ def check_vision(
         if (chosen := [reference for reference in references if reference.graph == vision.name])
         for run in _run_vision(folder / manifest.graphs[vision.name].file, vision, chosen)
     ]
-    pruned = "token_indices" in runs[0].outputs
-    features = "encoder/image_features" if pruned else "image_features"
-    error = max(relative_error(run.outputs[features], run.features) for run in runs)
+    error = max(relative_error(run.all_features, run.features) for run in runs)
     yield _check("image features, relative error", error, "<=", limits.relative_error)
-    if pruned:
-        error = max(relative_error(run.outputs["encoder/saliency"], run.saliency) for run in runs)
+    if pruned := [run for run in runs if run.is_pruned]:
+        error = max(relative_error(run.outputs["encoder/saliency"], run.saliency) for run in pruned)
         yield _check("saliency, relative error", error, "<=", limits.relative_error)
-        yield from check_selection(manifest, runs, limits)
+        yield from check_selection(manifest, pruned, limits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +167,16 @@ class VisionRun:
     features: Array
     saliency: Array
     token_mask: Array
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether the graph chooses tokens, rather than keeping all."""
+        return "token_indices" in self.outputs
+
+    @property
+    def all_features(self) -> Array:
+        """What the graph made of all tokens, ``[B, N, D]``."""
+        return self.outputs["encoder/image_features" if self.is_pruned else "image_features"]
 
 
 def _run_vision(path: Path, vision: VisionGraph, references: Sequence[VisionReference]) -> Iterator[VisionRun]:
@@ -300,17 +310,17 @@ def check_answers(
                 continue
             indices = torch.as_tensor(np.array(result.selection[0].token_indices))
             kept = checkpoint.family.kept_features(checkpoint.model, reference, indices)
-            equal += torch_answer(checkpoint, model, sample.question, kept) == list(result.token_ids)
+            positions = kept_position_ids(checkpoint, model, sample.question, reference, indices)
+            equal += torch_answer(checkpoint, model, sample.question, kept, positions) == list(result.token_ids)
     detail = f"{equal} of {len(samples)}{refusal}"
     yield _check("greedy answers equal to torch's", equal / len(samples), ">=", limits.equal_answers, detail)
 
 
-def torch_answer(checkpoint: Checkpoint, model: AdaptedModel, question: str, kept: Tensor) -> list[int]:
+def torch_answer(
+    checkpoint: Checkpoint, model: AdaptedModel, question: str, kept: Tensor, position_ids: Tensor | None = None
+) -> list[int]:
     """Answer with transformers, the placeholders filled with ``kept [placeholders, D]``; returns the new token ids."""
-    tokenizer = checkpoint.processor.tokenizer
-    text = prompt_text(checkpoint, model, question)
-    token = tokenizer.convert_ids_to_tokens(model.image_token_id)
-    input_ids = tokenizer(text.replace(token, token * len(kept)), return_tensors="pt").input_ids
+    input_ids = prompt_ids(checkpoint, model, question, len(kept))
     embeds = model.embed_tokens(input_ids).clone()
     embeds[input_ids == model.image_token_id] = kept.to(embeds.dtype)
     generated = checkpoint.model.generate(
@@ -318,19 +328,46 @@ def torch_answer(checkpoint: Checkpoint, model: AdaptedModel, question: str, kep
         attention_mask=torch.ones_like(input_ids),
         max_new_tokens=MAX_NEW_TOKENS,
         do_sample=False,
-        pad_token_id=tokenizer.pad_token_id or 0,
+        pad_token_id=checkpoint.processor.tokenizer.pad_token_id or 0,
+        **({} if position_ids is None else {"position_ids": position_ids}),
     )
     return list(generated[0].tolist())
+
+
+def kept_position_ids(
+    checkpoint: Checkpoint, model: AdaptedModel, question: str, reference: VisionReference, token_indices: Tensor
+) -> Tensor | None:
+    """Place a prompt with all its placeholders, and leave out those that were not kept; ``None``: it counts."""
+    place = checkpoint.family.position_ids
+    if place is None:
+        return None
+    input_ids = prompt_ids(checkpoint, model, question, reference.features.shape[1])
+    stays = input_ids[0] != model.image_token_id
+    stays[(~stays).nonzero()[token_indices, 0]] = True
+    return place(checkpoint.model, model, input_ids, reference)[..., stays]
+
+
+def prompt_ids(checkpoint: Checkpoint, model: AdaptedModel, question: str, num_placeholders: int) -> Tensor:
+    """Tokenize one question about one image: ``[1, S]``."""
+    tokenizer = checkpoint.processor.tokenizer
+    text = prompt_text(checkpoint, model, question)
+    token = tokenizer.convert_ids_to_tokens(model.image_token_id)
+    ids: Tensor = tokenizer(text.replace(token, token * num_placeholders), return_tensors="pt").input_ids
+    return ids
 
 
 def prompt_text(checkpoint: Checkpoint, model: AdaptedModel, question: str) -> str:
     """Render one question about one image; a model without a chat template gets the prompt of LLaVA-1.5."""
     processor = checkpoint.processor
-    if not (getattr(processor, "chat_template", None) or processor.tokenizer.chat_template):
+    template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
+    if not template:
         return f"USER: {processor.tokenizer.convert_ids_to_tokens(model.image_token_id)}\n{question} ASSISTANT:"
     content = [{"type": "image"}, {"type": "text", "text": question}]
     messages = [{"role": "user", "content": content}]
-    return str(processor.apply_chat_template(messages, add_generation_prompt=True))
+    tokenizer = processor.tokenizer
+    return str(
+        tokenizer.apply_chat_template(messages, chat_template=template, add_generation_prompt=True, tokenize=False)
+    )
 
 
 def relative_error(value: Array, reference: Array) -> float:

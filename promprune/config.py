@@ -100,6 +100,8 @@ class ExportConfig:
         ratio: fraction of the visual tokens that is KEPT, in (0, 1]; 1 is the unpruned baseline.
         keep_tokens: visual tokens kept per image; overrides ``ratio``.
         dtype: of the weights and activations in the graphs; the selection computes in fp32 whatever it is.
+        image_grids: sizes of images, as (rows, columns) of visual tokens, for families whose images have any size;
+            each gets a vision graph. Empty: the family's own choice.
         opset: ONNX operator set of the default domain.
         split_selector: also write the selection as a graph of its own.
         vision_only: write no language model, for one that runs elsewhere on the kept tokens.
@@ -118,6 +120,7 @@ class ExportConfig:
     ratio: float = 0.12
     keep_tokens: int | None = None
     dtype: Dtype = "fp32"
+    image_grids: tuple[tuple[int, int], ...] = ()
     opset: int = 20
     split_selector: bool = False
     vision_only: bool = False
@@ -139,6 +142,12 @@ class ExportConfig:
             raise ConfigError(f"received keep_tokens = {self.keep_tokens}", expected="at least 1")
         if self.dtype not in DTYPES:
             raise ConfigError(f"received dtype = {self.dtype!r}", expected="one of " + ", ".join(DTYPES))
+        grids = self.image_grids
+        if any(side < 1 for grid in grids for side in grid) or len(set(grids)) < len(grids):
+            raise ConfigError(
+                f"received the image grids {', '.join(f'{rows}x{columns}' for rows, columns in grids)}",
+                expected="rows and columns of at least 1, and each grid once",
+            )
         if not MIN_OPSET <= self.opset <= MAX_OPSET:
             raise ConfigError(f"received opset = {self.opset}", expected=f"{MIN_OPSET} to {MAX_OPSET}")
 

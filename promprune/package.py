@@ -42,6 +42,8 @@ __all__ = [
     "CropLayout",
     "FileRecord",
     "GraphRecord",
+    "GridLayout",
+    "GridRecord",
     "ImageRecord",
     "Manifest",
     "SelectionRecord",
@@ -114,12 +116,27 @@ class CropLayout(_Record, frozen=True, tag_field="kind", tag="crop"):
     patch_columns: Count
 
 
+class GridRecord(_Record, frozen=True):
+    """One size in which images enter the model; T is what its vision graph returns."""
+
+    graph: str  # name of its vision graph
+    rows: Count  # of tokens, in raster order
+    columns: Count
+
+
+class GridLayout(_Record, frozen=True, tag_field="kind", tag="grid"):
+    """Every image is resized to the one of several grids that distorts it least; each has a vision graph."""
+
+    token_pixels: Count  # side of the square of pixels that becomes one token
+    grids: Annotated[tuple[GridRecord, ...], msgspec.Meta(min_length=1)]
+
+
 class ImageRecord(_Record, frozen=True):
     """How one image enters the model."""
 
     token: str  # placeholder text in a prompt
     token_id: Size
-    layout: CropLayout  # a union, told apart by "kind", once there are several
+    layout: CropLayout | GridLayout  # told apart by "kind"
 
 
 class TensorRecord(_Record, frozen=True):

@@ -18,7 +18,7 @@ from typing import Self, TypeAlias, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from promprune.errors import BackendError
+from promprune.errors import BackendError, ConfigError
 from promprune.package import read_manifest
 from promprune.runtime.config import (
     DEFAULT_NEW_TOKENS,
@@ -32,6 +32,7 @@ from promprune.runtime.encoder import ImageEncoder, ImageSource
 from promprune.runtime.generation import Row, eos_token_ids_of
 from promprune.runtime.layouts import PreparedImage
 from promprune.runtime.loading import open_language_model
+from promprune.runtime.positions import ImagePositions, PromptPositions, prompt_positions
 from promprune.runtime.prompt import Message, PromptBuilder, TokenIds, as_messages, read_json
 from promprune.runtime.results import EncodedImage, Result, Stopwatch, Timings
 from promprune.runtime.sessions import Array, Session
@@ -189,7 +190,7 @@ class VisionLanguagePipeline:
             embeds, mask = self._spliced(job.prompts, job.encoded, reused)
         with watch.stage("prefill"):
             cache = memory.cache.truncated(reused) if memory.cache else self._decoder.empty_cache(len(job.rows))
-            logits, cache = self._decoder.read(embeds, cache, mask)
+            logits, cache = self._decoder.read(embeds, cache, mask, self._positions(job, reused))
             memory.store(job.prompts[0], cache)
         texts = [row.step(logits[i]) for i, row in enumerate(job.rows)]
         watch.mark("first_token")
@@ -235,6 +236,14 @@ class VisionLanguagePipeline:
             embeds[row, longest - len(new) :] = new
             mask[row, longest - len(new) :] = 1
         return embeds, mask
+
+    def _positions(self, job: _Job, reused: int) -> PromptPositions | None:
+        """Return the rotary positions of the prompts from position ``reused`` on, where the model has several each."""
+        if self._decoder.position_axes == 1:
+            return None
+        is_image = [prompt == self.prompts.image_token_id for prompt in job.prompts]
+        images = [[_placed(image) for image in encoded] for encoded in job.encoded]
+        return prompt_positions(is_image, images, begin=reused)
 
     def _embedded(self, ids: TokenIds) -> Array:
         """Return the embeddings of [batch, sequence] token ids: [batch, sequence, hidden]."""
@@ -385,6 +394,16 @@ class _Job:
 
 def _listed(images: Images) -> list[ImageSource]:
     return list(images) if isinstance(images, (list, tuple)) else [images]  # type: ignore[list-item]
+
+
+def _placed(image: EncodedImage) -> ImagePositions:
+    if image.positions is None:
+        raise ConfigError(
+            "received an encoded image without the positions of its tokens",
+            expected="one with positions: this model gives every token three",
+            fix="encode it with this package",
+        )
+    return image.positions
 
 
 def _message(role: str, text: str) -> Message:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from promprune.config import SelectionPolicy
 from promprune.runtime.generation import FinishReason
+from promprune.runtime.positions import ImagePositions
 from promprune.runtime.sessions import Array
 
 __all__ = ["EncodedImage", "Result", "Stopwatch", "Timings", "TokenGrid", "TokenSelection"]
@@ -110,10 +111,12 @@ class EncodedImage:
         image_features: float32 or float16 [placeholders, D], what takes the place of the image's placeholders;
             read-only. Most often one for each kept token, T in all.
         selection: which tokens they are.
+        positions: where they lie, for a language model with several rotary positions per token; else ``None``.
     """
 
     image_features: Array
     selection: TokenSelection
+    positions: ImagePositions | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Final
 
-from promprune.export.families import llava
-from promprune.export.families.base import AdaptedModel, Family, VisionGraph, VisionReference
+from promprune.export.families import llava, qwen2_5_vl
+from promprune.export.families.base import AdaptedModel, Family, Grids, VisionGraph, VisionReference, grids_of
 
-__all__ = ["FAMILIES", "AdaptedModel", "Family", "VisionGraph", "VisionReference"]
+__all__ = ["FAMILIES", "AdaptedModel", "Family", "Grids", "VisionGraph", "VisionReference", "grids_of"]
 
 FAMILIES: Final[dict[str, Family]] = {
     "llava": Family(
@@ -20,5 +20,14 @@ FAMILIES: Final[dict[str, Family]] = {
         adapt=llava.adapt,
         reference=llava.reference,
         kept_features=llava.kept_features,
+    ),
+    "qwen2_5_vl": Family(
+        model_type="qwen2_5_vl",
+        model_class="Qwen2_5_VLForConditionalGeneration",
+        adapt=qwen2_5_vl.adapt,
+        adapt_to_grids=qwen2_5_vl.adapt_to_grids,
+        reference=qwen2_5_vl.reference,
+        kept_features=qwen2_5_vl.kept_features,
+        position_ids=qwen2_5_vl.position_ids,
     ),
 }

@@ -8,9 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from promprune.package import VISION_ENCODER, CropLayout
+from promprune.errors import ConfigError
+from promprune.package import VISION_ENCODER, CropLayout, GridLayout, ImageRecord
 
-__all__ = ["AdaptedModel", "Family", "SampleInput", "VisionGraph", "VisionReference"]
+__all__ = ["AdaptedModel", "Family", "Grids", "SampleInput", "VisionGraph", "VisionReference", "grids_of"]
+
+# Sizes of images, as (rows, columns) of visual tokens.
+Grids = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +79,7 @@ class AdaptedModel:
     language_model: nn.Module
     lm_head: nn.Module
     text_config: Any
-    layout: CropLayout
+    layout: CropLayout | GridLayout
     sample_sizes: tuple[tuple[int, int], ...]
     image_token_id: int
     position_axes: tuple[int, ...] = ()
@@ -105,15 +109,44 @@ class Family:
         model_class: name of the class in ``transformers`` that loads it.
         adapt: ``(model, processor)``: takes a loaded model apart; raises ``UnsupportedModelError``, with the reason,
             on whatever is not exported.
-        reference: ``(model, processor, image)``, ``model`` being what ``adapt`` got: one RGB image on transformers'
-            own path. The exported graph is verified against it.
+        reference: ``(model, processor, image, adapted)``, ``adapted`` being what ``adapt`` made of this model: one
+            RGB image on transformers' own path. The exported graph is verified against it.
         kept_features: ``(model, reference, token_indices)``: ``[placeholders, D]``, what takes the place of an
             image's placeholders when only some tokens are kept. The indices are those of
             ``promprune.runtime.TokenSelection``.
+        adapt_to_grids: ``(model, processor, grids)``: like ``adapt``, for images of the sizes that the user chose;
+            ``None`` where the model takes one size, or chooses itself.
+        position_ids: ``(model, adapted, input_ids, reference)``: ``[*position_axes, 1, S]``, as transformers places
+            the tokens of one prompt whose image has all its placeholders; ``None`` where it simply counts.
     """
 
     model_type: str
     model_class: str
     adapt: Callable[[Any, Any], AdaptedModel]
-    reference: Callable[[Any, Any, Any], VisionReference]
+    reference: Callable[[Any, Any, Any, AdaptedModel], VisionReference]
     kept_features: Callable[[Any, VisionReference, Tensor], Tensor]
+    adapt_to_grids: Callable[[Any, Any, Grids], AdaptedModel] | None = None
+    position_ids: Callable[[Any, AdaptedModel, Tensor, VisionReference], Tensor] | None = None
+
+    def adapted(self, model: Any, processor: Any, grids: Grids = ()) -> AdaptedModel:
+        """Take a loaded model apart, for images of some sizes if any were chosen.
+
+        Raises:
+            ConfigError: sizes were chosen, and this family takes none.
+            UnsupportedModelError: the model, or a size, is not exported.
+        """
+        if not grids:
+            return self.adapt(model, processor)
+        if self.adapt_to_grids is None:
+            raise ConfigError(
+                f"received --image-grid for a model of the family {self.model_type!r}",
+                expected="none: its images have one size, or choose theirs",
+                fix="leave it out",
+            )
+        return self.adapt_to_grids(model, processor, grids)
+
+
+def grids_of(image: ImageRecord) -> Grids:
+    """Return the grids that a package was exported for; none where its family takes none."""
+    layout = image.layout
+    return tuple((grid.rows, grid.columns) for grid in layout.grids) if isinstance(layout, GridLayout) else ()

@@ -84,7 +84,7 @@ def adapt(model: Any, processor: Any) -> AdaptedModel:
     )
 
 
-def reference(model: Any, processor: Any, image: Image.Image) -> VisionReference:
+def reference(model: Any, processor: Any, image: Image.Image, adapted: AdaptedModel) -> VisionReference:
     """Preprocess and encode one image with transformers."""
     pixel_values = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
     features = torch.stack(list(model.get_image_features(pixel_values, return_dict=True).pooler_output))

@@ -6,15 +6,35 @@ rotary tables, the way back to raster order) is computed once and becomes a cons
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from transformers.vision_utils import get_vision_position_ids
 
-__all__ = ["GridVisionEncoder", "window_order"]
+from promprune.errors import UnsupportedModelError
+from promprune.export.families.base import AdaptedModel, Grids, SampleInput, VisionGraph, VisionReference
+from promprune.package import VISION_ENCODER, GridLayout, GridRecord
+
+__all__ = [
+    "GridVisionEncoder",
+    "adapt",
+    "adapt_to_grids",
+    "adapted_with_grids",
+    "default_grids",
+    "kept_features",
+    "position_ids",
+    "reference",
+    "window_order",
+]
+
+# Side of the grid that is exported when none is asked for, where the image processor allows it: 576 tokens, and
+# whole windows only.
+DEFAULT_SIDE: Final = 24
 
 _PADDING: Final = -1
 
@@ -157,3 +177,138 @@ def _rotary_tables(visual: Any, rows: int, columns: int) -> tuple[Tensor, Tensor
     inverse_frequencies, scaling = rotary.compute_axial_rope_parameters(visual.config)
     angles = positions[..., None].float() * inverse_frequencies
     return tuple(rotary.recomposition_frequencies(table * scaling) for table in (angles.cos(), angles.sin()))
+
+
+def adapt(model: Any, processor: Any) -> AdaptedModel:
+    """Take a ``Qwen2_5_VLForConditionalGeneration`` apart, for images of one square size.
+
+    Raises:
+        UnsupportedModelError: its language model attends within a sliding window.
+    """
+    return adapt_to_grids(model, processor, default_grids(processor))
+
+
+def adapt_to_grids(model: Any, processor: Any, grids: Grids) -> AdaptedModel:
+    """Take a ``Qwen2_5_VLForConditionalGeneration`` apart, for images of some sizes.
+
+    Raises:
+        UnsupportedModelError: its language model attends within a sliding window, or its image processor never makes
+            images of such a size.
+    """
+    vision = model.config.vision_config
+    window = vision.window_size // vision.patch_size // vision.spatial_merge_size
+    return adapted_with_grids(model, processor, grids, window=window, full_blocks=vision.fullatt_block_indexes)
+
+
+def adapted_with_grids(
+    model: Any, processor: Any, grids: Grids, *, window: int | None, full_blocks: Collection[int]
+) -> AdaptedModel:
+    """Take a Qwen2-VL or Qwen2.5-VL apart; see :class:`GridVisionEncoder` for ``window`` and ``full_blocks``.
+
+    Raises:
+        UnsupportedModelError: as in :func:`adapt_to_grids`.
+    """
+    text, visual = model.config.text_config, model.model.visual
+    if "sliding_attention" in text.layer_types:
+        raise UnsupportedModelError(
+            f"this model has a sliding window of {text.sliding_window} tokens", expected="use_sliding_window off"
+        )
+    side = _token_pixels(processor)
+    for rows, columns in grids:
+        _refuse_impossible(rows, columns, processor)
+    records = tuple(
+        GridRecord(
+            graph=VISION_ENCODER if number == 0 else f"{VISION_ENCODER}_{rows}x{columns}", rows=rows, columns=columns
+        )
+        for number, (rows, columns) in enumerate(grids)
+    )
+    values = visual.patch_embed.proj.weight[0].numel()
+    graphs = tuple(
+        VisionGraph(
+            name=record.graph,
+            module=GridVisionEncoder(
+                visual, rows=record.rows, columns=record.columns, window=window, full_blocks=full_blocks
+            ),
+            inputs={
+                "pixel_values": SampleInput(
+                    sample=torch.zeros(2, record.rows * record.columns * visual.spatial_merge_size**2, values),
+                    dims={0: "batch"},
+                )
+            },
+            num_tokens=record.rows * record.columns,
+        )
+        for record in records
+    )
+    return AdaptedModel(
+        vision_graphs=graphs,
+        embed_tokens=model.model.language_model.embed_tokens,
+        language_model=model.model.language_model,
+        lm_head=model.lm_head,
+        text_config=text,
+        layout=GridLayout(token_pixels=side, grids=records),
+        sample_sizes=tuple((rows * side, columns * side) for rows, columns in grids),
+        image_token_id=model.config.image_token_id,
+        position_axes=(3,),
+    )
+
+
+def default_grids(processor: Any) -> Grids:
+    """Return one square grid of ``DEFAULT_SIDE``, or the nearest that the image processor makes."""
+    size, side = processor.image_processor.size, _token_pixels(processor)
+    least = math.ceil(math.sqrt(size["shortest_edge"]) / side)
+    most = math.floor(math.sqrt(size["longest_edge"]) / side)
+    tokens = min(max(DEFAULT_SIDE, least), most)
+    return ((tokens, tokens),)
+
+
+def reference(model: Any, processor: Any, image: Image.Image, adapted: AdaptedModel) -> VisionReference:
+    """Preprocess and encode one image of the size of a grid with transformers."""
+    values = processor.image_processor(images=[image], return_tensors="pt")
+    grid, merge = values["image_grid_thw"], processor.image_processor.merge_size
+    _, rows, columns = (grid[0] // torch.tensor([1, merge, merge])).tolist()
+    features = model.get_image_features(values["pixel_values"], grid, return_dict=True).pooler_output
+    return VisionReference(
+        graph=_grid(adapted, rows=rows, columns=columns).graph,
+        feeds={"pixel_values": values["pixel_values"][None]},
+        features=torch.stack(list(features)),
+    )
+
+
+def kept_features(model: Any, reference: VisionReference, token_indices: Tensor) -> Tensor:
+    """Return the features of the kept tokens, ``[T, D]``."""
+    return reference.features[0, token_indices]
+
+
+def position_ids(model: Any, adapted: AdaptedModel, input_ids: Tensor, reference: VisionReference) -> Tensor:
+    """Place the tokens of a prompt with one whole image as transformers does: ``[3, 1, S]``."""
+    grid = _grid(adapted, graph=reference.graph)
+    merge = model.config.vision_config.spatial_merge_size
+    positions: Tensor = model.model.get_rope_index(
+        input_ids,
+        mm_token_type_ids=(input_ids == adapted.image_token_id).int(),
+        image_grid_thw=torch.tensor([[1, grid.rows * merge, grid.columns * merge]]),
+    )[0]
+    return positions
+
+
+def _grid(adapted: AdaptedModel, **wanted: Any) -> GridRecord:
+    assert isinstance(adapted.layout, GridLayout)  # as this family makes it
+    return next(
+        grid for grid in adapted.layout.grids if all(getattr(grid, name) == value for name, value in wanted.items())
+    )
+
+
+def _token_pixels(processor: Any) -> int:
+    return int(processor.image_processor.patch_size * processor.image_processor.merge_size)
+
+
+def _refuse_impossible(rows: int, columns: int, processor: Any) -> None:
+    size, side = processor.image_processor.size, _token_pixels(processor)
+    pixels = rows * columns * side**2
+    if not size["shortest_edge"] <= pixels <= size["longest_edge"]:
+        least, most = (round(size[name] / side**2) for name in ("shortest_edge", "longest_edge"))
+        raise UnsupportedModelError(
+            f"received the image grid {rows}x{columns}, {rows * columns} tokens",
+            expected=f"{least} to {most} tokens, what the image processor of this model makes",
+            fix="choose another --image-grid, or change min_pixels or max_pixels in its preprocessor_config.json",
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from promprune.cli.common import (
     version_callback,
 )
 from promprune.config import DTYPES, POLICIES, ExportConfig
-from promprune.errors import VerificationError
+from promprune.errors import ConfigError, VerificationError
 
 if TYPE_CHECKING:
     from promprune.export.pipeline import ExportResult
@@ -61,6 +62,15 @@ def export(
     dtype: Annotated[
         str, typer.Option(help=f"Of weights and activations: {' or '.join(DTYPES)}. The selection is always fp32.")
     ] = DEFAULTS.dtype,
+    image_grid: Annotated[
+        str | None,
+        typer.Option(
+            help="Sizes of images, as ROWSxCOLUMNS of visual tokens, several by commas, for models that take any size "
+            "(Qwen2-VL, Qwen2.5-VL: 28 x 28 pixels a token); an image takes the one that distorts it least.",
+            metavar="GRIDS",
+            show_default="24x24, or the nearest that the model takes",
+        ),
+    ] = None,
     opset: Annotated[int, typer.Option(help="ONNX operator set.", metavar="VERSION")] = DEFAULTS.opset,
     mu: Annotated[
         float | None,
@@ -113,6 +123,7 @@ def export(
         ratio=ratio,
         keep_tokens=keep_tokens,
         dtype=dtype,  # type: ignore[arg-type]  # validated by ExportConfig
+        image_grids=() if image_grid is None else parse_grids(image_grid),
         opset=opset,
         split_selector=split_selector,
         vision_only=vision_only,
@@ -143,6 +154,21 @@ def main() -> None:
     run_command(export)
 
 
+def parse_grids(text: str) -> tuple[tuple[int, int], ...]:
+    """Return the grids of ``24x24,18x32`` as pairs of rows and columns.
+
+    Raises:
+        ConfigError: it is not such a list.
+    """
+    matches = [re.fullmatch(r"\s*(\d{1,4})\s*[xX]\s*(\d{1,4})\s*", part) for part in text.split(",")]
+    grids = tuple((int(match[1]), int(match[2])) for match in matches if match)
+    if len(grids) != len(matches):
+        raise ConfigError(
+            f"received --image-grid {text!r}", expected="rows x columns of visual tokens, such as 24x24 or 24x24,18x32"
+        )
+    return grids
+
+
 class _RichProgress:
     """A bar over the steps, and a line with its time for every finished one."""
 
@@ -161,7 +187,7 @@ class _RichProgress:
 
 @contextlib.contextmanager
 def _progress(config: ExportConfig) -> Iterator[_RichProgress]:
-    total = 6 - 2 * config.vision_only + config.split_selector + config.verify
+    total = 6 - 2 * config.vision_only + config.split_selector + config.verify + max(len(config.image_grids) - 1, 0)
     columns = (SpinnerColumn(), TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
         yield _RichProgress(progress, total)

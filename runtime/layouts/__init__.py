@@ -9,14 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from promprune.package import CropLayout, Manifest
+from promprune.package import CropLayout, GridLayout, Manifest
 from promprune.runtime.layouts.base import ImageLayout, PreparedImage
 from promprune.runtime.layouts.crop import Crop
+from promprune.runtime.layouts.grid import Grids
 
 __all__ = ["LAYOUTS", "ImageLayout", "PreparedImage", "layout_of"]
 
 LAYOUTS: Final[dict[type, type[ImageLayout]]] = {
     CropLayout: Crop,
+    GridLayout: Grids,
 }
 
 
