@@ -33,10 +33,6 @@ from promprune.atomic import writing_folder
 from promprune.config import EngineBackend, EngineConfig
 from promprune.errors import BackendError, ConfigError, PackageError
 from promprune.package import (
-    DECODER,
-    EMBED_TOKENS,
-    TOKEN_SELECTOR,
-    VISION_ENCODER,
     Count,
     Digest,
     Manifest,
@@ -48,7 +44,6 @@ from promprune.package import (
 __all__ = [
     "CURRENT",
     "ENGINE_FILE",
-    "ENGINE_GRAPHS",
     "EngineIdentity",
     "EngineManifest",
     "EngineOptions",
@@ -70,7 +65,6 @@ __all__ = [
 
 ENGINE_SCHEMA_VERSION: Final = 1
 ENGINE_FILE: Final = "engine.json"
-ENGINE_GRAPHS: Final = (VISION_ENCODER, EMBED_TOKENS, DECODER, TOKEN_SELECTOR)
 CURRENT: Final = "current"  # as a target: whatever GPU this machine has
 
 # Raised when the same settings begin to give another engine; engines of an older recipe are stale.
@@ -164,12 +158,10 @@ def engine_platform() -> str:
 
 
 def graph_digests(manifest: Manifest) -> dict[str, str]:
-    """Return one SHA-256 for each graph engines are built of, over its ONNX file and weights as the manifest says."""
+    """Return one SHA-256 for each graph, over its ONNX file and weights as the manifest says."""
     digests: dict[str, str] = {}
-    for name in ENGINE_GRAPHS:
-        if name not in manifest.graphs:
-            continue
-        file = manifest.graphs[name].file
+    for name, graph in manifest.graphs.items():
+        file = graph.file
         parts = sorted(
             (r.path, r.sha256) for r in manifest.files if r.path == file or r.path.startswith(f"{file}_data")
         )

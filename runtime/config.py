@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Final, Literal, TypedDict
+from typing import Any, Final, Literal, TypedDict, get_args
 
 from promprune.errors import ConfigError
 
 __all__ = ["DEFAULT_NEW_TOKENS", "GenerationConfig", "GenerationOptions", "Provider", "RuntimeConfig", "RuntimeOptions"]
 
-Provider = Literal["auto", "cpu", "cuda"]
+Provider = Literal["auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx"]
 DEFAULT_NEW_TOKENS: Final = 256
 
 
@@ -91,7 +91,8 @@ class RuntimeConfig:
 
     Attributes:
         backend: ``"onnxruntime"``, or another one of ``promprune.runtime.sessions.BACKENDS``.
-        provider: of ONNX Runtime: ``"cpu"``, ``"cuda"``, or ``"auto"``: CUDA where it really loads, else the CPU.
+        provider: of ONNX Runtime: ``"cpu"``, ``"cuda"``, ``"tensorrt"``, ``"tensorrt-rtx"``, or ``"auto"``: CUDA where
+            it really loads, else the CPU.
         num_threads: CPU threads of one operator; ``None``: as many as this process may use.
         check_weights: compare the SHA-256 of the weight files with the manifest; reads them whole.
         image_cache_size: encoded images kept for reuse, keyed by a digest of their pixels; 0 is off.
@@ -115,7 +116,8 @@ class RuntimeConfig:
     weight_budget_mib: int | None = None
 
     def __post_init__(self) -> None:
-        _require(self.provider in ("auto", "cpu", "cuda"), "provider", self.provider, "'auto', 'cpu' or 'cuda'")
+        providers = get_args(Provider)
+        _require(self.provider in providers, "provider", self.provider, f"one of {', '.join(providers)}")
         threads = self.num_threads
         _require(threads is None or (_is_int(threads) and threads >= 1), "num_threads", threads, "1 or more")
         size = self.image_cache_size

@@ -105,6 +105,11 @@ class Decoder:
         """Where the graph runs: ``"CPU"`` or ``"CUDA"``."""
         return self._session.device
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Why the graph runs where and as it does, in words."""
+        return self._session.notes
+
     def close(self) -> None:
         """Free the graph; reading afterwards is a BackendError."""
         self._session.close()

@@ -127,6 +127,11 @@ class ImageEncoder:
         self._cache.put(image.digest, encoded)
         return encoded, True
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Why the graphs run where and as they do, in words."""
+        return tuple(dict.fromkeys(note for session in self._sessions.values() for note in session.notes))
+
     def close(self) -> None:
         """Free the graphs; encoding afterwards is a BackendError."""
         for session in self._sessions.values():

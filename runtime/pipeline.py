@@ -147,6 +147,11 @@ class VisionLanguagePipeline:
         return self.encoder.encode_image(image)
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """Why the graphs run where and as they do, in words: what was chosen, and why nothing else was."""
+        return tuple(dict.fromkeys((*self.encoder.notes, *self._decoder.notes)))
+
+    @property
     def cache_bytes_per_token(self) -> int:
         """Memory of the keys and values of one token, in bytes; ``context_length`` tokens at most are held."""
         return self._decoder.cache_bytes_per_token

@@ -82,7 +82,17 @@ def test_json_is_one_object_with_units(run: Any, package: Path, image: Path) -> 
 def test_stats_name_every_stage(run: Any, package: Path, image: Path) -> None:
     done = run(package, "-i", image, "-p", "What?", "--max-new-tokens", 5, "--stats")
     assert done.code == 0
-    for word in ("4 of 16", "entropy", "vision + selection", "prefill", "first token", "decode", "KV cache"):
+    for word in (
+        "4 of 16",
+        "entropy",
+        "vision + selection",
+        "prefill",
+        "first token",
+        "decode",
+        "KV cache",
+        "provider cpu: ",
+        "not tensorrt: ",
+    ):
         assert word in done.err
 
 
@@ -183,7 +193,7 @@ def shell(arguments: list[str], text: str = "", **environment: str) -> subproces
         (["{package}", "-p", "x", "--max-new-tokens", "999"], 1, ["999", "256"]),
         (["{package}", "-p", "x", "--temperature", "-1"], 1, ["temperature = -1"]),
         (["{package}", "-p", "x", "--temperature", "nan"], 1, ["temperature = nan"]),
-        (["{package}", "-p", "x", "--provider", "tpu"], 1, ["'tpu'", "'cuda'"]),
+        (["{package}", "-p", "x", "--provider", "tpu"], 1, ["'tpu'", "one of auto, cpu, cuda, tensorrt"]),
         (["{package}", "-p", "x", "--backend", "abacus"], 1, ["'abacus'", "onnxruntime"]),
         (["{package}", "-p", "x", "--num-threads", "0"], 1, ["num_threads = 0"]),
         (["{package}", "-p", "an <image>"], 1, ["stands for an image"]),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -14,8 +15,9 @@ import pytest
 
 from promprune.errors import BackendError, ConfigError, PackageError
 from promprune.package import GraphRecord, TensorRecord
-from promprune.runtime.sessions import BACKENDS, SessionOptions, open_session
-from promprune.runtime.sessions import onnxruntime as backend
+from promprune.runtime.config import Provider
+from promprune.runtime.sessions import BACKENDS, SessionOptions, open_session, providers
+from promprune.runtime.sessions.providers import AUTO, PROVIDERS, why_not
 from tests.fake_package import make_graph
 
 CPU = SessionOptions(provider="cpu", num_threads=1)
@@ -147,15 +149,58 @@ def test_an_unknown_backend() -> None:
 
 
 def test_without_a_driver_auto_takes_the_cpu_and_cuda_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_why_no_cuda", lambda: "no NVIDIA driver")
+    monkeypatch.setattr(providers, "_why_no_driver", lambda: "no NVIDIA driver")
     with open_session(path, SessionOptions(provider="auto")) as session:
         assert session.device == "CPU"
     with pytest.raises(BackendError, match=r"no NVIDIA driver.*--provider cpu"):
         open_session(path, SessionOptions(provider="cuda"))
 
 
+def test_what_was_chosen_and_why_nothing_else(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(providers, "_why_no_driver", lambda: "no NVIDIA driver")
+    with open_session(path, SessionOptions(provider="auto")) as session:
+        notes = session.notes
+    assert notes[0] == "provider cpu: the first that loads"
+    assert notes[1].startswith("not tensorrt: ")
+    assert "not tensorrt-rtx: this ONNX Runtime is built without it" in notes
+    assert any(
+        note in notes for note in ("not cuda: no NVIDIA driver", "not cuda: this ONNX Runtime is built without it")
+    )
+    with open_session(path, CPU) as session:
+        assert session.notes[0] == "provider cpu: asked for"
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx", "cuda"])
+def test_a_provider_that_was_asked_for_is_had_or_refused(
+    path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(providers, "_why_no_driver", lambda: "no NVIDIA driver")
+    with pytest.raises(
+        BackendError, match=rf"received provider '{name}', which cannot be used here \(.+\); expected an"
+    ):
+        open_session(path, SessionOptions(provider=name))
+    assert not (path.parent.parent / "engines").exists()
+
+
+def test_the_table_of_providers_is_what_the_settings_allow() -> None:
+    assert {AUTO, *PROVIDERS} == set(get_args(Provider))
+
+
+def test_tf32_is_off_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only CUDA has an option for it; the others take it from the environment."""
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    path = tmp_path / "package" / "onnx" / "g.onnx"
+    assert PROVIDERS["cuda"].options(path) == {"use_tf32": "0"}
+    assert "NVIDIA_TF32_OVERRIDE" not in os.environ
+    options = PROVIDERS["tensorrt"].options(path)
+    assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
+    folder = tmp_path / "package" / "engines" / "onnxruntime-tensorrt"
+    assert options["trt_engine_cache_path"] == str(folder)
+    assert folder.is_dir()
+
+
 @pytest.mark.skipif(
-    "CUDAExecutionProvider" not in onnxruntime.get_available_providers() or backend._why_no_cuda() is None,
+    "CUDAExecutionProvider" not in onnxruntime.get_available_providers() or why_not("cuda") is None,
     reason="needs an ONNX Runtime built for CUDA on a machine that cannot load it",
 )
 def test_cuda_libraries_that_do_not_load_are_quiet(path: Path) -> None:
@@ -163,18 +208,20 @@ def test_cuda_libraries_that_do_not_load_are_quiet(path: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
         "from promprune.errors import BackendError\n"
-        "from promprune.runtime.sessions import SessionOptions, onnxruntime as backend\n"
-        "backend._why_no_cuda = lambda: None\n"
+        "from promprune.runtime.sessions import SessionOptions, onnxruntime as backend, providers\n"
+        "providers._why_no_driver = lambda: None\n"
         "print(backend.open_session(Path(sys.argv[1]), SessionOptions(provider='auto')).device)\n"
         "try: backend.open_session(Path(sys.argv[1]), SessionOptions(provider='cuda'))\n"
         "except BackendError as error: print('do not load' in str(error))\n"
+        "try: backend.open_session(Path(sys.argv[1]), SessionOptions(provider='tensorrt'))\n"
+        "except BackendError as error: print('do not load' in str(error))\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
-    assert (done.stdout.split(), done.stderr) == (["CPU", "True"], "")
+    assert (done.stdout.split(), done.stderr) == (["CPU", "True", "True"], "")
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(backend._why_no_cuda() is not None, reason=f"no CUDA here: {backend._why_no_cuda()}")
+@pytest.mark.skipif(why_not("cuda") is not None, reason=f"no CUDA here: {why_not('cuda')}")
 def test_cuda_keeps_tensors_on_the_device(path: Path) -> None:
     with open_session(path, SessionOptions(provider="cuda")) as session:
         assert session.device == "CUDA"

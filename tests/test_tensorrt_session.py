@@ -48,7 +48,7 @@ from tests.fake_package import HIDDEN, FakeModel, write_fake_package
 
 TARGET = "sm89"
 CONFIG = EngineConfig(max_prompt_tokens=40, max_new_tokens=20, max_batch=2, decode_profile=True)
-TOOL = SimpleNamespace(__version__="1.7")
+TOOL = SimpleNamespace(__name__="tensorrt_rtx", __version__="1.7")
 
 
 class FakeEngine:
@@ -371,9 +371,8 @@ def test_what_cannot_be_recorded_runs_without_and_says_so(built: Path, device: F
     device.refuses_capture = True
     path = built / "onnx" / "vision_encoder.onnx"
     with open_session(path, SessionOptions(cuda_graphs=True), backend="tensorrt") as session:
-        assert session.notes == ()
         outputs = [session.run(images_of(0))["image_features"] for _ in range(3)]
-        assert "vision_encoder.engine runs without a CUDA graph: cudaStreamEndCapture failed" in session.notes[0]
+        assert "vision_encoder.engine runs without a CUDA graph: cudaStreamEndCapture failed" in session.notes[-1]
     np.testing.assert_array_equal(outputs[0], outputs[2])
 
 
@@ -555,7 +554,7 @@ def test_a_closed_session_is_refused(built: Path, device: FakeDevice) -> None:
 
 def test_the_cpu_is_refused(built: Path, device: FakeDevice) -> None:
     del device
-    with pytest.raises(BackendError, match="received provider 'cpu' for TensorRT"):
+    with pytest.raises(BackendError, match="received provider 'cpu' for the backend tensorrt"):
         open_session(built / "onnx" / f"{DECODER}.onnx", SessionOptions(provider="cpu"), backend="tensorrt")
 
 

@@ -110,7 +110,11 @@ def run(
         str, typer.Option(help="onnxruntime, or another one that is installed.", metavar="NAME")
     ] = RuntimeConfig.backend,
     provider: Annotated[
-        str, typer.Option(help="Of onnxruntime: auto (CUDA where it loads, else the CPU), cpu or cuda.", metavar="NAME")
+        str,
+        typer.Option(
+            help="Of onnxruntime: auto (CUDA where it loads, else the CPU), cpu, cuda, tensorrt or tensorrt-rtx.",
+            metavar="NAME",
+        ),
     ] = RuntimeConfig.provider,
     num_threads: Annotated[
         int | None,
@@ -246,6 +250,8 @@ def _answer(asked: _Asked, question: str) -> None:
             print_json({**result.to_dict(), **asked.report(pipeline.device), **model})
         elif asked.stats:
             _print_stats(pipeline.device, result, load_ms)
+            for note in pipeline.notes:
+                console.print(f"[dim]{escape(note)}[/]", soft_wrap=True)
 
 
 def _question(prompt: str | None, *, interactive: bool, as_json: bool, only_show: bool) -> str | None:

@@ -61,7 +61,7 @@ class SessionOptions:
     """What opening a session needs to know.
 
     Attributes:
-        provider: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        provider: ``"auto"``, or a name in :data:`promprune.runtime.sessions.providers.PROVIDERS`.
         num_threads: CPU threads of one operator; ``None``: as many as this process may use.
         cuda_graphs: of engines: replay runs of graphs whose shapes are static as CUDA graphs.
         weight_budget_mib: of engines that stream weights: device memory for the weights of each, in MiB; ``None``:

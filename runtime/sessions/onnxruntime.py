@@ -1,26 +1,23 @@
-"""ONNX Runtime, on the CPU or with CUDA."""
+"""ONNX Runtime, on the CPU or on a GPU through one of its execution providers."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import io
 import os
-import sys
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
 
 from promprune.errors import BackendError
 from promprune.runtime.sessions.base import Array, DeviceTensor, Session, SessionOptions, TensorSpec, Value
+from promprune.runtime.sessions.providers import AUTO, CPU, PROVIDERS, refused, why_not
 
 __all__ = ["OnnxRuntimeSession", "open_session"]
 
-_CPU: Final = "CPUExecutionProvider"
-_CUDA: Final = "CUDAExecutionProvider"
 _FATAL: Final = 4  # ORT's severity above which nothing it does is logged: every error reaches us as an exception
 _WARNING: Final = 2  # ORT's own default
 
@@ -41,7 +38,7 @@ def open_session(path: Path, options: SessionOptions) -> OnnxRuntimeSession:
     """Load an ONNX file.
 
     Raises:
-        BackendError: the file is no graph ORT can run, or CUDA was asked for and cannot be loaded.
+        BackendError: the file is no graph ORT can run, or a provider was asked for that cannot be loaded.
     """
     return OnnxRuntimeSession(path, options)
 
@@ -59,8 +56,9 @@ class OnnxRuntimeSession(Session):
 
     def __init__(self, path: Path, options: SessionOptions) -> None:
         self.name = path.name
-        self._session: ort.InferenceSession | None = _load(path, options)
-        self.device = "CUDA" if _CUDA in self._session.get_providers() else "CPU"
+        loaded = _load(path, options)
+        self._session: ort.InferenceSession | None = loaded.session
+        self.device, self.notes = PROVIDERS[loaded.provider].device, loaded.notes
         self.inputs = {node.name: _spec(node, path) for node in self._session.get_inputs()}
         self.outputs = {node.name: _spec(node, path) for node in self._session.get_outputs()}
 
@@ -109,65 +107,72 @@ def _ort_value(value: Value) -> ort.OrtValue:
     return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
 
 
-def _load(path: Path, options: SessionOptions) -> ort.InferenceSession:
+class _Loaded(NamedTuple):
+    session: ort.InferenceSession
+    provider: str
+    notes: tuple[str, ...]
+
+
+def _load(path: Path, options: SessionOptions) -> _Loaded:
+    """Load a graph with the provider that was asked for, or with the first that really loads."""
     if not path.is_file():
         raise BackendError(f"{path} does not exist", fix="copy the package again, or export it again")
-    wanted = _providers(options.provider)
+    obstacles: dict[str, str] = {}
+    for name in _candidates(options.provider):
+        reason = why_not(name)
+        session = None if reason else _session(path, options, name)
+        if session is not None and PROVIDERS[name].ort_name in session.get_providers():
+            return _Loaded(session, name, _notes(name, options.provider, obstacles))
+        obstacles[name] = reason or "its libraries do not load"
+    raise refused(options.provider, obstacles[options.provider])
+
+
+def _candidates(provider: str) -> list[str]:
+    return [name for name in PROVIDERS if PROVIDERS[name].automatic] if provider == AUTO else [provider]
+
+
+def _notes(chosen: str, asked: str, obstacles: Mapping[str, str]) -> tuple[str, ...]:
+    """Say what was chosen, and for every other provider why not, one line each."""
+    asked_for = "asked for" if asked != AUTO else "the first that loads"
+    notes = [f"provider {chosen}: {asked_for}"]
+    for name in PROVIDERS:
+        if name != chosen:
+            reason = obstacles.get(name) or why_not(name) or "not asked for"
+            notes.append(f"not {name}: {reason}")
+    return tuple(notes)
+
+
+def _session(path: Path, options: SessionOptions, name: str) -> ort.InferenceSession | None:
+    """Load with one provider, and what it falls back to; whether it was really got is for the session to say.
+
+    ``None`` where ONNX Runtime refuses for want of the provider's libraries, as it does with TensorRT.
+    """
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = options.num_threads or _usable_cpus()
     # Threads that spin between operators take the processor from everybody else, and from our other sessions.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     settings.log_severity_level = _FATAL
+    names = [name, *PROVIDERS[name].falls_back_to]
+    wanted = [(PROVIDERS[n].ort_name, PROVIDERS[n].options(path)) for n in names]
     try:
-        with _quiet() if _CUDA in wanted else contextlib.nullcontext():
-            session = ort.InferenceSession(os.fspath(path), settings, providers=wanted, enable_fallback=0)
+        with _quiet() if name != CPU else contextlib.nullcontext():
+            return ort.InferenceSession(os.fspath(path), settings, providers=wanted, enable_fallback=0)
     except Exception as error:  # as above: no common tree
+        if name != CPU and "please install" in str(error).lower():
+            return None
         raise _failure(f"{path} cannot be loaded by ONNX Runtime", error) from error
-    if options.provider == "cuda" and _CUDA not in session.get_providers():
-        raise _no_cuda("its libraries do not load")
-    return session
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep ORT from writing its own error lines when CUDA does not load; the session says which provider it got."""
+    """Load CUDA's libraries, and keep ORT from writing error lines where they do not load."""
     ort.set_default_logger_severity(_FATAL)
     try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(OSError, RuntimeError):
+            ort.preload_dlls()  # prints what it does not find
         yield
     finally:
         ort.set_default_logger_severity(_WARNING)
-
-
-def _providers(provider: str) -> list[str]:
-    if provider == "cpu":
-        return [_CPU]
-    reason = _why_no_cuda()
-    if reason is None:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(OSError, RuntimeError):
-            ort.preload_dlls()  # prints what it does not find
-        return [_CUDA, _CPU]
-    if provider == "cuda":
-        raise _no_cuda(reason)
-    return [_CPU]
-
-
-def _why_no_cuda() -> str | None:
-    """Say why CUDA cannot be used, as far as that can be told without trying; ``None``: try it."""
-    if _CUDA not in ort.get_available_providers():
-        return "this ONNX Runtime is built without it"
-    try:
-        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return "no NVIDIA driver"
-    return None
-
-
-def _no_cuda(reason: str) -> BackendError:
-    return BackendError(
-        f"received provider 'cuda', which cannot be used here ({reason})",
-        expected="an NVIDIA GPU with its driver, CUDA and cuDNN",
-        fix="use --provider cpu, or pip install 'onnxruntime-gpu[cuda,cudnn]'",
-    )
 
 
 def _usable_cpus() -> int:

@@ -55,16 +55,18 @@ def open_session(path: Path, options: SessionOptions) -> TensorRtSession:
 
     Args:
         path: the graph's ONNX file in the package; the engine is looked up beside it.
-        options: ``provider`` must not be ``"cpu"``.
+        options: ``provider`` must be ``"auto"`` or ``"cuda"``.
 
     Raises:
         PackageError: no engines for this GPU, or they are stale; the message is the command that builds them.
         BackendError: no driver, or the engine does not load.
         MissingDependencyError: TensorRT or the CUDA bindings are not installed.
     """
-    if options.provider == "cpu":
+    if options.provider not in ("auto", "cuda"):
         raise BackendError(
-            "received provider 'cpu' for TensorRT", expected="auto or cuda", fix="use ONNX Runtime on the CPU"
+            f"received provider {options.provider!r} for the backend tensorrt",
+            expected="auto or cuda",
+            fix="leave --provider out, or use --backend onnxruntime with it",
         )
     backend, folder, manifest = find_engines(path.parent.parent, current_target())
     if path.stem not in manifest.engines:
@@ -174,6 +176,7 @@ class TensorRtSession(Session):
         self.device = "CUDA"
         self.inputs = {tensor.name: TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor in record.inputs}
         self.outputs = {tensor.name: TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor in record.outputs}
+        self.notes = (f"engines of {trt.__name__} {trt.__version__} from {folder}",)
         self._record = record
         self._device = device
         self._lock = threading.Lock()
@@ -270,7 +273,7 @@ class TensorRtSession(Session):
         try:
             replay.graph = engine.capture(replay.addresses)
         except BackendError as error:  # such as of a loop whose length the device decides
-            self.notes = (f"{self.name} runs without a CUDA graph: {error}",)
+            self.notes += (f"{self.name} runs without a CUDA graph: {error}",)
         return replay
 
     def _opened(self) -> DeviceEngine:
