@@ -12,7 +12,7 @@ import pytest
 
 from promprune.config import ExportConfig
 from promprune.export import ExportResult, export_package
-from tests.tiny_models import save_tiny_llava
+from tests.tiny_models import save_tiny_llava, save_tiny_qwen, tiny_qwen2_5_vl
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -42,6 +42,19 @@ def tiny_full_export(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory)
     """The unpruned baseline of the same model."""
     output = tmp_path_factory.mktemp("packages") / "tiny-full"
     return export_package(ExportConfig(model=str(tiny_llava), ratio=1.0, output=output))
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2.5-VL."""
+    return save_tiny_qwen(tmp_path_factory.mktemp("checkpoints") / "tiny-qwen", tiny_qwen2_5_vl())
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen_export(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+    """It, exported and verified for images of 6 x 6 and of 4 x 7 tokens; the default ratio."""
+    output = tmp_path_factory.mktemp("packages") / "tiny-qwen"
+    return export_package(ExportConfig(model=str(tiny_qwen), image_grids=((6, 6), (4, 7)), output=output))
 
 
 @pytest.fixture(scope="session")

@@ -51,8 +51,8 @@ def test_the_tower_of_qwen2_5_vl_is_that_of_transformers(
     """With windows that divide the grid, and with windows cut by its edge."""
     model = tiny_qwen2_5_vl()
     values = pixel_values(2, rows * columns)
-    encoder = GridVisionEncoder(model.model.visual, rows=rows, columns=columns, window=2, full_blocks=[1, 2])
-    wanted, weights = reference(model, modeling_qwen2_5_vl, 2, values, rows, columns, monkeypatch)
+    encoder = GridVisionEncoder(model.model.visual, rows=rows, columns=columns, window=2, full_blocks=[0, 1])
+    wanted, weights = reference(model, modeling_qwen2_5_vl, 1, values, rows, columns, monkeypatch)
     with torch.no_grad():
         features, saliency = encoder(values)
     assert relative_error(features, wanted) < 1e-5
@@ -76,7 +76,7 @@ def test_the_tower_of_qwen2_vl_is_that_of_transformers(monkeypatch: pytest.Monke
 def test_the_rotary_tables_keep_their_precision_in_half() -> None:
     """A model converted to fp16 rounds its own frequencies; the constants of the graph do not."""
     whole, half = (
-        GridVisionEncoder(model.model.visual, rows=4, columns=6, window=2, full_blocks=[1, 2])
+        GridVisionEncoder(model.model.visual, rows=4, columns=6, window=2, full_blocks=[0, 1])
         for model in (tiny_qwen2_5_vl(), tiny_qwen2_5_vl().half())
     )
     assert torch.equal(whole.cos, half.cos)
