@@ -172,6 +172,7 @@ class CheckRecord(_Record, frozen=True):
     limit: float
     passed: bool
     detail: str = ""
+    advisory: bool = False  # not passing it is a warning, and does not fail the verification
 
 
 class VerificationRecord(_Record, frozen=True):

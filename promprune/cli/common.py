@@ -6,11 +6,12 @@ import contextlib
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any, Final, NoReturn
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from promprune._version import __version__
@@ -26,6 +27,7 @@ __all__ = [
     "missing_extra",
     "option_type",
     "print_json",
+    "progress_over",
     "run_command",
     "version_callback",
 ]
@@ -35,6 +37,7 @@ EXIT_USAGE: Final = 2
 EXIT_INTERRUPTED: Final = 130
 
 # Progress and tables go to stderr; stdout carries the answer, or the JSON.
+_Item = TypeVar("_Item")
 console = Console(stderr=True, highlight=False)
 
 
@@ -102,6 +105,13 @@ def missing_extra(extra: str) -> Iterator[None]:
         ) from error
 
 
+def progress_over(items: Iterable[_Item], total: int, description: str) -> Iterator[_Item]:
+    """Yield the items with a bar on stderr that counts them."""
+    columns = (TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield from progress.track(items, total=total, description=description)
+
+
 def describe_selection(manifest: Manifest) -> str:
     """Say in words what is kept and what is removed."""
     record = manifest.selection
@@ -121,7 +131,8 @@ def checks_table(checks: tuple[CheckRecord, ...]) -> Table:
     table.add_column("wanted", justify="right")
     table.add_column("")
     for check in checks:
-        verdict = "[green]ok[/]" if check.passed else "[bold red]FAILED[/]"
+        failed = "[bold yellow]warning[/]" if check.advisory else "[bold red]FAILED[/]"
+        verdict = "[green]ok[/]" if check.passed else failed
         name = f"{check.name} ({check.detail})" if check.detail else check.name
         table.add_row(name, f"{check.measured:.3g}", f"{check.comparison} {check.limit:g}", verdict)
     return table

@@ -143,6 +143,9 @@ def export(
         if error.checks:
             console.print(checks_table(error.checks))
         raise
+    for check in result.manifest.verification.checks if result.manifest.verification else ():
+        if not check.passed:
+            console.print(f"[bold yellow]warning:[/] {check.detail}; fit them with promprune-calibrate", soft_wrap=True)
     if as_json:
         print_json({"output": str(result.output), **msgspec.to_builtins(result.manifest)})
     else:
