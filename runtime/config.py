@@ -24,6 +24,7 @@ class GenerationOptions(TypedDict, total=False):
     repetition_penalty: float
     stop: str | tuple[str, ...] | list[str]
     seed: int | None
+    ignore_eos: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ class GenerationConfig:
             (divided when positive, multiplied when negative); 1 is off. Applies to greedy choice as well.
         stop: texts that end the answer; they are not part of it. One string, or a sequence of strings.
         seed: makes drawing reproducible; ``None`` draws a new seed each time.
+        ignore_eos: go on after an end-of-sequence token, so that an answer has exactly the length that was asked for.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -52,6 +54,7 @@ class GenerationConfig:
     repetition_penalty: float = 1.0
     stop: str | tuple[str, ...] | list[str] = ()
     seed: int | None = None
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         limit = self.max_new_tokens

@@ -12,7 +12,7 @@ from promprune.runtime.layouts import ImageLayout
 from promprune.runtime.layouts.base import expect
 from promprune.runtime.sessions import Session, SessionOptions, open_session
 
-__all__ = ["open_language_model", "open_vision_graphs"]
+__all__ = ["open_language_model", "open_vision_graphs", "same_language_model"]
 
 
 def open_vision_graphs(
@@ -52,6 +52,16 @@ def open_language_model(folder: Path, manifest: Manifest, config: RuntimeConfig)
         hidden = decoder.inputs["inputs_embeds"].shape[-1]
         expect("embed_tokens' size", embed.outputs["inputs_embeds"].shape[-1], hidden)
     return embed, decoder
+
+
+def same_language_model(a: Manifest, b: Manifest) -> bool:
+    """Say whether two packages have the same language model, byte for byte."""
+    return a.has_language_model and _language_files(a) == _language_files(b)
+
+
+def _language_files(manifest: Manifest) -> set[tuple[str, str]]:
+    graphs = [manifest.graphs[name].file for name in (EMBED_TOKENS, DECODER) if name in manifest.graphs]
+    return {(record.path, record.sha256) for record in manifest.files if record.path.startswith(tuple(graphs))}
 
 
 def _open(folder: Path, manifest: Manifest, name: str, config: RuntimeConfig) -> Session:

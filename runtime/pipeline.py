@@ -18,7 +18,7 @@ from typing import Self, TypeAlias, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from promprune.errors import BackendError, ConfigError
+from promprune.errors import BackendError, ConfigError, PackageError
 from promprune.package import read_manifest
 from promprune.runtime.config import (
     DEFAULT_NEW_TOKENS,
@@ -31,7 +31,7 @@ from promprune.runtime.decoder import Cache, Decoder
 from promprune.runtime.encoder import ImageEncoder, ImageSource
 from promprune.runtime.generation import Row, eos_token_ids_of
 from promprune.runtime.layouts import PreparedImage
-from promprune.runtime.loading import open_language_model
+from promprune.runtime.loading import open_language_model, same_language_model
 from promprune.runtime.positions import ImagePositions, PromptPositions, prompt_positions
 from promprune.runtime.prompt import Message, PromptBuilder, TokenIds, as_messages, read_json
 from promprune.runtime.results import EncodedImage, Result, Stopwatch, Timings
@@ -94,6 +94,31 @@ class VisionLanguagePipeline:
         eos = eos_token_ids_of(read_json(folder / "generation_config.json"))
         prompts = PromptBuilder.from_package(folder, manifest)
         return cls(encoder, prompts, embed, Decoder(decoder, config.prefill_chunk), eos)
+
+    def with_vision_of(self, path: str | Path, **options: Unpack[RuntimeOptions]) -> Self:
+        """Load another package of the same language model, another ratio of it say, without a second copy of that.
+
+        Args:
+            path: its folder.
+            options: of its vision encoder; see :class:`RuntimeConfig`.
+
+        Returns:
+            A pipeline that holds this one's language model: close one of them only when both are done.
+
+        Raises:
+            PackageError: it has another language model, or is no valid package.
+            BackendError: its vision encoder cannot be loaded.
+        """
+        config = RuntimeConfig(**options)
+        folder = Path(path)
+        manifest = read_manifest(folder, check_weights=config.check_weights)
+        if not same_language_model(manifest, self.manifest):
+            raise PackageError(
+                f"{folder} has another language model", expected="the same files as the package that is loaded"
+            )
+        encoder = ImageEncoder.open(folder, manifest, config)
+        prompts = PromptBuilder.from_package(folder, manifest)
+        return type(self)(encoder, prompts, self._embed, self._decoder, self._eos_token_ids)
 
     def generate(self, images: Images = (), prompt: Prompt = "", **options: Unpack[GenerationOptions]) -> Result:
         """Answer one prompt about any number of images.
@@ -264,7 +289,7 @@ class VisionLanguagePipeline:
             self.prompts.tokenizer,
             config,
             prompt_ids=prompt.tolist(),
-            eos_token_ids=self._eos_token_ids,
+            eos_token_ids=() if config.ignore_eos else self._eos_token_ids,
             max_new_tokens=limit,
         )
 

@@ -34,8 +34,9 @@ TEXTS: dict[str, dict[str, int]] = {
 }
 
 
-def config_of(size: str) -> LlavaConfig:
-    text: dict[str, Any] = {**TEXTS[size], "vocab_size": 32064, "max_position_embeddings": 4096}
+def config_of(size: str, **changes: int) -> LlavaConfig:
+    """The configuration of a size; ``changes`` are of its language model."""
+    text: dict[str, Any] = {**TEXTS[size], "vocab_size": 32064, "max_position_embeddings": 4096, **changes}
     return LlavaConfig(
         vision_config=CLIPVisionConfig(image_size=336, patch_size=14, projection_dim=768, **VISION),
         text_config=LlamaConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0, **text),
@@ -45,28 +46,34 @@ def config_of(size: str) -> LlavaConfig:
     )
 
 
-def save(folder: Path, size: str, dtype: str, seed: int) -> None:
-    torch.manual_seed(seed)
-    torch.set_default_dtype(getattr(torch, dtype))
-    LlavaForConditionalGeneration(config_of(size)).save_pretrained(folder)
-    LlavaProcessor(
+def processor_of() -> LlavaProcessor:
+    return LlavaProcessor(
         image_processor=CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}),
         tokenizer=byte_tokenizer(),
         patch_size=14,
         vision_feature_select_strategy="default",
         chat_template=CHAT_TEMPLATE,
         num_additional_image_tokens=1,
-    ).save_pretrained(folder)
+    )
+
+
+def save(folder: Path, config: LlavaConfig, dtype: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    torch.set_default_dtype(getattr(torch, dtype))
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    processor_of().save_pretrained(folder)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--size", choices=sorted(TEXTS), default="1b", help="of the language model (%(default)s)")
+    parser.add_argument("--layers", type=int, help="of the language model, if not all: for the vision half alone")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    save(given.out, given.size, given.dtype, given.seed)
+    changes = {} if given.layers is None else {"num_hidden_layers": given.layers}
+    save(given.out, config_of(given.size, **changes), given.dtype, given.seed)
 
 
 if __name__ == "__main__":

@@ -47,8 +47,12 @@ def print_json(content: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def run_command(command: Callable[..., None]) -> NoReturn:
+def run_command(
+    command: Callable[..., None], *, name: str | None = None, arguments: list[str] | None = None
+) -> NoReturn:
     """Run one function as a command line program, and exit.
+
+    ``name`` and ``arguments`` are those of the process unless given.
 
     Exit codes: 0 done; 1 refused, failed, or failed verification; 2 wrong usage; 130 interrupted. Whatever the
     user could have caused is reported as one line on stderr.
@@ -57,7 +61,7 @@ def run_command(command: Callable[..., None]) -> NoReturn:
     app.command()(command)
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        exit_code = app(standalone_mode=False)
+        exit_code = app(arguments, prog_name=name, standalone_mode=False)
     except PrompruneError as error:
         _fail(str(error), EXIT_REFUSED)
     except KeyboardInterrupt:

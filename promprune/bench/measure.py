@@ -1,0 +1,371 @@
+"""A benchmark, whole: from packages and baselines to a report.
+
+Everything is measured in turns: a round runs every contender once under every load, in an order that changes from
+round to round, so that what the machine does meanwhile hits all alike. A time ends when its result is on the host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol, get_args
+
+from promprune.bench.ceilings import CeilingProbe
+from promprune.bench.cold_start import ColdStartRequest, measure_cold_starts
+from promprune.bench.contenders import Measurable, Question, Sample, open_packages
+from promprune.bench.machine import OtherLoad, describe_machine, load_average, usable_cpus
+from promprune.bench.report import (
+    REPORT_VERSION,
+    STAGES,
+    Case,
+    Ceilings,
+    ColdStart,
+    Contender,
+    Distribution,
+    Report,
+    Settings,
+    StageWork,
+)
+from promprune.bench.work import GraphWork
+from promprune.errors import ConfigError
+from promprune.package import Manifest, read_manifest
+from promprune.runtime.config import RuntimeConfig
+
+if TYPE_CHECKING:
+    from promprune.bench.pytorch import PytorchSettings
+
+__all__ = ["BASELINES", "Baseline", "BenchConfig", "Progress", "run_benchmark"]
+
+Baseline = Literal["hf", "authors"]
+BASELINES: Final = get_args(Baseline)  # of PyTorch; selection policies are packages like any other
+_PAUSE_S: Final = 0.05  # between calls: lets the worker threads of the other library stop spinning
+_SCENE_SIZE: Final = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """What ``promprune-bench`` is asked to do.
+
+    Attributes:
+        packages: folders by the names they have in the report.
+        image: file; ``None``: a rendered scene.
+        prompt: text after the image.
+        new_tokens: length of every answer.
+        rounds: measured ones; every contender is run once in each, under every load.
+        warmup: rounds before, not counted.
+        batches: prompts answered together; one load each.
+        concurrencies: calls at the same time; one load each, PyTorch excepted.
+        cold_starts: processes started per contender; 0: none, and no peak memory.
+        baselines: ``"hf"``: Hugging Face in PyTorch, unpruned; ``"authors"``: with their selection, at every T.
+        model: folder or hub id of the baselines' model.
+        runtime: backend, provider and threads.
+        command: as it was typed, for the record.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    packages: Mapping[str, Path]
+    image: Path | None = None
+    prompt: str = "What is in the picture?"
+    new_tokens: int = 16
+    rounds: int = 10
+    warmup: int = 1
+    batches: tuple[int, ...] = (1,)
+    concurrencies: tuple[int, ...] = (1,)
+    cold_starts: int = 1
+    baselines: tuple[Baseline, ...] = ()
+    model: str | None = None
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.packages:
+            raise ConfigError("received no package", expected="at least one", fix="name packages, or --model")
+        for name, least in (("new_tokens", 1), ("rounds", 1), ("warmup", 1), ("cold_starts", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"received {name} = {getattr(self, name)}", expected=f"at least {least}")
+        for name in ("batches", "concurrencies"):
+            if not getattr(self, name) or min(getattr(self, name)) < 1:
+                raise ConfigError(f"received {name} = {getattr(self, name)}", expected="numbers of at least 1")
+        for baseline in self.baselines:
+            if baseline not in BASELINES:
+                raise ConfigError(f"received baseline {baseline!r}", expected=f"one of {', '.join(BASELINES)}")
+        if self.image is not None and not self.image.is_file():
+            raise ConfigError(f"received image {self.image}, which is no file", expected="an image file")
+
+
+class Progress(Protocol):
+    """Told what happens; see the command line."""
+
+    def begin(self, description: str, steps: int) -> None:
+        """Begin something of so many steps."""
+
+    def advance(self) -> None:
+        """Finish a step."""
+
+
+class _Load(NamedTuple):
+    """One contender under one load."""
+
+    contender: Measurable
+    batch: int
+    concurrency: int
+
+
+@dataclass
+class _Measured:
+    """Of one load: samples in the order of the rounds, and the seconds of each round."""
+
+    samples: list[Sample] = field(default_factory=list)
+    walls: list[float] = field(default_factory=list)
+
+
+def run_benchmark(config: BenchConfig, progress: Progress) -> Report:
+    """Measure, and return the report.
+
+    Raises:
+        PrompruneError: a package or baseline cannot be loaded or run, or an image not be read.
+    """
+    created, load_before = datetime.now(UTC), load_average()
+    config = replace(config, runtime=_settled(config.runtime))
+    manifests = {name: read_manifest(folder) for name, folder in config.packages.items()}
+    with contextlib.ExitStack() as stack:
+        image = stack.enter_context(_image(config.image))
+        question = Question(image=image, prompt=config.prompt, new_tokens=config.new_tokens)
+        pytorch = _pytorch_settings(config, manifests)
+        cold_starts = _cold_starts(config, question, pytorch, progress)
+        contenders = _open(config, pytorch, stack, progress)
+        dtype, threads = next(iter(manifests.values())).dtype, config.runtime.num_threads or 1
+        probe = CeilingProbe(dtype, provider=config.runtime.provider, threads=threads)
+        stack.callback(probe.close)
+        loads = _loads(config, contenders)
+        measured, others = _rounds(config, question, contenders, loads, probe, progress)
+        ceilings = probe.result()
+        records = _records(contenders, question, ceilings, cold_starts, loads, measured, progress)
+    return Report(
+        report_version=REPORT_VERSION,
+        created=created.isoformat(timespec="seconds"),
+        machine=describe_machine(load_before=load_before, load_after=load_average(), other_cpu_fraction=others),
+        settings=_settings(config),
+        ceilings=ceilings,
+        contenders=records,
+        cases=tuple(_case(load, measured[load], config) for load in loads),
+    )
+
+
+def _settled(runtime: RuntimeConfig) -> RuntimeConfig:
+    """Every call encodes its image again, and everybody has the same number of threads."""
+    return replace(runtime, image_cache_size=0, num_threads=runtime.num_threads or usable_cpus())
+
+
+@contextlib.contextmanager
+def _image(given: Path | None) -> Iterator[Path]:
+    """Yield the image file: the one that was given, or a rendered scene."""
+    if given is not None:
+        yield given
+        return
+    from promprune.scenes import render_scene
+
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "scene.png"
+        render_scene(0, image_size=_SCENE_SIZE).image.save(path)
+        yield path
+
+
+def _pytorch_settings(config: BenchConfig, manifests: Mapping[str, Manifest]) -> dict[str, PytorchSettings]:
+    """Return what the baselines run, by name."""
+    if not config.baselines:
+        return {}
+    import torch
+
+    from promprune.bench.pytorch import PytorchSettings
+
+    first = next(iter(manifests.values()))
+    unpruned = PytorchSettings(
+        model=config.model or _source_of(first),
+        dtype=first.dtype,
+        device="cuda" if config.runtime.provider != "cpu" and torch.cuda.is_available() else "cpu",
+        threads=config.runtime.num_threads or 1,
+    )
+    found = {"Hugging Face": unpruned} if "hf" in config.baselines else {}
+    if "authors" in config.baselines:
+        pruned = [m.selection for m in manifests.values() if m.selection.keep_tokens < m.selection.num_tokens]
+        for selection in pruned:
+            found[f"authors, {selection.keep_tokens} tokens"] = replace(
+                unpruned, keep_tokens=selection.keep_tokens, mu=selection.mu, tau=selection.tau
+            )
+    return found
+
+
+def _source_of(manifest: Manifest) -> str:
+    from promprune.export.checkpoint import EMBEDDED_MODEL, embedded_model_folder
+
+    model = manifest.source.model
+    return str(embedded_model_folder()) if model == EMBEDDED_MODEL else model
+
+
+def _cold_starts(
+    config: BenchConfig, question: Question, pytorch: Mapping[str, PytorchSettings], progress: Progress
+) -> dict[str, ColdStart]:
+    """Measure processes of their own, before this one holds anything large."""
+    if config.cold_starts == 0:
+        return {}
+    asked: dict[str, Any] = {"image": str(question.image), "prompt": question.prompt}
+    options = asdict(config.runtime)
+    requests = {
+        **{name: ColdStartRequest(**asked, package=str(f), options=options) for name, f in config.packages.items()},
+        **{name: ColdStartRequest(**asked, pytorch=asdict(settings)) for name, settings in pytorch.items()},
+    }
+    progress.begin("cold starts", len(requests))
+    found = {}
+    for name, request in requests.items():
+        found[name] = measure_cold_starts(request, config.cold_starts)
+        progress.advance()
+    return found
+
+
+def _open(
+    config: BenchConfig, pytorch: Mapping[str, PytorchSettings], stack: contextlib.ExitStack, progress: Progress
+) -> list[Measurable]:
+    progress.begin("load", 1 + bool(pytorch))
+    contenders: list[Measurable] = [*open_packages(config.packages, config.runtime)]
+    progress.advance()
+    if pytorch:
+        from promprune.bench.pytorch import PytorchContender, PytorchModel
+
+        shared = PytorchModel(next(iter(pytorch.values())))
+        contenders += [PytorchContender(name, shared, settings) for name, settings in pytorch.items()]
+        progress.advance()
+    for contender in contenders:
+        stack.callback(contender.close)
+    return contenders
+
+
+def _loads(config: BenchConfig, contenders: Sequence[Measurable]) -> list[_Load]:
+    """Every contender one by one, in batches, and several calls at a time; not batches times calls."""
+    loads = [(batch, 1) for batch in config.batches] + [(1, calls) for calls in config.concurrencies if calls > 1]
+    return [
+        _Load(contender, batch, calls)
+        for batch, calls in loads
+        for contender in contenders
+        if calls == 1 or contender.concurrent
+    ]
+
+
+def _rounds(
+    config: BenchConfig,
+    question: Question,
+    contenders: Sequence[Measurable],
+    loads: Sequence[_Load],
+    probe: CeilingProbe,
+    progress: Progress,
+) -> tuple[dict[_Load, _Measured], tuple[float, ...]]:
+    """Run the warm-up and the rounds; return the samples, and what others used of the CPUs in each round."""
+    order, shuffle = list(loads), random.Random(0)
+    progress.begin("warm-up", config.warmup * len(loads))
+    for _ in range(config.warmup):
+        probe.run()
+        for load in order:
+            _call(load, question)
+            progress.advance()
+    for contender in contenders:
+        contender.separate_selection(question.image)
+    measured: dict[_Load, _Measured] = defaultdict(_Measured)
+    others, other_load = [], OtherLoad()
+    progress.begin("rounds", config.rounds * len(loads))
+    for _ in range(config.rounds):
+        shuffle.shuffle(order)
+        probe.run()
+        for load in order:
+            time.sleep(_PAUSE_S)
+            samples, wall = _call(load, question)
+            measured[load].samples += samples
+            measured[load].walls.append(wall)
+            progress.advance()
+        others.append(other_load.since_last())
+    return measured, tuple(share for share in others if share is not None)
+
+
+def _call(load: _Load, question: Question) -> tuple[list[Sample], float]:
+    """Run one load once; return its samples and the seconds it took."""
+    start = time.perf_counter()
+    if load.concurrency == 1:
+        sample = load.contender.run(question, load.batch)
+        wall = time.perf_counter() - start
+        apart = load.contender.selection_apart_ms(load.batch)
+        return [sample if apart is None else sample.with_selection(apart)], wall
+    with ThreadPoolExecutor(load.concurrency) as pool:
+        jobs = [pool.submit(load.contender.run, question, load.batch) for _ in range(load.concurrency)]
+        return [job.result() for job in jobs], time.perf_counter() - start
+
+
+def _records(
+    contenders: Sequence[Measurable],
+    question: Question,
+    ceilings: Ceilings,
+    cold_starts: Mapping[str, ColdStart],
+    loads: Sequence[_Load],
+    measured: Mapping[_Load, _Measured],
+    progress: Progress,
+) -> tuple[Contender, ...]:
+    progress.begin("count the work", len(contenders))
+    records = []
+    for contender in contenders:
+        facts = contender.facts(question)
+        first = next(load for load in loads if load.contender is contender)
+        work = {name: _stage_work(counted, ceilings) for name, counted in (facts.work or {}).items()}
+        records.append(facts.record(work, measured[first].samples[-1].token_ids, cold_starts.get(contender.name)))
+        progress.advance()
+    return tuple(records)
+
+
+def _stage_work(work: GraphWork, ceilings: Ceilings) -> StageWork:
+    seconds = max(work.flops / ceilings.product_flops_per_s, work.traffic_bytes / ceilings.copy_bytes_per_s)
+    return StageWork(
+        flops=work.flops,
+        traffic_bytes=work.traffic_bytes,
+        bound_ms=round(seconds * 1000, 4),
+        uncounted=work.uncounted,
+    )
+
+
+def _case(load: _Load, measured: _Measured, config: BenchConfig) -> Case:
+    samples = [sample.stages_ms for sample in measured.samples]
+    stages = {
+        name: Distribution.of([sample[name] for sample in samples])
+        for name in STAGES
+        if all(name in sample for sample in samples)
+    }
+    answered = load.batch * load.concurrency / statistics.median(measured.walls)
+    return Case(
+        contender=load.contender.name,
+        batch=load.batch,
+        concurrency=load.concurrency,
+        stages=stages,
+        prompts_per_s=round(answered, 4),
+        tokens_per_s=round(answered * config.new_tokens, 4),
+    )
+
+
+def _settings(config: BenchConfig) -> Settings:
+    return Settings(
+        command=config.command,
+        image="rendered scene 0" if config.image is None else config.image.name,
+        prompt=config.prompt,
+        new_tokens=config.new_tokens,
+        rounds=config.rounds,
+        warmup=config.warmup,
+        backend=config.runtime.backend,
+        provider=config.runtime.provider,
+        threads=config.runtime.num_threads or usable_cpus(),
+    )

@@ -1,0 +1,55 @@
+"""Quantiles, and confidence intervals of ratios by bootstrap over rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Interval", "paired_ratios", "quantile", "ratio_of_medians"]
+
+_RESAMPLES: Final = 4000
+_SEED: Final = 0
+
+Floats = npt.NDArray[np.float64]
+
+
+class Interval(NamedTuple):
+    """An estimate and its confidence interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+def quantile(values: Sequence[float], fraction: float) -> float:
+    """Return a quantile, linear between the two nearest values; 0.5 is the median."""
+    return float(np.quantile(np.asarray(values, np.float64), fraction))
+
+
+def paired_ratios(numerator: Sequence[float], denominator: Sequence[float]) -> list[float]:
+    """Return the ratio within each round: what drifts from round to round cancels."""
+    return [above / below for above, below in zip(numerator, denominator, strict=True)]
+
+
+def ratio_of_medians(numerator: Sequence[float], denominator: Sequence[float], *, confidence: float = 0.95) -> Interval:
+    """Return the ratio of two medians, with its interval from rounds drawn again on each side by itself.
+
+    Args:
+        numerator, denominator: one value per round, above 0; the rounds of both need not be the same.
+        confidence: of the interval.
+    """
+    random = np.random.default_rng(_SEED)
+    above, below = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
+    ratios = _resampled_medians(above, random) / _resampled_medians(below, random)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(ratios, [tail, 1 - tail])
+    return Interval(float(np.median(above) / np.median(below)), float(low), float(high))
+
+
+def _resampled_medians(values: Floats, random: np.random.Generator) -> Floats:
+    drawn = random.integers(0, len(values), (_RESAMPLES, len(values)))
+    medians: Floats = np.median(values[drawn], axis=1)
+    return medians

@@ -1,0 +1,342 @@
+"""``promprune-bench``: measure packages and baselines in turns, count their work, and report both."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import msgspec
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from promprune.cli.common import (
+    EXIT_REFUSED,
+    console,
+    missing_extra,
+    option_type,
+    print_json,
+    run_command,
+    version_callback,
+)
+from promprune.config import DTYPES, POLICIES
+from promprune.errors import ConfigError, OutputError
+from promprune.runtime.config import RuntimeConfig
+
+if TYPE_CHECKING:
+    from promprune.bench.compare import Difference
+    from promprune.bench.report import Report
+
+__all__ = ["bench", "compare", "main"]
+
+EXTRA: Final = "bench"
+DEFAULT_RATIOS: Final = "1.0,0.12"
+_INT: Final = "a whole number"
+
+
+def bench(
+    packages: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Folders that promprune-export wrote. Left out: those of --model.", metavar="[PACKAGE]..."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or hub id to export packages of, and to run baselines with.",
+            show_default="the embedded model; with packages, theirs",
+            metavar="MODEL",
+        ),
+    ] = None,
+    ratios: Annotated[
+        str, typer.Option(help="Fractions KEPT of the packages that are exported.", metavar="LIST")
+    ] = DEFAULT_RATIOS,
+    dtype: Annotated[str, typer.Option(help=f"Of those packages: {' or '.join(DTYPES)}.")] = "fp32",
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder they are kept in.", show_default="~/.cache/promprune/bench", metavar="FOLDER"),
+    ] = None,
+    baseline: Annotated[
+        str,
+        typer.Option(
+            help="Measure also: hf (Hugging Face in PyTorch, unpruned), authors (with their selection, eager); with "
+            f"--model, other policies of selection: {', '.join(POLICIES[1:])}.",
+            show_default="none",
+            metavar="LIST",
+        ),
+    ] = "",
+    image: Annotated[
+        Path | None, typer.Option("--image", "-i", show_default="a rendered scene", metavar="FILE")
+    ] = None,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT")] = "What is in the picture?",
+    new_tokens: Annotated[
+        int, typer.Option(help="Length of every answer.", parser=option_type(int, _INT), metavar="COUNT")
+    ] = 16,
+    rounds: Annotated[
+        int,
+        typer.Option(
+            help="In each, everybody runs once, in changing order.", parser=option_type(int, _INT), metavar="COUNT"
+        ),
+    ] = 10,
+    warmup: Annotated[
+        int, typer.Option(help="Rounds that are not counted.", parser=option_type(int, _INT), metavar="COUNT")
+    ] = 1,
+    batch: Annotated[str, typer.Option(help="Prompts answered together; several: 1,4.", metavar="LIST")] = "1",
+    concurrency: Annotated[str, typer.Option(help="Calls at the same time; several: 1,2.", metavar="LIST")] = "1",
+    cold_starts: Annotated[
+        int,
+        typer.Option(
+            help="Processes started of each, for peak memory and the time from nothing.",
+            parser=option_type(int, _INT),
+            metavar="COUNT",
+        ),
+    ] = 1,
+    backend: Annotated[
+        str, typer.Option(help="onnxruntime, or another one that is installed.", metavar="NAME")
+    ] = RuntimeConfig.backend,
+    provider: Annotated[
+        str, typer.Option(help="Of onnxruntime: auto (CUDA where it loads, else the CPU), cpu or cuda.", metavar="NAME")
+    ] = RuntimeConfig.provider,
+    num_threads: Annotated[
+        int | None,
+        typer.Option(
+            help="CPU threads.",
+            parser=option_type(int, _INT),
+            show_default="as many as this process may use",
+            metavar="COUNT",
+        ),
+    ] = RuntimeConfig.num_threads,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Folder for report.json, .csv, .md and .html.", metavar="OUT"),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the reports in OUT.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one line of JSON on stdout.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=version_callback, is_eager=True)
+    ] = False,
+) -> None:
+    """Measure packages and baselines in turns, stage by stage, and count the work that they do.
+
+    Another command, promprune-bench compare A.json B.json, compares two reports: see its --help.
+
+    Examples:
+
+      promprune-bench
+
+      promprune-bench llava-1.0 llava-0.12 --image photo.jpg --baseline hf,authors -o report
+
+      promprune-bench --model ./llava-1.5-7b-hf --ratios 1.0,0.5,0.25,0.12 --batch 1,4 --concurrency 1,2
+    """
+    if packages and ratios != DEFAULT_RATIOS:
+        raise typer.BadParameter("received packages and --ratios; expected one of them: --ratios is for --model")
+    if output is not None:
+        _check_output(output, force=force)
+    with missing_extra(EXTRA):
+        from promprune.bench.measure import BenchConfig, run_benchmark
+
+    named = list(filter(None, baseline.split(",")))
+    policies = [name for name in named if name in POLICIES]
+    if packages and policies:
+        raise typer.BadParameter(
+            f"received packages and --baseline {policies[0]}; expected --model, or packages exported with --policy"
+        )
+    asked: dict[str, Any] = {
+        "image": image,
+        "prompt": prompt,
+        "new_tokens": new_tokens,
+        "rounds": rounds,
+        "warmup": warmup,
+        "batches": _numbers(batch, int, "--batch", "whole numbers such as 1,4"),
+        "concurrencies": _numbers(concurrency, int, "--concurrency", "whole numbers such as 1,2"),
+        "cold_starts": cold_starts,
+        "baselines": tuple(name for name in named if name not in POLICIES),
+        "model": model,
+        "runtime": RuntimeConfig(backend=backend, provider=provider, num_threads=num_threads),  # type: ignore[arg-type]
+        "command": shlex.join(["promprune-bench", *sys.argv[1:]]),
+    }
+    given = {_name(folder): folder for folder in packages or []}
+    if packages and len(given) < len(packages):
+        raise ConfigError("received packages of the same name", expected="folders with different names")
+    wanted = _numbers(ratios, float, "--ratios", "fractions such as 1.0,0.12")
+    BenchConfig(packages=given or {"none yet": Path()}, **asked)  # refuses what is wrong before anything is exported
+    with _bar() as progress, missing_extra("export"):
+        folders = given or _exported(model, wanted, dtype, policies, cache, progress)
+        report = run_benchmark(BenchConfig(packages=folders, **asked), progress)
+    if output is not None:
+        _write(report, output)
+    _print(report, as_json=as_json)
+
+
+def compare(
+    before: Annotated[Path, typer.Argument(help="report.json of promprune-bench.", metavar="A.json")],
+    after: Annotated[Path, typer.Argument(help="Another one.", metavar="B.json")],
+    stage: Annotated[str, typer.Option(help="Whose time is compared.", metavar="STAGE")] = "first_token",
+    threshold: Annotated[
+        float,
+        typer.Option(
+            help="Relative slow-down that is a regression.",
+            parser=option_type(float, "a number such as 0.05"),
+            metavar="FRACTION",
+        ),
+    ] = 0.05,
+    confidence: Annotated[
+        float,
+        typer.Option(help="Of the intervals.", parser=option_type(float, "a number such as 0.95"), metavar="FRACTION"),
+    ] = 0.95,
+    relative_to: Annotated[
+        str | None,
+        typer.Option(
+            help="Compare each contender's time over this one's, round by round: a slower machine cancels.",
+            metavar="CONTENDER",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON on stdout.")] = False,
+) -> None:
+    """Compare two reports. Exits with 1 if B is slower than A by more than the threshold.
+
+    A regression is a ratio of medians past the threshold whose confidence interval, from rounds drawn again and
+    again, lies above 1 as a whole.
+
+    Examples:
+
+      promprune-bench compare yesterday/report.json today/report.json --threshold 0.1
+
+      promprune-bench compare A.json B.json --relative-to 1.0
+    """
+    with missing_extra(EXTRA):
+        from promprune.bench.compare import CompareConfig, compare_reports
+        from promprune.bench.report import read_report
+    config = CompareConfig(stage=stage, threshold=threshold, confidence=confidence, relative_to=relative_to)
+    found = compare_reports(read_report(before), read_report(after), config)
+    if as_json:
+        print_json({"stage": stage, "threshold": threshold, "differences": [_plain(entry) for entry in found]})
+    else:
+        console.print(_differences(found, config.stage, relative_to))
+    slower = [entry for entry in found if entry.regression]
+    print(f"{len(slower)} of {len(found)} cases are slower by more than {threshold:.1%}", file=sys.stderr)
+    if slower:
+        raise typer.Exit(EXIT_REFUSED)
+
+
+def main() -> None:
+    """Entry point of ``promprune-bench``."""
+    if sys.argv[1:2] == ["compare"]:
+        run_command(compare, name="promprune-bench compare", arguments=sys.argv[2:])
+    run_command(bench)
+
+
+class _RichProgress:
+    """One bar after the other."""
+
+    def __init__(self, bar: Bar) -> None:
+        self._bar = bar
+        self._task: Any = None
+
+    def __enter__(self) -> _RichProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def begin(self, description: str, steps: int) -> None:
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+        self._task = self._bar.add_task(description, total=steps)
+
+    def advance(self) -> None:
+        self._bar.advance(self._task)
+
+
+def _bar() -> _RichProgress:
+    columns = (SpinnerColumn(), TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn())
+    return _RichProgress(Bar(*columns, TimeElapsedColumn(), console=console, transient=True))
+
+
+def _numbers(text: str, convert: Callable[[str], Any], option: str, expected: str) -> tuple[Any, ...]:
+    try:
+        return tuple(convert(part) for part in text.split(","))
+    except ValueError as error:
+        raise typer.BadParameter(f"received {option} {text!r}; expected {expected}") from error
+
+
+def _name(folder: Path) -> str:
+    return folder.resolve().name
+
+
+def _exported(
+    model: str | None,
+    ratios: tuple[float, ...],
+    dtype: str,
+    policies: list[str],
+    cache: Path | None,
+    progress: _RichProgress,
+) -> dict[str, Path]:
+    from promprune.bench.export_cache import default_cache, packages_of
+
+    folder = cache or default_cache()
+    return packages_of(model, ratios, dtype, policies, folder, progress)  # type: ignore[arg-type]
+
+
+def _check_output(output: Path, *, force: bool) -> None:
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} exists and is no folder", expected="a folder", fix="choose another -o")
+    if (output / "report.json").exists() and not force:
+        raise OutputError(
+            f"{output} holds a report already", expected="a new folder", fix="choose another -o, or add --force"
+        )
+
+
+def _write(report: Report, output: Path) -> None:
+    """Write all four forms, each of which appears whole or not at all."""
+    from promprune.bench.page import to_html
+    from promprune.bench.tables import to_csv, to_markdown
+
+    content = msgspec.json.format(msgspec.json.encode(report), indent=2).decode() + "\n"
+    texts = {"json": content, "csv": to_csv(report), "md": to_markdown(report), "html": to_html(report)}
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for suffix, text in texts.items():
+            partial = output / f".report.{suffix}.partial"
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(output / f"report.{suffix}")
+    except OSError as error:
+        raise OutputError(f"{output} cannot be written ({error.strerror})", fix="choose another -o") from error
+
+
+def _print(report: Report, *, as_json: bool) -> None:
+    if as_json:
+        print_json(msgspec.to_builtins(report))
+        return
+    from promprune.bench.tables import grids, machine_lines
+
+    for line in machine_lines(report):
+        console.print(line, style="dim", markup=False, soft_wrap=True)
+    for grid in grids(report):
+        table = Table(title=grid.title, caption=grid.note or None, title_justify="left", title_style="bold")
+        for number, title in enumerate(grid.header):
+            table.add_column(title, justify="right" if number else "left")
+        for row in grid.rows:
+            table.add_row(*row)
+        console.print(table)
+
+
+def _differences(found: list[Difference], stage: str, relative_to: str | None) -> Table:
+    unit = f"over {relative_to}" if relative_to else "ms"
+    table = Table(title=f"{stage}, B against A", title_justify="left", title_style="bold")
+    for number, title in enumerate(("", "batch", "calls at once", f"A, {unit}", f"B, {unit}", "B / A", "interval", "")):
+        table.add_column(title, justify="right" if number else "left")
+    for entry in found:
+        ratio, interval = f"{entry.ratio.estimate:.3f}", f"{entry.ratio.low:.3f} ... {entry.ratio.high:.3f}"
+        load = (str(entry.batch), str(entry.concurrency), f"{entry.before:.4g}", f"{entry.after:.4g}")
+        verdict = "[bold red]SLOWER[/]" if entry.regression else "[green]ok[/]"
+        table.add_row(entry.contender, *load, ratio, interval, verdict)
+    return table
+
+
+def _plain(entry: Difference) -> dict[str, Any]:
+    return {**vars(entry), "ratio": entry.ratio._asdict()}

@@ -1,0 +1,212 @@
+"""Statistics by hand, and what is made of a report: comparisons, tables, a page."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from promprune.bench.compare import CompareConfig, compare_reports
+from promprune.bench.page import figures, to_html
+from promprune.bench.report import (
+    Case,
+    Ceilings,
+    Contender,
+    Distribution,
+    Machine,
+    Report,
+    Settings,
+    gains,
+    read_report,
+)
+from promprune.bench.statistics import paired_ratios, quantile, ratio_of_medians
+from promprune.bench.tables import to_csv, to_markdown
+from promprune.cli import bench as command
+from promprune.errors import ConfigError, PackageError
+from tests.command_line import run
+
+
+def report_of(first_token_ms: dict[str, Sequence[float]]) -> Report:
+    """A report of contenders "full" (100 of 100 tokens) and others (10 of 100), with a tenth of its FLOPs."""
+    contenders, cases = [], []
+    for name, times in first_token_ms.items():
+        keep = 100 if name == "full" else 10
+        contenders.append(
+            Contender(
+                name=name,
+                kind="package",
+                path=name,
+                model="m",
+                dtype="fp32",
+                device="CPU",
+                num_tokens=100,
+                keep_tokens=keep,
+                policy="promprune",
+                saliency_count=None,
+                prompt_tokens=keep + 5,
+                token_ids=(1,),
+                package_bytes=10,
+                engine_bytes=None,
+                kv_cache_bytes=4,
+                work={},
+                first_token_flops=keep * 10,
+                cold_start=None,
+            )
+        )
+        stages = {"first_token": Distribution.of(times), "prefill": Distribution.of([t / 2 for t in times])}
+        case = Case(contender=name, batch=1, concurrency=1, stages=stages, prompts_per_s=1, tokens_per_s=1)
+        cases.append(case)
+    machine = Machine(
+        cpu="c", cpus=2, memory_bytes=1, governor=None, cpu_mhz=None, system="s", gpus=("<gpu>",), versions={},
+        load_before=None, load_after=None, other_cpu_fraction=(0.1,),
+    )  # fmt: skip
+    settings = Settings(
+        command="promprune-bench full", image="i", prompt="p", new_tokens=1, rounds=3, warmup=1, backend="b",
+        provider="cpu", threads=2,
+    )  # fmt: skip
+    ceilings = Ceilings(product_flops_per_s=1e9, product="p", copy_bytes_per_s=1e9, copy="c")
+    return Report(
+        report_version=1,
+        created="2026-01-01T00:00:00+00:00",
+        machine=machine,
+        settings=settings,
+        ceilings=ceilings,
+        contenders=tuple(contenders),
+        cases=tuple(cases),
+    )
+
+
+def save(folder: Path, name: str, report: Report) -> str:
+    path = folder / name
+    path.write_bytes(msgspec.json.encode(report))
+    return str(path)
+
+
+def test_quantiles_by_hand() -> None:
+    values = [40.0, 10.0, 30.0, 20.0]  # in order: 10 20 30 40
+    assert quantile(values, 0.5) == 25
+    assert quantile(values, 0.1) == pytest.approx(13)  # 0.3 of the way from 10 to 20
+    assert quantile(values, 0.99) == pytest.approx(39.7)
+    times = Distribution.of(values)
+    assert (times.n, times.median_ms, times.p10_ms, times.p90_ms, times.min_ms) == (4, 25, 13, 37, 10)
+    assert times.samples_ms == (40, 10, 30, 20)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+    random = np.random.default_rng(1)
+    covered = 0
+    for _ in range(200):
+        before, after = random.lognormal(0, 0.1, 25), 1.2 * random.lognormal(0, 0.1, 25)
+        interval = ratio_of_medians(after.tolist(), before.tolist(), confidence=0.9)
+        covered += interval.low <= 1.2 <= interval.high
+    assert 0.84 <= covered / 200 <= 0.99
+
+
+def test_drift_cancels_within_rounds() -> None:
+    drift = [1.0, 3.0, 2.0, 5.0, 4.0]
+    ratios = paired_ratios([0.5 * x for x in drift], drift)
+    assert ratio_of_medians(ratios, [1.0]) == (0.5, 0.5, 0.5)
+
+
+def test_a_gain_is_measured_against_what_flops_allow() -> None:
+    """Time falls to a quarter, FLOPs to a tenth: (1 - 0.25) / (1 - 0.1) of what they allow."""
+    (gain,) = gains(report_of({"pruned": [25, 50, 75], "full": [100, 200, 300]}))
+    assert (gain.contender, gain.baseline) == ("pruned", "full")
+    assert (gain.time.estimate, gain.flops) == (0.25, 0.1)
+    assert gain.reached == pytest.approx(0.75 / 0.9)
+
+
+def test_concurrent_calls_of_a_round_count_as_one() -> None:
+    stages = {"total": Distribution.of([1.0, 3.0, 5.0, 7.0])}
+    case = Case(contender="c", batch=1, concurrency=2, stages=stages, prompts_per_s=1, tokens_per_s=1)
+    assert case.per_round("total") == (2.0, 6.0)
+
+
+def test_the_json_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    report = report_of({"pruned": [1, 2, 3], "full": [4, 5, 6]})
+    path = Path(save(tmp_path, "a.json", report))
+    assert read_report(path) == report
+    path.write_text(path.read_text().replace('"report_version":1', '"report_version":2'))
+    with pytest.raises(PackageError, match="report version 2; expected 1"):
+        read_report(path)
+    path.write_text("{}")
+    with pytest.raises(PackageError, match="not a benchmark report"):
+        read_report(path)
+
+
+BASE = {"full": [100.0, 101, 99, 100, 100, 102], "pruned": [40.0, 41, 39, 40, 40, 41]}
+SLOWER = {"full": BASE["full"], "pruned": [t * 1.2 for t in BASE["pruned"]]}
+
+
+@pytest.mark.parametrize(
+    ("after", "options", "exit_code"),
+    [
+        (BASE, [], 0),
+        (SLOWER, [], 1),
+        (SLOWER, ["--threshold", "0.3"], 0),
+        ({name: [t * 2 for t in times] for name, times in BASE.items()}, ["--relative-to", "full"], 0),
+        ({name: [t * 2 for t in times] for name, times in BASE.items()}, [], 1),
+        ({**BASE, "pruned": [30.0, 70, 30, 70, 43, 43]}, [], 0),  # slower in the median, but by accident
+    ],
+)
+def test_compare_says_whether_something_became_slower(
+    tmp_path: Path, after: dict[str, list[float]], options: list[str], exit_code: int
+) -> None:
+    files = [save(tmp_path, "a.json", report_of(BASE)), save(tmp_path, "b.json", report_of(after))]
+    outcome = run(command.main, "compare", *files, "--json", *options)
+    assert outcome.exit_code == exit_code
+    found = json.loads(outcome.stdout)["differences"]
+    assert any(entry["regression"] for entry in found) == bool(exit_code)
+    assert {entry["contender"] for entry in found} == {"full", "pruned"} - set(options)
+
+
+def test_compare_prints_a_table(tmp_path: Path) -> None:
+    files = [save(tmp_path, "a.json", report_of(BASE)), save(tmp_path, "b.json", report_of(SLOWER))]
+    outcome = run(command.main, "compare", *files)
+    assert "1 of 2 cases are slower by more than 5.0%" in outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "exit_code", "wanted"),
+    [
+        (["--stage", "lunch"], 1, "received stage 'lunch'; expected one of preprocess"),
+        (["--threshold", "0"], 1, "received threshold = 0; expected above 0"),
+        (["--threshold", "much"], 2, "received 'much'; expected a number"),
+        (["--confidence", "1"], 1, "received confidence = 1; expected between 0 and 1"),
+        (["--relative-to", "nobody"], 1, "received relative to 'nobody', which a report lacks; expected one of full"),
+        (["--stage", "decode"], 1, "no case with the stage 'decode' in common"),
+    ],
+)
+def test_compare_refuses_in_one_line(tmp_path: Path, options: list[str], exit_code: int, wanted: str) -> None:
+    file = save(tmp_path, "a.json", report_of(BASE))
+    outcome = run(command.main, "compare", file, file, *options)
+    assert outcome.exit_code == exit_code
+    assert len(outcome.error_lines) == 1
+    assert wanted in outcome.error_lines[0]
+
+
+def test_reports_without_a_common_case_are_refused() -> None:
+    with pytest.raises(ConfigError, match="no case"):
+        compare_reports(report_of({"full": [1]}), report_of({"pruned": [1]}), CompareConfig())
+
+
+def test_the_page_needs_nothing_from_elsewhere() -> None:
+    report = report_of({"pruned": [25, 50, 75], "full": [100, 200, 300]})
+    page = to_html(report)
+    assert page.count("<svg") == len(figures(report)) == 3  # no cold starts, so no memory
+    assert not re.search(r"https?:|url\((?!#)|@import|<script|<link|<img", page)
+    assert "&lt;gpu&gt;" in page
+    assert to_html(report) == page
+
+
+def test_csv_and_markdown_say_the_same() -> None:
+    report = report_of({"pruned": [25, 50, 75], "full": [100, 200, 300]})
+    rows = [line.split(",") for line in to_csv(report).splitlines()]
+    assert len(rows) == 1 + 2 * 2
+    assert dict(zip(rows[0], rows[1], strict=True))["median_ms"] == "50.0"
+    assert "| pruned | full | 4.00x (4.00 ... 4.00) | -75.0% | -90.0% | 83.3% |" in to_markdown(report)

@@ -1,0 +1,167 @@
+"""``promprune-bench`` as a user meets it, on tiny models; the figures themselves depend on the machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from promprune.bench.contenders import Question
+from promprune.bench.export_cache import packages_of
+from promprune.bench.pytorch import PytorchContender, PytorchModel, PytorchSettings
+from promprune.bench.report import FIRST_TOKEN_STAGES, Report, read_report
+from promprune.cli import bench as command
+from promprune.export import ExportResult
+from tests.command_line import run
+
+PROMPT = "What is this?"
+
+
+@pytest.fixture(scope="module")
+def report(
+    tiny_llava: Path,
+    tiny_export: ExportResult,
+    tiny_full_export: ExportResult,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Report:
+    """Two packages and both PyTorch baselines, in batches and at the same time."""
+    output = tmp_path_factory.mktemp("bench") / "out"
+    packages = [str(export.output) for export in (tiny_full_export, tiny_export)]
+    options = ["--baseline", "hf,authors", "--model", str(tiny_llava), "--provider", "cpu", "--num-threads", "1"]
+    loads = ["--batch", "1,2", "--concurrency", "1,2", "--rounds", "5", "--new-tokens", "3", "--cold-starts", "0"]
+    outcome = run(command.main, *packages, *options, *loads, "-p", PROMPT, "-o", str(output), "--json")
+    assert outcome.exit_code == 0, outcome.stderr
+    assert {path.name for path in output.iterdir()} == {f"report.{end}" for end in ("json", "csv", "md", "html")}
+    written = read_report(output / "report.json")
+    assert json.loads(outcome.stdout)["created"] == written.created
+    return written
+
+
+def test_every_contender_is_measured_under_every_load(report: Report) -> None:
+    names = {contender.name: contender.kind for contender in report.contenders}
+    assert names == {
+        "tiny-full": "package",
+        "tiny": "package",
+        "Hugging Face": "hugging_face",
+        "authors, 4 tokens": "authors",
+    }
+    loads = {(case.contender, case.batch, case.concurrency) for case in report.cases}
+    packages = {(name, 1, 2) for name in ("tiny", "tiny-full")}
+    assert loads == {(name, batch, 1) for name in names for batch in (1, 2)} | packages
+    for case in report.cases:
+        assert case.stages["first_token"].n == 5 * case.concurrency
+        assert case.prompts_per_s > 0
+
+
+def test_the_stages_add_up_to_the_first_token(report: Report) -> None:
+    for case in report.cases:
+        stages = [case.stages[name].samples_ms for name in FIRST_TOKEN_STAGES if name in case.stages]
+        for *parts, whole in zip(*stages, case.stages["first_token"].samples_ms, strict=True):
+            assert sum(parts) <= whole + 0.01
+            assert sum(parts) >= 0.3 * whole  # the rest is the choice of the token, and what generate does besides
+
+
+def test_the_selection_is_apart_where_there_is_one(report: Report) -> None:
+    for case in report.cases:
+        alone = case.concurrency == 1
+        wanted = alone and case.contender in ("tiny", "authors, 4 tokens")
+        assert ("selection" in case.stages) == wanted
+
+
+def test_equal_work_has_equal_answers_and_counts(report: Report) -> None:
+    ours, theirs = report.contender("tiny-full"), report.contender("Hugging Face")
+    assert ours.token_ids == theirs.token_ids
+    assert ours.prompt_tokens == theirs.prompt_tokens
+    assert report.contender("tiny").prompt_tokens == report.contender("authors, 4 tokens").prompt_tokens
+    assert report.contender("tiny").saliency_count == report.contender("authors, 4 tokens").saliency_count
+    assert ours.kv_cache_bytes == theirs.kv_cache_bytes
+    assert theirs.first_token_flops is not None
+    assert ours.first_token_flops is not None
+    # transformers runs one more layer of the vision tower than the features need
+    assert ours.first_token_flops < theirs.first_token_flops < 1.35 * ours.first_token_flops
+
+
+def test_the_work_of_every_stage_is_counted(report: Report) -> None:
+    for name, stages in (("tiny-full", 4), ("tiny", 5)):
+        contender = report.contender(name)
+        assert len(contender.work) == stages
+        assert all(work.traffic_bytes > 0 and work.bound_ms > 0 for work in contender.work.values())
+        before = [work.flops for stage, work in contender.work.items() if stage != "decode"]
+        assert contender.first_token_flops == sum(before)
+
+
+def test_the_baseline_answers_as_generate_does(tiny_llava: Path, tmp_path: Path) -> None:
+    image = tmp_path / "image.png"
+    Image.effect_mandelbrot((90, 70), (-2, -1, 1, 1), 40).save(image)
+    settings = PytorchSettings(model=str(tiny_llava), dtype="fp32", device="cpu", threads=1)
+    contender = PytorchContender("hf", PytorchModel(settings), settings)
+    got = contender.run(Question(image=image, prompt=PROMPT, new_tokens=5), 1).token_ids
+    processor = AutoProcessor.from_pretrained(tiny_llava)
+    model = LlavaForConditionalGeneration.from_pretrained(tiny_llava).eval()
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPT}]}
+    text = processor.apply_chat_template([message], add_generation_prompt=True)
+    inputs = processor(images=[Image.open(image).convert("RGB")], text=text, return_tensors="pt")
+    answer = model.generate(**inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False, eos_token_id=None)
+    assert list(got) == answer[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_a_process_of_its_own_says_its_memory(tiny_export: ExportResult) -> None:
+    outcome = run(command.main, str(tiny_export.output), "--rounds", "1", "--provider", "cpu", "--json")
+    (contender,) = json.loads(outcome.stdout)["contenders"]
+    cold = contender["cold_start"]
+    assert 20e6 < cold["peak_host_bytes"] < 400e6
+    assert cold["first_token_ms"] > 50
+    assert cold["peak_device_bytes"] is None
+
+
+class _Silent:
+    def begin(self, description: str, steps: int) -> None:
+        self.steps = steps
+
+    def advance(self) -> None:
+        self.steps -= 1
+
+
+def test_packages_are_exported_once(tiny_llava: Path, tmp_path: Path) -> None:
+    progress = _Silent()
+    made = packages_of(str(tiny_llava), (1.0, 0.25), "fp32", ("random",), tmp_path, progress)
+    assert list(made) == ["1", "0.25", "0.25, random"]
+    assert progress.steps == 0
+    stamps = [(folder / "promprune.json").stat().st_mtime_ns for folder in made.values()]
+    assert packages_of(str(tiny_llava), (1.0, 0.25), "fp32", ("random",), tmp_path, progress) == made
+    assert [(folder / "promprune.json").stat().st_mtime_ns for folder in made.values()] == stamps
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "wanted"),
+    [
+        (["./nowhere"], 1, "nowhere is not an exported package (no such folder)"),
+        (["a", "--ratios", "1.0"], 2, "received packages and --ratios"),
+        (["a", "--baseline", "random"], 2, "received packages and --baseline random; expected --model"),
+        (["a", "--baseline", "vllm"], 1, "received baseline 'vllm'; expected one of hf, authors"),
+        (["a", "--rounds", "0"], 1, "received rounds = 0; expected at least 1"),
+        (["a", "--rounds", "x"], 2, "received 'x'; expected a whole number"),
+        (["a", "--batch", "1,x"], 2, "received --batch '1,x'; expected whole numbers"),
+        (["a", "--concurrency", "0"], 1, "received concurrencies = (0,); expected numbers of at least 1"),
+        (["a", "--image", "nothing.png"], 1, "received image nothing.png, which is no file"),
+        (["a", "--provider", "abacus"], 1, "received provider = 'abacus'"),
+        (["a/b", "c/b"], 1, "received packages of the same name"),
+        (["--ratios", "some"], 2, "received --ratios 'some'; expected fractions"),
+    ],
+)
+def test_refusals_are_one_line(arguments: list[str], exit_code: int, wanted: str) -> None:
+    outcome = run(command.main, *arguments)
+    assert outcome.exit_code == exit_code
+    assert len(outcome.error_lines) == 1
+    assert wanted in outcome.error_lines[0]
+
+
+def test_a_report_is_not_replaced_unasked(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text("precious")
+    outcome = run(command.main, "a", "-o", str(tmp_path))
+    assert outcome.exit_code == 1
+    assert "holds a report already" in outcome.error_lines[0]
+    assert (tmp_path / "report.json").read_text() == "precious"
