@@ -17,6 +17,7 @@ __all__ = [
     "DTYPES",
     "ENGINE_BACKENDS",
     "POLICIES",
+    "CompareConfig",
     "Dtype",
     "EngineBackend",
     "EngineConfig",
@@ -211,3 +212,31 @@ class EngineConfig:
                 raise ConfigError(f"received {name} = {getattr(self, name)}", expected="at least 1")
         if self.workspace_mib is not None and self.workspace_mib < 1:
             raise ConfigError(f"received workspace_mib = {self.workspace_mib}", expected="at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """What ``promprune-verify`` is asked to compare, where it is not a package with its source.
+
+    Attributes:
+        backend: that runs the package; one of ``promprune.export.compare.RUNNERS``.
+        against: that it is compared with.
+        reference: another package of the same model, which ``against`` runs; ``None``: the same package.
+        graphs: names of graphs; none: all.
+        layers: look at every tensor inside the graphs, in order, until the first that is past the tolerance.
+        tolerance: largest error that passes (see ``promprune.export.compare.TensorError``).
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    backend: str = "onnxruntime"
+    against: str = "onnxruntime"
+    reference: Path | None = None
+    graphs: tuple[str, ...] = ()
+    layers: bool = False
+    tolerance: float = 2e-2
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
+            raise ConfigError(f"received tolerance = {self.tolerance:g}", expected="a finite number of at least 0")

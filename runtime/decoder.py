@@ -69,6 +69,7 @@ class Decoder:
             needs besides keys and values (activations, a mask of chunk times length) grows with the chunk.
 
     Attributes:
+        session: the loaded graph.
         hidden_size: of ``inputs_embeds``.
         embeds_dtype: of ``inputs_embeds``.
         cache_bytes_per_token: memory of one position's keys and values, in bytes.
@@ -79,7 +80,7 @@ class Decoder:
     """
 
     def __init__(self, session: Session, prefill_chunk: int | None = None) -> None:
-        self._session = session
+        self.session = session
         self._prefill_chunk = prefill_chunk
         self._past = {name: spec for name, spec in session.inputs.items() if name.startswith(_PAST)}
         self._present = {_PRESENT + name.removeprefix(_PAST): name for name in self._past}
@@ -103,16 +104,16 @@ class Decoder:
     @property
     def device(self) -> str:
         """Where the graph runs: ``"CPU"`` or ``"CUDA"``."""
-        return self._session.device
+        return self.session.device
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Why the graph runs where and as it does, in words."""
-        return self._session.notes
+        return self.session.notes
 
     def close(self) -> None:
         """Free the graph; reading afterwards is a BackendError."""
-        self._session.close()
+        self.session.close()
 
     def empty_cache(self, batch: int) -> Cache:
         """Return the cache of a model that has read nothing."""
@@ -172,7 +173,7 @@ class Decoder:
             "position_ids": positions[0] if self.position_axes == 1 else positions,
             **cache.tensors,
         }
-        outputs = self._session.run_keeping(inputs, keep=self._present)
+        outputs = self.session.run_keeping(inputs, keep=self._present)
         logits: npt.NDArray[np.float32] = outputs["logits"].numpy()[:, -1]
         present = {past: outputs[name] for name, past in self._present.items()}
         return logits, Cache(present, whole, cache.rope_delta)

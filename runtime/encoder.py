@@ -39,6 +39,7 @@ class ImageEncoder:
         manifest: what the package says of itself.
         layout: from pictures to the inputs of a vision graph, and from its outputs to encoded images.
         device: where the graphs run: ``"CPU"`` or ``"CUDA"``.
+        sessions: the loaded graphs, by name.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class ImageEncoder:
         self.manifest = manifest
         self.layout = layout
         self.device = sessions[layout.graphs[0]].device
-        self._sessions = sessions
+        self.sessions = sessions
         self._cache = _ImageCache(config.image_cache_size)
 
     @classmethod
@@ -101,7 +102,7 @@ class ImageEncoder:
         """
         if not isinstance(source, EncodedImage):
             return self.layout.prepare(load_image(source))
-        size = self._sessions[self.layout.graphs[0]].outputs["image_features"].shape[-1]
+        size = self.sessions[self.layout.graphs[0]].outputs["image_features"].shape[-1]
         expected = (self.layout.num_placeholders(source.selection), size)
         if source.image_features.shape != expected:
             raise ConfigError(
@@ -122,7 +123,7 @@ class ImageEncoder:
         known = self._cache.get(image.digest)
         if known is not None:
             return known, False
-        encoded = self.layout.pack(self._sessions[image.graph].run(image.feeds), image)
+        encoded = self.layout.pack(self.sessions[image.graph].run(image.feeds), image)
         encoded.image_features.flags.writeable = False
         self._cache.put(image.digest, encoded)
         return encoded, True
@@ -130,11 +131,11 @@ class ImageEncoder:
     @property
     def notes(self) -> tuple[str, ...]:
         """Why the graphs run where and as they do, in words."""
-        return tuple(dict.fromkeys(note for session in self._sessions.values() for note in session.notes))
+        return tuple(dict.fromkeys(note for session in self.sessions.values() for note in session.notes))
 
     def close(self) -> None:
         """Free the graphs; encoding afterwards is a BackendError."""
-        for session in self._sessions.values():
+        for session in self.sessions.values():
             session.close()
 
     def __enter__(self) -> Self:

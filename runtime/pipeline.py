@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from promprune.errors import BackendError, ConfigError, PackageError
-from promprune.package import read_manifest
+from promprune.package import DECODER, EMBED_TOKENS, read_manifest
 from promprune.runtime.config import (
     DEFAULT_NEW_TOKENS,
     GenerationConfig,
@@ -170,6 +170,11 @@ class VisionLanguagePipeline:
             BackendError: the vision graph failed, or returned something that is not a number.
         """
         return self.encoder.encode_image(image)
+
+    @property
+    def sessions(self) -> dict[str, Session]:
+        """The loaded graphs, by name."""
+        return {**self.encoder.sessions, EMBED_TOKENS: self._embed, DECODER: self._decoder.session}
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -103,7 +103,7 @@ def test_a_prompt_read_in_chunks_is_answered_alike(folder: Path, pipeline: Any, 
     options = {"max_new_tokens": 30}
     lengths: list[int] = []
     with VisionLanguagePipeline.from_package(folder, prefill_chunk=chunk) as chunked:
-        session = chunked._decoder._session
+        session = chunked._decoder.session
         run = session.run_keeping
         session.run_keeping = lambda inputs, keep: lengths.append(inputs["inputs_embeds"].shape[1]) or run(inputs, keep)
         for found, expected in zip(

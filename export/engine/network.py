@@ -25,7 +25,7 @@ DEFAULTS: Final = EngineConfig()
 def engine_from_onnx(
     toolkit: Toolkit,
     path: Path,
-    graph: GraphRecord,
+    graph: GraphRecord | None,
     *,
     profiles: tuple[ProfileRecord, ...],
     target: str,
@@ -38,7 +38,7 @@ def engine_from_onnx(
     Args:
         toolkit: which TensorRT.
         path: the ONNX file; external weights lie beside it.
-        graph: what the file must have as inputs and outputs.
+        graph: what the file must have as inputs and outputs; ``None``: that is not looked at.
         profiles: shape ranges of the inputs.
         target: as :meth:`Toolkit.resolve` returns it.
         config: settings of the engine; those of the profiles are in ``profiles`` already.
@@ -59,7 +59,8 @@ def engine_from_onnx(
         builder = trt.Builder(log)
         network = builder.create_network(_network_flags(trt))
         _parse(trt, network, log, path)
-        _check_tensors(network, graph, path)
+        if graph is not None:
+            _check_tensors(network, graph, path)
         _allow_decomposition(trt, network)
         settings = builder.create_builder_config()
         _configure(toolkit, settings, target, config)

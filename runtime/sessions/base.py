@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -81,6 +81,7 @@ class Session(ABC):
         inputs, outputs: the graph's tensors by name.
         device: where it runs, as a short word: ``"CPU"``, ``"CUDA"``.
         notes: why it runs there and so, in words.
+        on_run: called with the inputs of every run before it begins.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Session(ABC):
     outputs: Mapping[str, TensorSpec]
     device: str
     notes: tuple[str, ...] = ()
+    on_run: Callable[[Mapping[str, Value]], None] | None = None
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run the graph on host arrays and return every output as a host array.
@@ -95,7 +97,7 @@ class Session(ABC):
         Raises:
             BackendError: a name, dtype or shape is not the graph's, or the backend fails.
         """
-        self._check(inputs)
+        self._begin(inputs)
         return {name: value.numpy() for name, value in self._run(inputs, keep=()).items()}
 
     def run_keeping(self, inputs: Mapping[str, Value], keep: Collection[str]) -> dict[str, DeviceTensor]:
@@ -106,7 +108,7 @@ class Session(ABC):
         Raises:
             BackendError: a name, dtype or shape is not the graph's, or the backend fails.
         """
-        self._check(inputs)
+        self._begin(inputs)
         return self._run(inputs, keep=keep)
 
     @abstractmethod
@@ -148,6 +150,11 @@ class Session(ABC):
                         expected=f"{stated.get(name, 'none')}, as the manifest says",
                         fix="export the package again",
                     )
+
+    def _begin(self, inputs: Mapping[str, Value]) -> None:
+        self._check(inputs)
+        if self.on_run is not None:
+            self.on_run(inputs)
 
     def _check(self, inputs: Mapping[str, Value]) -> None:
         if inputs.keys() != self.inputs.keys():

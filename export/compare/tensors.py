@@ -1,0 +1,123 @@
+"""How far two results are from each other, and which tensors of a graph can be looked at."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+__all__ = ["TensorError", "compare_results", "same_tensors", "tensor_error", "tensors_of"]
+
+_LARGEST_HALF: Final = float(np.finfo(np.float16).max)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorError:
+    """How far one tensor is from the reference.
+
+    Attributes:
+        tensor: its name.
+        node: what computes it, as ``operator name``.
+        error: of numbers, the root mean square of the difference over that of the reference; of whole numbers and
+            truth values, the share of elements that differ. Infinite where shapes, or NaN and infinities, differ.
+        passed: whether the error is within the tolerance.
+    """
+
+    tensor: str
+    node: str
+    error: float
+    passed: bool
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+
+def tensors_of(model: onnx.ModelProto) -> dict[str, str]:
+    """Return the tensors that a graph computes, in the order in which it does, and the node behind each."""
+    return {
+        output: f"{node.op_type} {node.name}".strip()
+        for node in model.graph.node
+        if node.op_type != "Constant"
+        for output in node.output
+        if output
+    }
+
+
+def same_tensors(model: onnx.ModelProto, other: onnx.ModelProto) -> dict[str, str]:
+    """Return which tensor of another graph each tensor of a graph is, in the order of the graph.
+
+    Two tensors are the same that are computed by the same operators of the same tensors, casts aside: names do not
+    tell, because an exporter numbers them, and counts casts. Where several are alike, the order decides.
+    """
+    places: dict[Hashable, list[str]] = defaultdict(list)
+    for tensor, key in _keys(other).items():
+        places[key].append(tensor)
+    found = {}
+    for tensor, key in _keys(model).items():
+        if places[key]:
+            found[tensor] = places[key].pop(0)
+    return found
+
+
+def _keys(model: onnx.ModelProto) -> dict[str, Hashable]:
+    """Return a digest of how each tensor comes about; casts have that of what they cast, and are left out."""
+    sources: dict[str, Hashable] = {value.name: value.name for value in model.graph.input}
+    sources |= {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    keys: dict[str, Hashable] = {}
+    for node in model.graph.node:
+        if node.op_type == "Cast":
+            sources[node.output[0]] = sources.get(node.input[0])
+            continue
+        made = hash((node.op_type, *(sources.get(name) for name in node.input)))
+        for index, output in enumerate(node.output):
+            sources[output] = (made, index)
+            if output and node.op_type != "Constant":
+                keys[output] = (made, index)
+    return keys
+
+
+def tensor_error(value: NDArray[Any], reference: NDArray[Any]) -> float:
+    """Return the error of a tensor, as :class:`TensorError` says."""
+    if value.shape != reference.shape:
+        return float("inf")
+    if value.size == 0:
+        return 0.0
+    if value.dtype.kind not in "fV" or reference.dtype.kind not in "fV":
+        return float(np.mean(value != reference))
+    wide, wanted = value.astype(np.float64), reference.astype(np.float64)
+    if np.float16 in (value.dtype, reference.dtype):  # masks are the lowest number of their dtype
+        wide, wanted = (np.clip(array, -_LARGEST_HALF, _LARGEST_HALF) for array in (wide, wanted))
+    finite = np.isfinite(wanted)
+    if not np.array_equal(np.isfinite(wide), finite) or not np.array_equal(wide[~finite], wanted[~finite], True):
+        return float("inf")
+    difference = float(np.linalg.norm(wide[finite] - wanted[finite]))
+    size = float(np.linalg.norm(wanted[finite]))
+    return difference / size if size else (0.0 if difference == 0 else float("inf"))
+
+
+def compare_results(
+    values: Mapping[str, Any],
+    references: Mapping[str, Any],
+    same: Mapping[str, str],
+    nodes: Mapping[str, str],
+    tolerance: float,
+) -> OrderedDict[str, TensorError]:
+    """Compare what two runs have in common, in the order of the graph; for Polygraphy's Comparator.
+
+    Args:
+        values, references: what was computed, by the name of the tensor.
+        same: which tensor of the reference each tensor is.
+        nodes: what computes each tensor.
+        tolerance: largest error that passes.
+    """
+    found: OrderedDict[str, TensorError] = OrderedDict()
+    for tensor, counterpart in same.items():
+        if tensor in values and counterpart in references:
+            error = tensor_error(np.asarray(values[tensor]), np.asarray(references[counterpart]))
+            found[tensor] = TensorError(tensor=tensor, node=nodes[tensor], error=error, passed=error <= tolerance)
+    return found

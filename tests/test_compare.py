@@ -1,0 +1,219 @@
+"""Comparing backends and packages through Polygraphy: what is measured, and that an injected fault is found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+from onnx.external_data_helper import load_external_data_for_model
+
+from promprune.cli.verify import BACKENDS, main
+from promprune.config import CompareConfig
+from promprune.engines import current_target
+from promprune.errors import BackendError, ConfigError, PackageError
+from promprune.export import ExportResult
+from promprune.package import DECODER, read_manifest
+from tests.command_line import run
+from tests.fake_package import FakeModel, write_fake_package
+
+pytest.importorskip("polygraphy", reason="Polygraphy is not installed")
+
+from promprune.export.compare import RUNNERS, compare_package
+from promprune.export.compare.pipeline import sample_feeds
+from promprune.export.compare.tensors import same_tensors, tensor_error
+
+
+@pytest.fixture(scope="module")
+def fake(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package of a few nodes; not to be changed."""
+    folder = tmp_path_factory.mktemp("compared") / "package"
+    write_fake_package(folder)
+    return folder
+
+
+def perturbed(package: Path, folder: Path, graph: str, weight: str, factor: float) -> Path:
+    """Return a copy of a package in which one weight of one graph is another."""
+    copy = Path(shutil.copytree(package, folder / "perturbed"))
+    path = copy / "onnx" / f"{graph}.onnx"
+    model = onnx.load(path, load_external_data=False)
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == weight)
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    load_external_data_for_model(model, str(path.parent))
+    changed = (numpy_helper.to_array(tensor) * np.float32(factor)).astype(np.float32)
+    with (path.parent / place["location"]).open("r+b") as stream:
+        stream.seek(int(place["offset"]))
+        stream.write(changed.tobytes())
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("value", "reference", "error"),
+    [
+        ([3.0, 4.0], [3.0, 4.0], 0.0),
+        ([3.0, 5.0], [3.0, 4.0], 0.2),  # 1 / 5
+        ([3, 4, 5, 6], [3, 4, 5, 7], 0.25),
+        ([True, False], [True, True], 0.5),
+        ([1.0], [1.0, 2.0], np.inf),
+        ([np.nan, 1.0], [np.nan, 1.0], 0.0),
+        ([np.nan, 1.0], [2.0, 1.0], np.inf),
+        ([np.inf, 1.0], [-np.inf, 1.0], np.inf),
+        ([0.0], [0.0], 0.0),
+        ([1.0], [0.0], np.inf),
+        ([], [], 0.0),
+    ],
+)
+def test_the_error_of_a_tensor(value: list[float], reference: list[float], error: float) -> None:
+    assert tensor_error(np.array(value), np.array(reference)) == pytest.approx(error)
+
+
+def test_half_precision_is_compared_in_double_precision() -> None:
+    value, reference = np.array([60000.0, 3.0], np.float16), np.array([60000.0, 4.0], np.float32)
+    assert tensor_error(value, reference) == pytest.approx(1 / 60000, rel=1e-3)
+
+
+def test_the_inputs_are_those_of_real_answers(fake: Path) -> None:
+    feeds = sample_feeds(fake, read_manifest(fake))
+    prompt, token = feeds[DECODER]
+    assert (prompt["past_key_values.0.key"].shape[2], token["inputs_embeds"].shape[1]) == (0, 1)
+    assert token["attention_mask"].shape[1] == prompt["attention_mask"].shape[1] + 1
+    assert len(feeds["vision_encoder"]) == 1
+
+
+def test_onnx_runtime_agrees_with_the_evaluator_of_onnx(tiny_export: ExportResult) -> None:
+    results = compare_package(tiny_export.output, CompareConfig(against="onnx-reference", tolerance=1e-4))
+    assert [result.graph for result in results] == list(tiny_export.manifest.graphs)
+    for result in results:
+        assert result.passed, result.first
+        assert len(result.outputs) == len(tiny_export.manifest.graphs[result.graph].outputs)
+    assert max(output.error for output in results[0].outputs) > 0  # two implementations, not one twice
+
+
+def test_they_agree_in_every_tensor_of_the_decoder(tiny_export: ExportResult) -> None:
+    config = CompareConfig(against="onnx-reference", graphs=(DECODER,), layers=True, tolerance=1e-4)
+    (result,) = compare_package(tiny_export.output, config)
+    assert result.passed, result.first
+    assert result.compared > 100
+    assert result.feeds == 2
+
+
+def test_tensors_are_found_by_how_they_are_computed() -> None:
+    """The second graph has other names, a cast, and a product more."""
+
+    def graph(*nodes: tuple[str, str, str]) -> onnx.ModelProto:
+        made = [
+            helper.make_node(op, i.split(), o.split(), name=f"n_{o}", to=1)
+            if op == "Cast"
+            else helper.make_node(op, i.split(), o.split(), name=f"n_{o}")
+            for op, i, o in nodes
+        ]
+        weights = [numpy_helper.from_array(np.ones((2, 2), np.float32), name) for name in ("w", "v")]
+        x = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2, 2])
+        return helper.make_model(helper.make_graph(made, "g", [x], [x], weights))
+
+    one = graph(("MatMul", "x w", "a"), ("MatMul", "x v", "b"), ("Relu", "b", "c"))
+    two = graph(
+        ("Cast", "x", "a"), ("MatMul", "a w", "b"), ("MatMul", "a v", "c"), ("Relu", "c", "d"), ("Exp", "d", "e")
+    )
+    assert same_tensors(one, two) == {"a": "b", "b": "c", "c": "d"}
+    assert same_tensors(two, one) == {"b": "a", "c": "b", "d": "c"}
+
+
+def test_a_mask_is_the_lowest_number_of_its_dtype() -> None:
+    masks = [np.array([0, np.finfo(dtype).min], dtype) for dtype in (np.float16, np.float32)]
+    assert tensor_error(*masks) == 0
+
+
+@pytest.mark.parametrize(("graph", "number"), [("vision_encoder", 0), ("vision_encoder", 5), (DECODER, 9)])
+def test_an_injected_fault_is_traced_to_the_node_that_has_the_weight(
+    tiny_export: ExportResult, tmp_path: Path, graph: str, number: int
+) -> None:
+    model = onnx.load(tiny_export.output / "onnx" / f"{graph}.onnx", load_external_data=False)
+    weights = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) >= 2 and tensor.external_data}
+    products = [node for node in model.graph.node if node.op_type in ("Conv", "MatMul") and node.input[1] in weights]
+    chosen = products[number]
+    package = perturbed(tiny_export.output, tmp_path, graph, chosen.input[1], 1.1)
+    config = CompareConfig(reference=tiny_export.output, graphs=(graph,), layers=True)
+    (result,) = compare_package(package, config)
+    assert result.first is not None
+    assert (result.first.tensor, result.first.node) == (chosen.output[0], f"{chosen.op_type} {chosen.name}")
+    assert result.first.error == pytest.approx(0.1, rel=1e-3)
+    (unhurt,) = compare_package(tiny_export.output, CompareConfig(graphs=(graph,), layers=True))
+    assert unhurt.passed
+
+
+def test_a_package_with_other_graphs_is_refused(fake: Path, tiny_export: ExportResult) -> None:
+    with pytest.raises(PackageError, match="has no token_selector; expected the graphs of"):
+        compare_package(tiny_export.output, CompareConfig(reference=fake))
+
+
+def test_nothing_is_left_in_the_package(fake: Path) -> None:
+    before = sorted(fake.rglob("*"))
+    compare_package(fake, CompareConfig(layers=True))
+    assert sorted(fake.rglob("*")) == before
+
+
+@pytest.mark.parametrize("backend", ["tensorrt-rtx", "onnxruntime-cuda"])
+def test_a_backend_that_needs_a_gpu_says_so_in_one_line(fake: Path, backend: str) -> None:
+    try:
+        current_target()
+    except BackendError:
+        pass
+    else:
+        pytest.skip("there is a GPU here")
+    if backend == "tensorrt-rtx":
+        pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed (Linux x86-64 only)")
+    outcome = run(main, str(fake), "--backend", backend, "--against", "onnxruntime")
+    assert outcome.exit_code == 1
+    assert "no NVIDIA driver" in outcome.error_lines[-1]
+
+
+def test_the_command_names_the_backends_of_the_table() -> None:
+    assert tuple(RUNNERS) == BACKENDS
+
+
+def test_the_command_compares_and_reports(fake: Path, tmp_path: Path) -> None:
+    same = run(main, str(fake), "--against", "onnx-reference", "--layers")
+    assert same.exit_code == 0, same.stderr
+    assert "vision_encoder: " in same.stdout
+    assert same.stdout.count("all within 0.02") == 3
+    write_fake_package(tmp_path / "other", FakeModel(seed=1))
+    other = run(main, str(fake), "--reference", str(tmp_path / "other"), "--json")
+    assert other.exit_code == 1
+    graphs = {graph["graph"]: graph for graph in json.loads(other.stdout)["graphs"]}
+    assert not graphs["embed_tokens"]["passed"]
+    assert graphs["embed_tokens"]["first"]["tensor"] == "inputs_embeds"
+
+
+def test_the_command_describes_graphs(fake: Path) -> None:
+    outcome = run(main, str(fake), "--inspect", "--graph", "embed_tokens")
+    assert outcome.exit_code == 0, outcome.stderr
+    assert outcome.stdout.startswith("embed_tokens\n")
+    assert "Gather" in outcome.stdout
+    assert "TopK" not in outcome.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "message"),
+    [
+        (["--backend", "abacus", "--against", "onnxruntime"], 1, "received backend 'abacus'; expected one of onnxr"),
+        (["--against", "onnxruntime", "--graph", "head"], 1, "received graph 'head'; expected one of vision_encoder"),
+        (["--against", "onnxruntime", "--tolerance", "-1"], 1, "received tolerance = -1; expected a finite number"),
+        (["--layers"], 2, "without --against or --reference; expected one of those two"),
+        (["--reference", "/nowhere"], 1, "/nowhere is not an exported package"),
+    ],
+)
+def test_mistakes_are_one_line(fake: Path, arguments: list[str], exit_code: int, message: str) -> None:
+    outcome = run(main, str(fake), *arguments)
+    assert outcome.exit_code == exit_code
+    assert message in outcome.error_lines[-1]
+    assert len(outcome.error_lines) == 1
+
+
+def test_settings_out_of_range_are_refused() -> None:
+    with pytest.raises(ConfigError, match="received tolerance = nan"):
+        CompareConfig(tolerance=float("nan"))
