@@ -15,7 +15,7 @@ import pytest
 
 from promprune.errors import BackendError, ConfigError, PackageError
 from promprune.package import GraphRecord, TensorRecord
-from promprune.runtime.config import Provider
+from promprune.runtime.config import Provider, RuntimeConfig
 from promprune.runtime.sessions import BACKENDS, SessionOptions, open_session, providers
 from promprune.runtime.sessions.providers import AUTO, PROVIDERS, why_not
 from tests.fake_package import make_graph
@@ -228,3 +228,27 @@ def test_cuda_keeps_tensors_on_the_device(path: Path) -> None:
         kept = session.run_keeping({"a": ones(1), "b": ones(1)}, keep=["together"])
         again = session.run_keeping({"a": kept["together"], "b": kept["together"]}, keep=[])
         np.testing.assert_array_equal(again["sum"].numpy(), 2 * ones(2))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cuda_graphs": True}, "received cuda_graphs = True; expected the backend 'tensorrt' with it"),
+        ({"weight_budget_mib": 64}, "received weight_budget_mib = 64; expected the backend 'tensorrt' with it"),
+        ({"weight_budget_mib": -1, "backend": "tensorrt"}, "received weight_budget_mib = -1; expected 0 or more"),
+    ],
+)
+def test_settings_of_engines_need_engines(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RuntimeConfig(**options)
+
+
+def test_whoever_watches_a_session_sees_the_inputs_of_every_run(path: Path) -> None:
+    seen: list[list[str]] = []
+    with open_session(path, CPU) as session:
+        session.on_run = lambda inputs: seen.append(sorted(inputs))
+        session.run({"a": ones(1), "b": ones(1)})
+        session.run_keeping({"a": ones(1), "b": ones(1)}, keep=[])
+        with pytest.raises(BackendError):
+            session.run({"a": ones(1)})
+    assert seen == [["a", "b"]] * 2

@@ -720,6 +720,22 @@ def test_an_engine_that_does_not_load_is_one_clear_line() -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_real_engine_without_a_driver_is_one_clear_line(tmp_path: Path) -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed (Linux x86-64 only)")
+    try:
+        current_target()
+    except BackendError:
+        pass
+    else:
+        pytest.skip("there is a driver here")
+    write_fake_package(tmp_path / "package")
+    (built,) = build_engines(tmp_path / "package", EngineConfig(targets=("sm89",)))
+    plan = (built.folder / built.manifest.engines["embed_tokens"].file).read_bytes()
+    with pytest.raises(BackendError, match=r"install or update the NVIDIA driver: it is missing, or older") as caught:
+        cuda_module._CudaEngine(plan, trt, SimpleNamespace(stream=0), EngineLoading())  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
 def test_the_thin_layer_calls_what_the_real_module_has() -> None:
     """Nothing here can run without a driver; that the names are right can be seen without one."""
     trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed (Linux x86-64 only)")
