@@ -142,6 +142,8 @@ def test_packages_are_exported_once(tiny_llava: Path, tmp_path: Path) -> None:
         (["a", "--ratios", "1.0"], 2, "received packages and --ratios"),
         (["a", "--baseline", "random"], 2, "received packages and --baseline random; expected --model"),
         (["a", "--baseline", "vllm"], 1, "received baseline 'vllm'; expected one of hf, authors"),
+        (["a", "--peer", "vllm"], 2, "received --peer 'vllm'; expected openvino=FOLDER"),
+        (["a", "--peer", "openvino=./nowhere"], 1, "received peer nowhere, which is no folder"),
         (["a", "--rounds", "0"], 1, "received rounds = 0; expected at least 1"),
         (["a", "--rounds", "x"], 2, "received 'x'; expected a whole number"),
         (["a", "--batch", "1,x"], 2, "received --batch '1,x'; expected whole numbers"),

@@ -96,10 +96,12 @@ class Measurable(ABC):
     Attributes:
         name: unique in a report.
         concurrent: whether several threads may run it at once.
+        batched: whether it answers several prompts together.
     """
 
     name: str
     concurrent: bool
+    batched = True
 
     @abstractmethod
     def run(self, question: Question, batch: int) -> Sample:

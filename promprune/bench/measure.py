@@ -67,6 +67,7 @@ class BenchConfig:
         cold_starts: processes started per contender; 0: none, and no peak memory.
         baselines: ``"hf"``: Hugging Face in PyTorch, unpruned; ``"authors"``: with their selection, at every T.
         model: folder or hub id of the baselines' model.
+        openvino: folder of the model as OpenVINO GenAI runs it, at the ratios of the packages; ``None``: not measured.
         runtime: backend, provider and threads.
         command: as it was typed, for the record.
 
@@ -85,6 +86,7 @@ class BenchConfig:
     cold_starts: int = 1
     baselines: tuple[Baseline, ...] = ()
     model: str | None = None
+    openvino: Path | None = None
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     command: str = ""
 
@@ -102,6 +104,8 @@ class BenchConfig:
                 raise ConfigError(f"received baseline {baseline!r}", expected=f"one of {', '.join(BASELINES)}")
         if self.image is not None and not self.image.is_file():
             raise ConfigError(f"received image {self.image}, which is no file", expected="an image file")
+        if self.openvino is not None and not self.openvino.is_dir():
+            raise ConfigError(f"received peer {self.openvino}, which is no folder", expected="a converted model")
 
 
 class Progress(Protocol):
@@ -144,7 +148,7 @@ def run_benchmark(config: BenchConfig, progress: Progress) -> Report:
         question = Question(image=image, prompt=config.prompt, new_tokens=config.new_tokens)
         pytorch = _pytorch_settings(config, manifests)
         cold_starts = _cold_starts(config, question, pytorch, progress)
-        contenders = _open(config, pytorch, stack, progress)
+        contenders = _open(config, pytorch, manifests, stack, progress)
         dtype, threads = next(iter(manifests.values())).dtype, config.runtime.num_threads or 1
         probe = CeilingProbe(dtype, provider=config.runtime.provider, threads=threads)
         stack.callback(probe.close)
@@ -235,9 +239,13 @@ def _cold_starts(
 
 
 def _open(
-    config: BenchConfig, pytorch: Mapping[str, PytorchSettings], stack: contextlib.ExitStack, progress: Progress
+    config: BenchConfig,
+    pytorch: Mapping[str, PytorchSettings],
+    manifests: Mapping[str, Manifest],
+    stack: contextlib.ExitStack,
+    progress: Progress,
 ) -> list[Measurable]:
-    progress.begin("load", 1 + bool(pytorch))
+    progress.begin("load", 1 + bool(pytorch) + bool(config.openvino))
     contenders: list[Measurable] = [*open_packages(config.packages, config.runtime)]
     progress.advance()
     if pytorch:
@@ -245,6 +253,18 @@ def _open(
 
         shared = PytorchModel(next(iter(pytorch.values())))
         contenders += [PytorchContender(name, shared, settings) for name, settings in pytorch.items()]
+        progress.advance()
+    if config.openvino is not None:
+        from promprune.bench.peer import OpenVinoContender, OpenVinoModel
+
+        first = next(iter(manifests.values()))
+        peer = OpenVinoModel(config.openvino, first.dtype, config.runtime.num_threads or 1)
+        num_tokens = first.selection.num_tokens
+        removed = {round(100 * manifest.selection.ratio_removed) for manifest in manifests.values()}
+        contenders += [
+            OpenVinoContender(f"OpenVINO, {percent} % removed", peer, num_tokens, percent)
+            for percent in sorted(removed)
+        ]
         progress.advance()
     for contender in contenders:
         stack.callback(contender.close)
@@ -258,7 +278,7 @@ def _loads(config: BenchConfig, contenders: Sequence[Measurable]) -> list[_Load]
         _Load(contender, batch, calls)
         for batch, calls in loads
         for contender in contenders
-        if calls == 1 or contender.concurrent
+        if (calls == 1 or contender.concurrent) and (batch == 1 or contender.batched)
     ]
 
 

@@ -95,7 +95,7 @@ def _stages(report: Report) -> Grid:
     rows = [(_STAGE_TITLES.get(stage, stage), *(_cell(case, stage) for _, case in alone)) for stage in measured]
     tokens = [f"{contender.keep_tokens} of {contender.num_tokens}" for contender, _ in alone]
     rows.insert(0, ("visual tokens", *tokens))
-    note = "Milliseconds: median (p10 ... p90). What follows to first token adds up to it, but for the sampling."
+    note = "Milliseconds: median (p10 ... p90). Preprocess to prefill add up to the first token, but for its choice."
     return Grid("Stages", note, ("", *(contender.name for contender, _ in alone)), rows)
 
 

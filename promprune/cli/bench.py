@@ -18,6 +18,7 @@ from promprune.cli.common import (
     EXIT_REFUSED,
     console,
     missing_extra,
+    missing_package,
     option_type,
     print_json,
     run_command,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["bench", "compare", "main"]
 
 EXTRA: Final = "bench"
+OPENVINO: Final = ("openvino-genai", "openvino_genai", "openvino")  # how it is installed, and imported
 DEFAULT_RATIOS: Final = "1.0,0.12"
 _INT: Final = "a whole number"
 
@@ -68,6 +70,13 @@ def bench(
             metavar="LIST",
         ),
     ] = "",
+    peer: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure another runtime also: openvino=FOLDER, of the same model as OpenVINO GenAI reads it.",
+            metavar="NAME=FOLDER",
+        ),
+    ] = None,
     image: Annotated[
         Path | None, typer.Option("--image", "-i", show_default="a rendered scene", metavar="FILE")
     ] = None,
@@ -155,6 +164,7 @@ def bench(
         "cold_starts": cold_starts,
         "baselines": tuple(name for name in named if name not in POLICIES),
         "model": model,
+        "openvino": _openvino(peer),
         "runtime": RuntimeConfig(backend=backend, provider=provider, num_threads=num_threads),  # type: ignore[arg-type]
         "command": shlex.join(["promprune-bench", *sys.argv[1:]]),
     }
@@ -163,7 +173,7 @@ def bench(
         raise ConfigError("received packages of the same name", expected="folders with different names")
     wanted = _numbers(ratios, float, "--ratios", "fractions such as 1.0,0.12")
     BenchConfig(packages=given or {"none yet": Path()}, **asked)  # refuses what is wrong before anything is exported
-    with _bar() as progress, missing_extra("export"):
+    with _bar() as progress, missing_extra("export"), missing_package(*OPENVINO):
         folders = given or _exported(model, wanted, dtype, policies, cache, progress)
         report = run_benchmark(BenchConfig(packages=folders, **asked), progress)
     if output is not None:
@@ -262,6 +272,16 @@ def _numbers(text: str, convert: Callable[[str], Any], option: str, expected: st
         return tuple(convert(part) for part in text.split(","))
     except ValueError as error:
         raise typer.BadParameter(f"received {option} {text!r}; expected {expected}") from error
+
+
+def _openvino(peer: str | None) -> Path | None:
+    """Return the folder of the one peer that is known."""
+    if peer is None:
+        return None
+    name, _, folder = peer.partition("=")
+    if name != "openvino" or not folder:
+        raise typer.BadParameter(f"received --peer {peer!r}; expected openvino=FOLDER")
+    return Path(folder)
 
 
 def _name(folder: Path) -> str:

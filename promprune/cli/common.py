@@ -25,6 +25,7 @@ __all__ = [
     "console",
     "describe_selection",
     "missing_extra",
+    "missing_package",
     "option_type",
     "print_json",
     "progress_over",
@@ -114,6 +115,19 @@ def progress_over(items: Iterable[_Item], total: int, description: str) -> Itera
     columns = (TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         yield from progress.track(items, total=total, description=description)
+
+
+@contextlib.contextmanager
+def missing_package(distribution: str, *modules: str) -> Iterator[None]:
+    """Answer a failed import of one of ``modules`` with the command that installs them."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in modules:
+            raise
+        raise MissingDependencyError(
+            f"this needs {error.name}, which is not installed", fix=f"pip install {distribution}"
+        ) from error
 
 
 def describe_selection(manifest: Manifest) -> str:
