@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import msgspec
+import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -82,6 +83,8 @@ def export_package(config: ExportConfig, *, progress: Progress = NO_PROGRESS) ->
         graphs = write_graphs(folder, config, model, selection, progress)
         with progress.step("write tokenizer and configuration"):
             write_configs(folder, checkpoint)
+            for name, array in model.arrays.items():
+                np.save(folder / name, array.detach().numpy())
             manifest = build_manifest(folder, config, checkpoint, model, selection, graphs)
             write_manifest(folder, manifest)
         if config.verify:

@@ -34,10 +34,12 @@ __all__ = [
     "CHAT_TEMPLATE_FILE",
     "DECODER",
     "EMBED_TOKENS",
+    "IMAGE_NEWLINE_FILE",
     "MANIFEST_FILE",
     "SCHEMA_VERSION",
     "TOKEN_SELECTOR",
     "VISION_ENCODER",
+    "AnyresLayout",
     "CheckRecord",
     "CropLayout",
     "FileRecord",
@@ -60,6 +62,7 @@ __all__ = [
 SCHEMA_VERSION: Final = 1
 MANIFEST_FILE: Final = "promprune.json"
 CHAT_TEMPLATE_FILE: Final = "chat_template.jinja"
+IMAGE_NEWLINE_FILE: Final = "image_newline.npy"  # float32 [D]; in packages of layout "anyres"
 
 # Names of the graphs in the manifest; the file of each is onnx/<name>.onnx.
 VISION_ENCODER: Final = "vision_encoder"
@@ -92,8 +95,8 @@ class SourceRecord(_Record, frozen=True):
 class SelectionRecord(_Record, frozen=True):
     """What the selection inside the vision graph does. Ratios are fractions KEPT unless named otherwise."""
 
-    num_tokens: Count  # N, visual tokens of one image before selection
-    keep_tokens: Count  # T, visual tokens of one image after it; a constant of the graph
+    num_tokens: Count  # N, visual tokens of one image, or of one crop of it, before selection
+    keep_tokens: Count  # T, visual tokens of it afterwards; a constant of the graph
     ratio: Fraction  # T / N
     ratio_removed: Fraction  # 1 - T / N
     requested_ratio: Fraction | None  # what --ratio said; None where --keep-tokens was given
@@ -107,13 +110,48 @@ class SelectionRecord(_Record, frozen=True):
     policy: SelectionPolicy = "promprune"  # what chooses the kept tokens; the others are baselines
 
 
-class CropLayout(_Record, frozen=True, tag_field="kind", tag="crop"):
+class _Layout(_Record, frozen=True):
+    """Base of the layouts: one row of a vision graph's batch per image, whose T tokens it takes in a prompt."""
+
+    @property
+    def max_crops(self) -> int:
+        """Most rows of a vision graph's batch that one image takes."""
+        return 1
+
+    def max_placeholders(self, keep_tokens: int) -> int:
+        """Return the most tokens that one image takes in a prompt, given T."""
+        return keep_tokens
+
+
+class CropLayout(_Layout, frozen=True, tag_field="kind", tag="crop"):
     """Every image becomes one crop of a fixed size."""
 
     height: Count  # of pixel_values, pixels
     width: Count
     patch_rows: Count  # patch_rows * patch_columns == num_tokens, in raster order
     patch_columns: Count
+
+
+class AnyresLayout(_Layout, frozen=True, tag_field="kind", tag="anyres"):
+    """Every image becomes a crop that shows it whole, and several that show it enlarged; N and T are of one crop."""
+
+    side: Count  # of a crop, pixels
+    patches: Count  # in a row, and rows, of a crop: patches**2 == num_tokens
+    canvases: Annotated[tuple[tuple[Count, Count], ...], msgspec.Meta(min_length=1)]  # height, width; pixels
+
+    @property
+    def max_crops(self) -> int:
+        """Most rows of a vision graph's batch that one image takes: the crop that shows it whole, and the others."""
+        return 1 + max(height * width for height, width in self.canvases) // self.side**2
+
+    def max_placeholders(self, keep_tokens: int) -> int:
+        """Return the most tokens that one image takes in a prompt, given T of a crop; newlines included."""
+        if keep_tokens != self.patches**2:
+            return self.max_crops * keep_tokens
+        grids = [
+            (height * self.patches // self.side, width * self.patches // self.side) for height, width in self.canvases
+        ]
+        return keep_tokens + max(rows * (columns + 1) for rows, columns in grids)
 
 
 class GridRecord(_Record, frozen=True):
@@ -124,7 +162,7 @@ class GridRecord(_Record, frozen=True):
     columns: Count
 
 
-class GridLayout(_Record, frozen=True, tag_field="kind", tag="grid"):
+class GridLayout(_Layout, frozen=True, tag_field="kind", tag="grid"):
     """Every image is resized to the one of several grids that distorts it least; each has a vision graph."""
 
     token_pixels: Count  # side of the square of pixels that becomes one token
@@ -136,7 +174,7 @@ class ImageRecord(_Record, frozen=True):
 
     token: str  # placeholder text in a prompt
     token_id: Size
-    layout: CropLayout | GridLayout  # told apart by "kind"
+    layout: CropLayout | AnyresLayout | GridLayout  # told apart by "kind"
 
 
 class TensorRecord(_Record, frozen=True):
@@ -205,6 +243,13 @@ class Manifest(_Record, frozen=True):
     def has_language_model(self) -> bool:
         """Whether the package can answer, rather than only encode images."""
         return DECODER in self.graphs
+
+    @property
+    def max_image_tokens(self) -> int:
+        """Most tokens that one image takes in a prompt."""
+        tensors = [tensor for graph in self.graphs.values() for tensor in graph.outputs]
+        made = [int(tensor.shape[1]) for tensor in tensors if tensor.name == "image_features"]
+        return self.image.layout.max_placeholders(max(made, default=self.selection.keep_tokens))
 
 
 def sha256_of_file(path: Path) -> str:

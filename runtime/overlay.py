@@ -62,11 +62,14 @@ def draw_kept_tokens(view: Image, selection: TokenSelection) -> Image:
 
 def _patches(grid: TokenGrid, scale: int) -> Iterator[Box]:
     """Yield the box of every patch of a grid, in raster order, in a view that was enlarged by ``scale``."""
-    xs = [(grid.left + column * grid.width / grid.columns) * scale for column in range(grid.columns + 1)]
-    ys = [(grid.top + row * grid.height / grid.rows) * scale for row in range(grid.rows + 1)]
-    for row in range(grid.rows):
-        for column in range(grid.columns):
-            yield int(xs[column]), int(ys[row]), int(xs[column + 1]), int(ys[row + 1])
+    for token in range(grid.num_tokens):
+        row, column = divmod(token, grid.columns)
+        yield (
+            scale * grid.left + scale * grid.width * column // grid.columns,
+            scale * grid.top + scale * grid.height * row // grid.rows,
+            scale * grid.left + scale * grid.width * (column + 1) // grid.columns,
+            scale * grid.top + scale * grid.height * (row + 1) // grid.rows,
+        )
 
 
 def _colours(selection: TokenSelection) -> list[tuple[int, int, int]]:

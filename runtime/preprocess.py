@@ -45,7 +45,9 @@ Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
 Channels = tuple[float, float, float]
 
 
-class _SizeDict(msgspec.Struct, frozen=True):
+class SizeDict(msgspec.Struct, frozen=True):
+    """A size as image processors write it, in pixels."""
+
     shortest_edge: Size | None = None
     longest_edge: Size | None = None
     height: Size | None = None
@@ -68,9 +70,9 @@ class _Config(PixelConfig, frozen=True):
     """What is read of ``preprocessor_config.json``; the defaults are CLIPImageProcessor's."""
 
     image_processor_type: str = "CLIPImageProcessor"
-    size: _SizeDict | Size = _SizeDict(shortest_edge=224)
+    size: SizeDict | Size = SizeDict(shortest_edge=224)
     do_center_crop: bool = True
-    crop_size: _SizeDict | Size = _SizeDict(height=224, width=224)
+    crop_size: SizeDict | Size = SizeDict(height=224, width=224)
     do_pad: bool | None = None
 
 
@@ -308,11 +310,11 @@ def _final_size(config: _Config, path: Path) -> tuple[int, int]:
         raise PackageError(f"{path} has do_pad with {config.image_processor_type}", expected="do_pad off")
     size = config.crop_size if config.do_center_crop else config.size
     fixed = (size, size) if isinstance(size, int) and config.do_center_crop else None
-    if isinstance(size, _SizeDict) and size.height and size.width:
+    if isinstance(size, SizeDict) and size.height and size.width:
         fixed = (size.height, size.width)
     if fixed is None or not (config.do_center_crop or config.do_resize):
         raise PackageError(f"{path} leads to no fixed size", expected="crop_size, or size with height and width")
-    if config.do_resize and isinstance(config.size, _SizeDict):
+    if config.do_resize and isinstance(config.size, SizeDict):
         known = config.size.shortest_edge or (config.size.height and config.size.width)
         if not known or config.size.longest_edge:
             raise PackageError(f"{path} has size {config.size}", expected="shortest_edge, or height and width")
@@ -321,7 +323,7 @@ def _final_size(config: _Config, path: Path) -> tuple[int, int]:
 
 def _resized_size(config: _Config, height: int, width: int) -> tuple[int, int]:
     size = config.size
-    if isinstance(size, _SizeDict) and size.height and size.width:
+    if isinstance(size, SizeDict) and size.height and size.width:
         return size.height, size.width
     shortest = size if isinstance(size, int) else size.shortest_edge or 1
     longest = int(shortest * max(height, width) / min(height, width))

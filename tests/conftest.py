@@ -12,7 +12,7 @@ import pytest
 
 from promprune.config import ExportConfig
 from promprune.export import ExportResult, export_package
-from tests.tiny_models import save_tiny_llava, save_tiny_qwen, tiny_qwen2_5_vl
+from tests.tiny_models import save_tiny_llava, save_tiny_llava_next, save_tiny_qwen, tiny_qwen2_5_vl
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -55,6 +55,26 @@ def tiny_qwen_export(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) 
     """It, exported and verified for images of 6 x 6 and of 4 x 7 tokens; the default ratio."""
     output = tmp_path_factory.mktemp("packages") / "tiny-qwen"
     return export_package(ExportConfig(model=str(tiny_qwen), image_grids=((6, 6), (4, 7)), output=output))
+
+
+@pytest.fixture(scope="session")
+def tiny_llava_next(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LLaVA-NeXT of 16 visual tokens per crop."""
+    return save_tiny_llava_next(tmp_path_factory.mktemp("checkpoints") / "tiny-llava-next")
+
+
+@pytest.fixture(scope="session")
+def next_export(tiny_llava_next: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+    """It, exported and verified: 2 of 16 visual tokens per crop."""
+    output = tmp_path_factory.mktemp("packages") / "next"
+    return export_package(ExportConfig(model=str(tiny_llava_next), ratio=0.12, output=output))
+
+
+@pytest.fixture(scope="session")
+def next_full_export(tiny_llava_next: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+    """The unpruned baseline of the same model."""
+    output = tmp_path_factory.mktemp("packages") / "next-full"
+    return export_package(ExportConfig(model=str(tiny_llava_next), ratio=1.0, output=output))
 
 
 @pytest.fixture(scope="session")

@@ -13,10 +13,16 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
     LlavaProcessor,
+    MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
@@ -59,8 +65,8 @@ def byte_tokenizer(
     )
 
 
-def llava_config(**changes: Any) -> LlavaConfig:
-    vision = CLIPVisionConfig(
+def _clip_config() -> CLIPVisionConfig:
+    return CLIPVisionConfig(
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=3,
@@ -69,20 +75,27 @@ def llava_config(**changes: Any) -> LlavaConfig:
         patch_size=PATCH_SIZE,
         projection_dim=32,
     )
-    text = LlamaConfig(
-        vocab_size=len(SPECIAL_TOKENS) + 256,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
+
+
+def _text_config(config_class: Any = LlamaConfig, **changes: Any) -> Any:
+    settings = {
+        "vocab_size": len(SPECIAL_TOKENS) + 256,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    return config_class(**{**settings, **changes})
+
+
+def llava_config(**changes: Any) -> LlavaConfig:
     settings = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default", "image_token_id": 3, **changes}
-    return LlavaConfig(vision_config=vision, text_config=text, **settings)
+    return LlavaConfig(vision_config=_clip_config(), text_config=_text_config(), **settings)
 
 
 def randomised(model_class: Any, config: Any, seed: int) -> Any:
@@ -110,6 +123,54 @@ def save_tiny_llava(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.f
         num_additional_image_tokens=1,
     ).save_pretrained(folder)
     return folder
+
+
+PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
+
+
+def save_tiny_llava_next(
+    folder: Path,
+    *,
+    seed: int = 0,
+    text: Any = None,
+    preprocessor: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Path:
+    """Write a random LLaVA-NeXT with crops of 16 visual tokens.
+
+    Args:
+        folder: to write.
+        seed: of the weights.
+        text: configuration of the language model; a Llama by default.
+        preprocessor: what differs in its image processor.
+        changes: to the model's configuration.
+    """
+    config = LlavaNextConfig(
+        vision_config=_clip_config(),
+        text_config=text or tiny_language_model(),
+        **{"image_grid_pinpoints": PINPOINTS, "image_token_index": 3, **changes},
+    )
+    randomised(LlavaNextForConditionalGeneration, config, seed).save_pretrained(folder)
+    crops = {
+        "size": {"shortest_edge": IMAGE_SIZE},
+        "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        "image_grid_pinpoints": PINPOINTS,
+    }
+    LlavaNextProcessor(
+        image_processor=LlavaNextImageProcessorPil(**{**crops, **(preprocessor or {})}),
+        tokenizer=byte_tokenizer(),
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE,
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)
+    return folder
+
+
+def tiny_language_model(kind: str = "llama", **changes: Any) -> Any:
+    """Configuration of a language model that LLaVA-NeXT checkpoints have: "llama", "mistral" or "qwen2"."""
+    classes = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
+    return _text_config(classes[kind], **{"max_position_embeddings": 1024, **changes})
 
 
 def _qwen_text(tie_word_embeddings: bool) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Final
 from promprune.config import EngineConfig
 from promprune.engines import ProfileRecord, ShapeRange
 from promprune.errors import PackageError
-from promprune.package import DECODER, GraphRecord, Manifest
+from promprune.package import DECODER, EMBED_TOKENS, GraphRecord, Manifest
 
 __all__ = ["profiles_of"]
 
@@ -20,17 +20,18 @@ def profiles_of(name: str, manifest: Manifest, config: EngineConfig) -> tuple[Pr
     """Return the optimisation profiles of one graph.
 
     One serves every length. With ``config.decode_profile`` the decoder has two: ``prefill`` for prompts (also those
-    that go on from a cache), and ``decode`` for one token per row. All are tuned for one image of T tokens and a
-    prompt of ``TYPICAL_PROMPT_TOKENS``.
+    that go on from a cache), and ``decode`` for one token per row. All are tuned for one image and a prompt of
+    ``TYPICAL_PROMPT_TOKENS``; an image of several crops is a batch of as many.
 
     Raises:
         PackageError: the graph has a dynamic dimension of an unknown name.
     """
-    kept, context = manifest.selection.keep_tokens, manifest.context_length
-    longest = min(kept + config.max_prompt_tokens, context)
+    graph, context = manifest.graphs[name], manifest.context_length
+    longest = min(manifest.max_image_tokens + config.max_prompt_tokens, context)
     total = min(longest + config.max_new_tokens, context)
-    typical = min(kept + TYPICAL_PROMPT_TOKENS, longest)
-    batch = {"batch": (1, 1, config.max_batch)}
+    typical = min(manifest.max_image_tokens + TYPICAL_PROMPT_TOKENS, longest)
+    crops = 1 if name in (EMBED_TOKENS, DECODER) else manifest.image.layout.max_crops
+    batch = {"batch": (1, crops, crops * config.max_batch)}
     lengths = {
         "prefill": {
             "sequence_length": (1, typical, longest),
@@ -43,7 +44,6 @@ def profiles_of(name: str, manifest: Manifest, config: EngineConfig) -> tuple[Pr
             "total_sequence_length": (2, min(typical + 1, total), total),
         },
     }
-    graph = manifest.graphs[name]
     if name == DECODER and config.decode_profile:
         return tuple(_profile(phase, graph, {**batch, **sizes}) for phase, sizes in lengths.items())
     return (_profile("any", graph, {**batch, **lengths["prefill"]}),)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from promprune.export.families import llava, qwen2_5_vl
+from promprune.export.families import llava, llava_next, qwen2_5_vl
 from promprune.export.families.base import AdaptedModel, Family, Grids, VisionGraph, VisionReference, grids_of
 
 __all__ = ["FAMILIES", "AdaptedModel", "Family", "Grids", "VisionGraph", "VisionReference", "grids_of"]
@@ -20,6 +20,13 @@ FAMILIES: Final[dict[str, Family]] = {
         adapt=llava.adapt,
         reference=llava.reference,
         kept_features=llava.kept_features,
+    ),
+    "llava_next": Family(
+        model_type="llava_next",
+        model_class="LlavaNextForConditionalGeneration",
+        adapt=llava_next.adapt,
+        reference=llava_next.reference,
+        kept_features=llava_next.kept_features,
     ),
     "qwen2_5_vl": Family(
         model_type="qwen2_5_vl",

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from promprune.errors import ConfigError
-from promprune.package import VISION_ENCODER, CropLayout, GridLayout, ImageRecord
+from promprune.package import VISION_ENCODER, AnyresLayout, CropLayout, GridLayout, ImageRecord
 
 __all__ = ["AdaptedModel", "Family", "Grids", "SampleInput", "VisionGraph", "VisionReference", "grids_of"]
 
@@ -70,6 +70,7 @@ class AdaptedModel:
         sample_sizes: (height, width) in pixels of the images that a package is verified on, in turns; between them
             they should take every way through the layout.
         image_token_id: the placeholder in ``input_ids`` that a visual token replaces.
+        arrays: what else the runtime's layout reads from the package: file name -> fp32 tensor.
         position_axes: what the language model's ``position_ids`` have in front of ``[B, S]``: nothing, or ``(3,)``
             where a token has one rotary position each for time, height and width.
     """
@@ -79,9 +80,10 @@ class AdaptedModel:
     language_model: nn.Module
     lm_head: nn.Module
     text_config: Any
-    layout: CropLayout | GridLayout
+    layout: CropLayout | AnyresLayout | GridLayout
     sample_sizes: tuple[tuple[int, int], ...]
     image_token_id: int
+    arrays: Mapping[str, Tensor] = field(default_factory=dict)
     position_axes: tuple[int, ...] = ()
 
 

@@ -6,57 +6,14 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from promprune.errors import UnsupportedModelError
 from promprune.export.families.base import AdaptedModel, SampleInput, VisionGraph, VisionReference
+from promprune.export.families.clip import ClipVisionEncoder, refuse_unsupported, scored_layers
 from promprune.package import CropLayout
 
-__all__ = ["ClipVisionEncoder", "adapt", "kept_features", "reference"]
-
-
-class ClipVisionEncoder(nn.Module):
-    """CLIP up to the layer that the model reads its features from, then the projector.
-
-    Only the layers that contribute are run. The saliency is the attention from CLS to the patches in the layer
-    that produced the features (as in the authors' code), computed from that layer's own
-    query and key projections, so that it is there whatever attention implementation the tower uses.
-    """
-
-    def __init__(self, vision_tower: Any, projector: nn.Module, num_layers: int) -> None:
-        super().__init__()
-        self.embeddings = vision_tower.embeddings
-        self.pre_layernorm = vision_tower.pre_layrnorm  # spelled so in transformers
-        self.layers = vision_tower.encoder.layers[:num_layers]
-        self.projector = projector
-
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """``pixel_values [B, 3, H, W]`` -> ``image_features [B, N, D]``, ``saliency [B, N]`` (fp32)."""
-        hidden_states: Tensor = self.pre_layernorm(self.embeddings(pixel_values))
-        *layers, scored = self.layers
-        for layer in layers:
-            hidden_states = layer(hidden_states, attention_mask=None)
-        saliency = cls_attention(scored.self_attn, scored.layer_norm1(hidden_states))
-        hidden_states = scored(hidden_states, attention_mask=None)
-        return self.projector(hidden_states[:, 1:]), saliency
-
-
-def cls_attention(attention: Any, hidden_states: Tensor) -> Tensor:
-    """Attention that every patch receives from CLS, mean over heads.
-
-    Args:
-        attention: a CLIP self-attention layer with H heads.
-        hidden_states: its input, ``[B, 1 + N, width]``, CLS first.
-
-    Returns:
-        ``[B, N]``, fp32, at least 0; a row sums to 1 less what CLS pays to itself.
-    """
-    batch, length, _ = hidden_states.shape
-    heads, head_dim = attention.num_heads, attention.head_dim
-    query = attention.q_proj(hidden_states[:, :1]).view(batch, 1, heads, head_dim).transpose(1, 2)
-    key = attention.k_proj(hidden_states).view(batch, length, heads, head_dim).transpose(1, 2)
-    scores = (query @ key.transpose(2, 3)).float() * attention.scale  # [B, H, 1, 1 + N]
-    return torch.softmax(scores, dim=-1).mean(dim=1)[:, 0, 1:]
+__all__ = ["adapt", "kept_features", "reference"]
 
 
 def adapt(model: Any, processor: Any) -> AdaptedModel:
@@ -67,10 +24,10 @@ def adapt(model: Any, processor: Any) -> AdaptedModel:
     """
     config = model.config
     vision = config.vision_config
-    _refuse_unsupported(config)
+    refuse_unsupported(config)
     _refuse_other_size(vision.image_size, processor)
     side, grid = vision.image_size, vision.image_size // vision.patch_size
-    encoder = ClipVisionEncoder(model.model.vision_tower, model.model.multi_modal_projector, _scored_layers(config))
+    encoder = ClipVisionEncoder(model.model.vision_tower, model.model.multi_modal_projector, scored_layers(config))
     pixel_values = SampleInput(sample=torch.zeros(2, 3, side, side), dims={0: "batch"})
     return AdaptedModel(
         vision_graphs=(VisionGraph(module=encoder, inputs={"pixel_values": pixel_values}, num_tokens=grid * grid),),
@@ -96,30 +53,6 @@ def kept_features(model: Any, reference: VisionReference, token_indices: Tensor)
     return reference.features[0, token_indices]
 
 
-def _refuse_unsupported(config: Any) -> None:
-    if config.vision_config.model_type != "clip_vision_model":
-        raise UnsupportedModelError(
-            f"this LLaVA has a {config.vision_config.model_type!r} vision tower",
-            expected="'clip_vision_model': the selection reads the attention of its CLS token",
-        )
-    if config.vision_feature_select_strategy != "default":
-        raise UnsupportedModelError(
-            f"this LLaVA has vision_feature_select_strategy = {config.vision_feature_select_strategy!r}",
-            expected="'default', which leaves the CLS token out of the visual tokens",
-        )
-    if not isinstance(config.vision_feature_layer, int):
-        raise UnsupportedModelError(
-            f"this LLaVA has vision_feature_layer = {config.vision_feature_layer}",
-            expected="one layer: with several, which layer's attention to score is not defined",
-        )
-    layers = config.vision_config.num_hidden_layers
-    if not 1 <= _scored_layers(config) <= layers:
-        raise UnsupportedModelError(
-            f"this LLaVA has vision_feature_layer = {config.vision_feature_layer} in a tower of {layers} layers",
-            expected="the output of one of its layers",
-        )
-
-
 def _refuse_other_size(taken: int, processor: Any) -> None:
     blank = Image.new("RGB", (64, 48))
     values = processor.image_processor(images=[blank], return_tensors="np")["pixel_values"]
@@ -130,9 +63,3 @@ def _refuse_other_size(taken: int, processor: Any) -> None:
             expected=f"{taken} x {taken}, the size of its vision tower",
             fix="set crop_size in its preprocessor_config.json",
         )
-
-
-def _scored_layers(config: Any) -> int:
-    """Layers that have run when the features are read: ``hidden_states[k]`` is the output of layer k."""
-    layer: int = config.vision_feature_layer
-    return layer if layer >= 0 else int(config.vision_config.num_hidden_layers) + 1 + layer

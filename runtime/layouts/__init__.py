@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from promprune.package import CropLayout, GridLayout, Manifest
+from promprune.package import AnyresLayout, CropLayout, GridLayout, Manifest
+from promprune.runtime.layouts.anyres import Anyres
 from promprune.runtime.layouts.base import ImageLayout, PreparedImage
 from promprune.runtime.layouts.crop import Crop
 from promprune.runtime.layouts.grid import Grids
@@ -18,6 +19,7 @@ __all__ = ["LAYOUTS", "ImageLayout", "PreparedImage", "layout_of"]
 
 LAYOUTS: Final[dict[type, type[ImageLayout]]] = {
     CropLayout: Crop,
+    AnyresLayout: Anyres,
     GridLayout: Grids,
 }
 

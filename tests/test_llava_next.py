@@ -1,0 +1,361 @@
+"""LLaVA-NeXT packages against transformers: inputs of the language model, logits, answers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import skimage
+import torch
+from PIL import Image
+from transformers import AutoProcessor, LlavaNextForConditionalGeneration
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+
+from promprune.config import EngineConfig, ExportConfig, SelectionConfig
+from promprune.errors import BackendError, ConfigError, PackageError, PromptError, UnsupportedModelError
+from promprune.export import ExportResult, export_package
+from promprune.export.engine import profiles_of
+from promprune.package import IMAGE_NEWLINE_FILE, read_manifest, write_manifest
+from promprune.runtime import (
+    EncodedImage,
+    GenerationConfig,
+    VisionLanguagePipeline,
+    draw_kept_tokens,
+    image_embeds_part,
+)
+from promprune.runtime.layouts import layout_of
+from promprune.selection import select_tokens
+from tests.tiny_models import IMAGE_SIZE, save_tiny_llava_next, tiny_language_model
+
+DATA = Path(skimage.__file__).parent / "data"
+# (width, height): every canvas, letterboxes of every kind, and shapes that no token or crop may be left of
+SIZES = [
+    (56, 56), (112, 112), (168, 56), (56, 168), (112, 56), (56, 112), (64, 48), (48, 64), (90, 110), (200, 150),
+    (150, 40), (33, 200), (1, 1), (3, 1), (1, 3), (40, 1), (1, 40), (2000, 3), (3, 2000), (1, 5000), (5000, 1),
+    (57, 55), (113, 111), (640, 480), (27, 91),
+]  # fmt: skip
+TOLERANCE = {"fp32": 2e-5, "fp16": 2e-2}  # of the largest difference, over the standard deviation
+
+
+def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
+    """A photograph in any shape, or noise where it would be tiny."""
+    if min(size) < 8:
+        values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        return Image.fromarray(values)
+    name = ("chelsea.png", "coffee.png", "astronaut.png")[seed % 3]
+    return Image.open(DATA / name).convert("RGB").resize(size)
+
+
+class Reference:
+    """A checkpoint in transformers, attention computed eagerly so that it can be seen."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        self.processor = AutoProcessor.from_pretrained(folder)
+        model = LlavaNextForConditionalGeneration.from_pretrained(folder, attn_implementation="eager", dtype=dtype)
+        self.model = model.eval()
+
+    def text(self, question: str, num_images: int) -> str:
+        content = [*[{"type": "image"}] * num_images, {"type": "text", "text": question}]
+        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+    @torch.no_grad()
+    def whole(self, images: list[Image.Image], question: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return inputs_embeds [length, D] and logits [V] of transformers' own path."""
+        inputs = self.processor(images=images or None, text=self.text(question, len(images)), return_tensors="pt")
+        if images:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        seen: list[torch.Tensor] = []
+        hook = self.model.model.language_model.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+        )
+        logits = self.model(**inputs).logits
+        hook.remove()
+        return seen[0][0].float().numpy(), logits[0, -1].float().numpy()
+
+    @torch.no_grad()
+    def pruned(self, images: list[Image.Image], question: str, keep_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """The same with the tokens that the method in float64 chooses, crop by crop, in raster order of the image."""
+        kept = [self.kept(image, keep_tokens) for image in images]
+        pieces = self.text(question, len(images)).split("<image>")
+        tokenizer = self.processor.tokenizer
+        embed = self.model.get_input_embeddings()
+        parts = [embed(torch.tensor(tokenizer(pieces[0]).input_ids))]
+        for features, piece in zip(kept, pieces[1:], strict=True):
+            parts += [features, embed(torch.tensor(tokenizer(piece, add_special_tokens=False).input_ids))]
+        embeds = torch.cat(parts)[None]
+        logits = self.model(inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.int64)).logits
+        return embeds[0].float().numpy(), logits[0, -1].float().numpy()
+
+    def kept(self, image: Image.Image, keep_tokens: int) -> torch.Tensor:
+        config, inputs = self.model.config, self.processor.image_processor(images=[image], return_tensors="pt")
+        pixel_values = inputs["pixel_values"][0].to(self.model.dtype)
+        tower = self.model.model.vision_tower(pixel_values, output_attentions=True, output_hidden_states=True)
+        features = self.model.model.multi_modal_projector(tower.hidden_states[config.vision_feature_layer][:, 1:])
+        scored = tower.attentions[config.vision_config.num_hidden_layers + config.vision_feature_layer]
+        saliency = scored.float().mean(dim=1)[:, 0, 1:]
+        crops, tokens = saliency.shape
+        # The image's tokens in their order, as numbers of crop and token: transformers' unpadding of these numbers.
+        shape = get_anyres_image_grid_shape((image.height, image.width), config.image_grid_pinpoints, IMAGE_SIZE)
+        numbers = torch.arange(tokens, crops * tokens).view(*shape, 4, 4, 1).permute(4, 0, 2, 1, 3)
+        unpadded = unpad_image(numbers.flatten(1, 2).flatten(2, 3), (image.height, image.width)).flatten()
+        order = torch.cat([torch.arange(tokens), unpadded])
+        mask = torch.zeros(crops * tokens, dtype=torch.bool).index_fill(0, order, True).view(crops, tokens)
+        chosen = torch.zeros_like(mask)
+        for crop in mask.any(dim=1).nonzero()[:, 0]:
+            picks = select_tokens(
+                features[crop].double(), saliency[crop].double(), keep_tokens, SelectionConfig(), mask[crop]
+            )
+            chosen[crop, picks.token_indices] = True
+        return features.flatten(0, 1)[order[chosen.flatten()[order]]]
+
+
+def prefill(pipeline: VisionLanguagePipeline, requests: list[tuple[list[Image.Image], str]]) -> tuple[Any, Any, Any]:
+    """Return inputs_embeds [batch, length, D], mask and logits [batch, V] of the runtime's first step."""
+    job = pipeline._prepare(requests, GenerationConfig())
+    job.encode(pipeline.encoder)
+    embeds, mask, *rest = pipeline._spliced(job.prompts, job.encoded, 0)
+    logits, _ = pipeline._decoder.read(embeds, pipeline._decoder.empty_cache(len(requests)), mask, *rest)
+    return embeds.astype(np.float32), mask, logits
+
+
+def assert_close(found: np.ndarray, expected: np.ndarray, dtype: str) -> None:
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= TOLERANCE[dtype] * expected.std()
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_llava_next: Path) -> Reference:
+    return Reference(tiny_llava_next)
+
+
+@pytest.fixture(scope="module")
+def full(next_full_export: ExportResult) -> Any:
+    with VisionLanguagePipeline.from_package(next_full_export.output, provider="cpu", num_threads=1) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def pruned(next_export: ExportResult) -> Any:
+    with VisionLanguagePipeline.from_package(next_export.output, provider="cpu", num_threads=1) as loaded:
+        yield loaded
+
+
+# Nothing removed: transformers' own inputs
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_with_nothing_removed_the_language_model_gets_transformers_inputs(
+    full: Any, reference: Reference, size: tuple[int, int]
+) -> None:
+    image = picture(size)
+    embeds, _, logits = prefill(full, [([image], "What is it?")])
+    expected, expected_logits = reference.whole([image], "What is it?")
+    assert_close(embeds[0], expected, "fp32")
+    assert_close(logits[0], expected_logits, "fp32")
+
+
+BATCH = [
+    ([picture((120, 40))], "What is it?"),
+    ([picture((64, 64), 1), picture((30, 90), 2)], "Which of the two is larger, the first or the second?"),
+    ([], "No image"),
+]
+
+
+def test_batches_and_several_images_with_nothing_removed(full: Any, reference: Reference) -> None:
+    embeds, mask, logits = prefill(full, BATCH)
+    for row, (images, question) in enumerate(BATCH):
+        expected, expected_logits = reference.whole(images, question)
+        assert_close(embeds[row, -len(expected) :], expected, "fp32")
+        assert mask[row].sum() == len(expected)
+        assert_close(logits[row], expected_logits, "fp32")
+
+
+def test_answers_with_nothing_removed_are_generates(full: Any, reference: Reference) -> None:
+    for images, question in BATCH:
+        inputs = reference.processor(
+            images=images or None, text=reference.text(question, len(images)), return_tensors="pt"
+        )
+        expected = reference.model.generate(**inputs, max_new_tokens=12, do_sample=False)
+        result = full.generate(images, question, max_new_tokens=12)
+        assert list(result.token_ids) == expected[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+# Pruned: transformers, fed with the choice of the method in float64
+
+
+# The whole crop of one pixel is blank: nothing but rounding tells its tokens apart.
+@pytest.mark.parametrize("size", [size for size in SIZES if size != (1, 1)], ids=str)
+def test_pruned_inputs_are_the_tokens_that_the_method_chooses(
+    pruned: Any, reference: Reference, size: tuple[int, int]
+) -> None:
+    image = picture(size)
+    embeds, _, logits = prefill(pruned, [([image], "What is it?")])
+    keep_tokens = pruned.manifest.selection.keep_tokens
+    expected, expected_logits = reference.pruned([image], "What is it?", keep_tokens)
+    assert_close(embeds[0], expected, "fp32")
+    assert_close(logits[0], expected_logits, "fp32")
+
+
+def test_pruned_batches_streams_chats_and_several_images(pruned: Any, reference: Reference) -> None:
+    embeds, _, logits = prefill(pruned, BATCH)
+    for row, (images, question) in enumerate(BATCH):
+        expected, expected_logits = reference.pruned(images, question, pruned.manifest.selection.keep_tokens)
+        assert_close(embeds[row, -len(expected) :], expected, "fp32")
+        assert_close(logits[row], expected_logits, "fp32")
+    one_by_one = [pruned.generate(*request, max_new_tokens=10).token_ids for request in BATCH]
+    assert [row.token_ids for row in pruned.generate_batch(BATCH, max_new_tokens=10)] == one_by_one
+    assert [pruned.stream(*request, max_new_tokens=10).result.token_ids for request in BATCH] == one_by_one
+    chat = pruned.chat()
+    chat.ask("What is it?", BATCH[0][0], max_new_tokens=4)
+    again = chat.ask("And these?", BATCH[1][0], max_new_tokens=4)
+    images = [*BATCH[0][0], *BATCH[1][0]]
+    assert again.token_ids == pruned.generate(images, chat.messages[:-1], max_new_tokens=4).token_ids
+    assert again.timings.reused_tokens > 20
+
+
+def test_every_crop_gives_its_tokens_and_padding_none(pruned: Any) -> None:
+    selection = pruned.encode_image(picture((112, 60))).selection
+    assert [(grid.rows, grid.columns) for grid in selection.grids] == [(4, 4), (4, 8)]
+    assert selection.num_tokens == 16 + 32
+    keep = pruned.manifest.selection.keep_tokens
+    assert selection.keep_tokens == 5 * keep  # 2 x 2 crops of 8 x 4 tokens without the padding, and the whole
+    assert len(selection.spectral_entropies) == 5
+    assert sorted(set(selection.token_indices.tolist())) == selection.token_indices.tolist()
+    # A crop with fewer tokens than T gives those; one with none is not run.
+    narrow = pruned.encoder.prepare(picture((8, 100)))
+    assert len(narrow.feeds["pixel_values"]) < 4
+    sums = narrow.feeds["token_mask"].sum(axis=1)
+    assert (
+        narrow.num_placeholders
+        == np.minimum(sums, keep).sum()
+        == len(pruned.encode_image(picture((8, 100))).image_features)
+    )
+
+
+def test_padding_that_is_chosen_is_noticed(pruned: Any) -> None:
+    layout, prepared = pruned.encoder.layout, pruned.encoder.prepare(picture((112, 60)))
+    outputs = {k: v.copy() for k, v in pruned.encoder._sessions["vision_encoder"].run(prepared.feeds).items()}
+    padding = np.flatnonzero(prepared.places[1] < 0)
+    outputs["token_indices"][1] = padding[: outputs["token_indices"].shape[1]]
+    with pytest.raises(BackendError, match="not padding"):
+        layout.pack(outputs, prepared)
+
+
+def test_the_selection_order_goes_crop_by_crop(next_export: ExportResult, tmp_path: Path) -> None:
+    """The order is applied behind the graph as well, so that a manifest of the other order shows it."""
+    folder = Path(shutil.copytree(next_export.output, tmp_path / "package"))
+    manifest = read_manifest(folder)
+    write_manifest(
+        folder,
+        msgspec.structs.replace(manifest, selection=msgspec.structs.replace(manifest.selection, order="selection")),
+    )
+    with VisionLanguagePipeline.from_package(folder, provider="cpu") as other:
+        prepared = other.encoder.prepare(picture((112, 112)))
+        outputs = other.encoder._sessions["vision_encoder"].run(prepared.feeds)
+        selection = other.encode_image(picture((112, 112))).selection
+    rows = [prepared.places[row][indices] for row, indices in enumerate(outputs["token_indices"])]
+    np.testing.assert_array_equal(selection.token_indices, np.concatenate(rows))
+
+
+def test_a_context_that_does_not_fit_is_refused_before_anything_runs(
+    full: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(full.encoder), "encode", lambda *_: pytest.fail("it ran"))
+    with pytest.raises(PromptError, match=r"1\d\d\d tokens long.*at most 1024"):
+        full.generate([picture((112, 112))] * 12, "What?")
+
+
+def test_an_encoded_image_serves_again_and_elsewhere(pruned: Any, full: Any) -> None:
+    for pipeline in (pruned, full):
+        image = picture((90, 110))
+        encoded = pipeline.encode_image(image)
+        assert len(image_embeds_part(encoded)["image_embeds"]) > 100
+        assert pipeline.generate(encoded, "x", max_new_tokens=4).token_ids == (
+            pipeline.generate(image, "x", max_new_tokens=4).token_ids
+        )
+        wrong = EncodedImage(encoded.image_features[:-1], encoded.selection)
+        with pytest.raises(ConfigError, match="expected"):
+            pipeline.generate(wrong, "x")
+
+
+def test_the_picture_shows_the_whole_and_the_crops(pruned: Any, full: Any) -> None:
+    for size in [*SIZES, (400, 300)]:
+        image = picture(size)
+        for pipeline in (pruned, full):
+            selection = pipeline.encode_image(image).selection
+            view = pipeline.encoder.view(image)
+            assert view.height >= IMAGE_SIZE
+            drawn = draw_kept_tokens(view, selection)
+            assert drawn.width % view.width == 0
+        written = json.loads(json.dumps(selection.to_dict()))
+        assert sum(grid["rows"] * grid["columns"] for grid in written["grids"]) == selection.num_tokens
+
+
+# Other language models, precisions, and what is refused
+
+
+@pytest.mark.parametrize(
+    ("text", "dtype"),
+    [
+        (tiny_language_model("qwen2", tie_word_embeddings=True), "fp16"),
+        (tiny_language_model("mistral", sliding_window=24), "fp32"),
+    ],
+    ids=["qwen2-tied-fp16", "mistral-fp32"],
+)
+def test_language_models_and_precisions(text: Any, dtype: Any, tmp_path: Path) -> None:
+    folder = save_tiny_llava_next(tmp_path / "checkpoint", text=text, tie_word_embeddings=text.tie_word_embeddings)
+    result = export_package(ExportConfig(model=str(folder), ratio=0.12, dtype=dtype, output=tmp_path / "out"))
+    assert result.manifest.verification is not None
+    assert result.manifest.verification.passed
+    reference = Reference(folder)
+    with VisionLanguagePipeline.from_package(result.output, provider="cpu", num_threads=1) as pipeline:
+        _, _, logits = prefill(pipeline, BATCH)
+    for row, (images, question) in enumerate(BATCH):
+        assert_close(logits[row], reference.pruned(images, question, 2)[1], dtype)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_grid_pinpoints": [[56, 112], [56, 100]]}, r"\[56, 100\] among its image_grid_pinpoints"),
+        ({"image_grid_pinpoints": [[56, 112]]}, "image_grid_pinpoints = .*as in its config.json"),
+        ({"image_grid_pinpoints": [], "preprocessor": {"image_grid_pinpoints": []}}, "at least one"),
+        ({"preprocessor": {"crop_size": {"height": 42, "width": 42}}}, "crops of 42 x 42 pixels; expected 56 x 56"),
+        ({"vision_feature_layer": [-2, -1]}, "one layer"),
+        ({"vision_feature_select_strategy": "full"}, "CLS"),
+    ],
+)
+def test_what_is_not_exported_is_refused_with_the_reason(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    checkpoint = save_tiny_llava_next(tmp_path / "checkpoint", **changes)
+    with pytest.raises(UnsupportedModelError, match=message):
+        export_package(ExportConfig(model=str(checkpoint), output=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_package_without_its_newline_is_refused(next_full_export: ExportResult, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(next_full_export.output, tmp_path / "package"))
+    manifest = read_manifest(folder)
+    for content in (b"", b"no array", np.float32(1).tobytes()):
+        (folder / IMAGE_NEWLINE_FILE).write_bytes(content)
+        with pytest.raises(PackageError, match=IMAGE_NEWLINE_FILE):
+            layout_of(folder, manifest)
+        with pytest.raises(PackageError, match=IMAGE_NEWLINE_FILE):
+            VisionLanguagePipeline.from_package(folder)
+    np.save(folder / IMAGE_NEWLINE_FILE, np.zeros(48))
+    with pytest.raises(PackageError, match="float64"):
+        layout_of(folder, manifest)
+
+
+def test_engines_are_for_all_crops_of_an_image(next_export: ExportResult, next_full_export: ExportResult) -> None:
+    """That they build is tested with those of all families."""
+    (profile,) = profiles_of("vision_encoder", next_export.manifest, EngineConfig(max_batch=2))
+    assert profile.shapes["pixel_values"].max == (10, 3, 56, 56)  # two images of five crops
+    assert profile.shapes["token_mask"].opt == (5, 16)
+    for result, image_tokens in ((next_export, 5 * 2), (next_full_export, 16 + 8 * 9)):
+        (profile,) = profiles_of("decoder_model_merged", result.manifest, EngineConfig(max_prompt_tokens=100))
+        assert profile.shapes["inputs_embeds"].max == (1, image_tokens + 100, 48)
