@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -167,3 +168,12 @@ def test_a_report_is_not_replaced_unasked(tmp_path: Path) -> None:
     assert outcome.exit_code == 1
     assert "holds a report already" in outcome.error_lines[0]
     assert (tmp_path / "report.json").read_text() == "precious"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openvino_genai") is not None, reason="OpenVINO GenAI is installed")
+def test_a_peer_that_is_not_installed_is_answered_with_the_command(tmp_path: Path) -> None:
+    outcome = run(command.main, "a", "--peer", f"openvino={tmp_path}")
+    assert outcome.exit_code == 1
+    assert outcome.error_lines == [
+        "error: this needs openvino_genai, which is not installed; pip install openvino-genai"
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shlex
 import sys
 from collections.abc import Callable
@@ -174,6 +175,8 @@ def bench(
     wanted = _numbers(ratios, float, "--ratios", "fractions such as 1.0,0.12")
     BenchConfig(packages=given or {"none yet": Path()}, **asked)  # refuses what is wrong before anything is exported
     with _bar() as progress, missing_extra("export"), missing_package(*OPENVINO):
+        if peer is not None:
+            importlib.import_module("openvino_genai")  # rather now than after the first measurements
         folders = given or _exported(model, wanted, dtype, policies, cache, progress)
         report = run_benchmark(BenchConfig(packages=folders, **asked), progress)
     if output is not None:
