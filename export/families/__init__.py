@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from promprune.export.families import llava, llava_next, qwen2_5_vl
+from promprune.export.families import llava, llava_next, qwen2_5_vl, qwen2_vl
 from promprune.export.families.base import AdaptedModel, Family, Grids, VisionGraph, VisionReference, grids_of
 
 __all__ = ["FAMILIES", "AdaptedModel", "Family", "Grids", "VisionGraph", "VisionReference", "grids_of"]
@@ -36,5 +36,14 @@ FAMILIES: Final[dict[str, Family]] = {
         reference=qwen2_5_vl.reference,
         kept_features=qwen2_5_vl.kept_features,
         position_ids=qwen2_5_vl.position_ids,
+    ),
+    "qwen2_vl": Family(
+        model_type="qwen2_vl",
+        model_class="Qwen2VLForConditionalGeneration",
+        adapt=qwen2_vl.adapt,
+        adapt_to_grids=qwen2_vl.adapt_to_grids,
+        reference=qwen2_vl.reference,
+        kept_features=qwen2_vl.kept_features,
+        position_ids=qwen2_vl.position_ids,
     ),
 }

@@ -1,0 +1,357 @@
+"""Qwen2.5-VL from checkpoint to answer: the package against transformers, with whole images and with kept tokens."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
+
+from promprune.config import ExportConfig, SelectionConfig
+from promprune.errors import ConfigError, PackageError, UnsupportedModelError
+from promprune.export import ExportResult, export_package
+from promprune.export.checkpoint import load_checkpoint
+from promprune.export.families.qwen2_5_vl import GridVisionEncoder, default_grids
+from promprune.package import GridLayout, read_manifest
+from promprune.runtime import EncodedImage, ImageEncoder, VisionLanguagePipeline
+from promprune.runtime.overlay import draw_kept_tokens
+from promprune.selection import select_tokens
+from tests.fake_package import rewrite_manifest
+from tests.tiny_models import QWEN_IMAGE, save_tiny_qwen, tiny_qwen2_5_vl
+
+GRIDS = ((6, 6), (4, 7))
+TOKEN_PIXELS, IMAGE_TOKEN_ID = 28, 3
+NEW_TOKENS = 12
+Request = tuple[list[Image.Image], str]
+
+
+def picture(grid: int, seed: int = 0) -> Image.Image:
+    """Noise in the very size of a grid, which neither side has to resize."""
+    rows, columns = GRIDS[grid]
+    random = np.random.default_rng(seed)
+    pixels = random.integers(0, 256, (rows * TOKEN_PIXELS // 4, columns * TOKEN_PIXELS // 4, 3), dtype=np.uint8)
+    return Image.fromarray(np.kron(pixels, np.ones((4, 4, 1), np.uint8)))
+
+
+REQUESTS: dict[str, list[Request]] = {
+    "one prompt": [([picture(0)], "What is this?")],
+    "three prompts": [
+        ([picture(1)], "Which colour has the thing on the left?"),
+        ([], "Hello."),
+        ([picture(0, 1)], "Why?"),
+    ],
+    "several images": [([picture(0), picture(1), picture(0, 2)], "Compare them.")],
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt as transformers reads it, every image with all its tokens."""
+
+    input_ids: torch.Tensor  # [1, S]
+    pixel_values: torch.Tensor | None
+    grids: torch.Tensor | None  # [images, 3], in patches
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        types = (self.input_ids == IMAGE_TOKEN_ID).int()
+        images = {"pixel_values": self.pixel_values, "image_grid_thw": self.grids, "mm_token_type_ids": types}
+        return {"input_ids": self.input_ids, **(images if self.grids is not None else {})}
+
+
+class Reference:
+    """The source model in transformers, fp32."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = load_checkpoint(str(folder)).model
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+
+    def prompt(self, request: Request) -> Prompt:
+        images, question = request
+        values = self.image_processor(images=images, return_tensors="pt") if images else {}
+        grids = values.get("image_grid_thw")
+        runs = [] if grids is None else [int(grid.prod()) // 4 for grid in grids]
+        image = "".join(QWEN_IMAGE.replace("<|image_pad|>", "<|image_pad|>" * count) for count in runs)
+        text = f"<|im_start|>user\n{image}{question}<|im_end|>\n<|im_start|>assistant\n"
+        return Prompt(self.tokenizer(text, return_tensors="pt").input_ids, values.get("pixel_values"), grids)
+
+    @torch.no_grad()
+    def logits(self, prompt: Prompt) -> np.ndarray:
+        return self.model(**prompt.inputs).logits[0, -1].numpy()
+
+    def answer(self, **inputs: Any) -> list[int]:
+        given = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
+        tokens = self.model.generate(
+            **inputs,
+            attention_mask=torch.ones(next(iter(inputs.values())).shape[:2], dtype=torch.int64),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        return tokens[0, given:].tolist()
+
+    @torch.no_grad()
+    def pruned(self, prompt: Prompt, ratio: float) -> tuple[dict[str, torch.Tensor], list[list[int]]]:
+        """Embeddings and positions of a prompt with the tokens that the float64 method keeps, and which these are."""
+        embeds = self.model.get_input_embeddings()(prompt.input_ids)
+        stays, chosen = prompt.input_ids[0] != IMAGE_TOKEN_ID, []
+        positions = torch.arange(embeds.shape[1]).expand(3, 1, -1)
+        if prompt.grids is not None:
+            types = (prompt.input_ids == IMAGE_TOKEN_ID).int()
+            positions, _ = self.model.model.get_rope_index(prompt.input_ids, types, image_grid_thw=prompt.grids)
+            features = self.model.get_image_features(prompt.pixel_values, prompt.grids, return_dict=True).pooler_output
+            embeds[prompt.input_ids == IMAGE_TOKEN_ID] = torch.cat(list(features))
+            places = (~stays).nonzero()[:, 0]
+            patches = prompt.pixel_values.split(prompt.grids.prod(dim=1).tolist())
+            for row, values, grid in zip(features, patches, prompt.grids.tolist(), strict=True):
+                kept = select_tokens(
+                    row.double(), self.saliency(values, grid).double(), round(ratio * len(row)), SelectionConfig()
+                ).token_indices
+                stays[places[: len(row)][kept]] = True
+                chosen.append(sorted(kept.tolist()))
+                places = places[len(row) :]
+        return {"inputs_embeds": embeds[:, stays], "position_ids": positions[..., stays]}, chosen
+
+    def saliency(self, values: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+        encoder = GridVisionEncoder(
+            self.model.model.visual, rows=grid[1] // 2, columns=grid[2] // 2, window=2, full_blocks=[0, 1]
+        )
+        return encoder(values[None])[1][0]
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_qwen: Path) -> Reference:
+    return Reference(tiny_qwen)
+
+
+def exported(tiny_qwen: Path, folder: Path, **options: Any) -> ExportResult:
+    return export_package(ExportConfig(model=str(tiny_qwen), image_grids=GRIDS, output=folder, **options))
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> VisionLanguagePipeline:
+    """The unpruned baseline."""
+    folder = tmp_path_factory.mktemp("qwen") / "whole"
+    return VisionLanguagePipeline.from_package(exported(tiny_qwen, folder, ratio=1.0, verify=False).output)
+
+
+@pytest.fixture(scope="module")
+def pruned(tiny_qwen_export: ExportResult) -> VisionLanguagePipeline:
+    return VisionLanguagePipeline.from_package(tiny_qwen_export.output)
+
+
+def first_logits(
+    pipeline: VisionLanguagePipeline, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> np.ndarray:
+    """The logits after the prompts, [batch, vocabulary]."""
+    read, seen = pipeline._decoder.read, []
+
+    def recording(*args: Any) -> Any:
+        output = read(*args)
+        seen.append(output[0])
+        return output
+
+    monkeypatch.setattr(pipeline._decoder, "read", recording)
+    pipeline.generate_batch(requests, max_new_tokens=1)
+    monkeypatch.undo()
+    return seen[0]
+
+
+def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.abs(found - wanted).max() / wanted.std())
+
+
+def check_whole(
+    pipeline: VisionLanguagePipeline,
+    reference: Reference,
+    requests: list[Request],
+    limit: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logits = first_logits(pipeline, requests, monkeypatch)
+    for row, request in zip(logits, requests, strict=True):
+        assert relative_error(row, reference.logits(reference.prompt(request))) < limit
+
+
+def check_pruned(
+    pipeline: VisionLanguagePipeline,
+    reference: Reference,
+    requests: list[Request],
+    limit: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logits = first_logits(pipeline, requests, monkeypatch)
+    for row, request in zip(logits, requests, strict=True):
+        inputs, _ = reference.pruned(reference.prompt(request), ratio=0.12)
+        with torch.no_grad():
+            wanted = reference.model(**inputs).logits[0, -1].numpy()
+        assert relative_error(row, wanted) < limit
+
+
+@pytest.mark.parametrize("case", REQUESTS)
+def test_whole_images_are_read_as_transformers_reads_them(
+    whole: VisionLanguagePipeline, reference: Reference, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = REQUESTS[case]
+    check_whole(whole, reference, requests, 1e-4, monkeypatch)
+    results = whole.generate_batch(requests, max_new_tokens=NEW_TOKENS)
+    for result, request in zip(results, requests, strict=True):
+        assert list(result.token_ids) == reference.answer(**reference.prompt(request).inputs)
+
+
+@pytest.mark.parametrize("case", REQUESTS)
+def test_kept_tokens_are_read_where_they_were(
+    pruned: VisionLanguagePipeline, reference: Reference, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers reads the tokens that the float64 method keeps, at their positions in the whole image."""
+    requests = REQUESTS[case]
+    check_pruned(pruned, reference, requests, 1e-4, monkeypatch)
+    results = pruned.generate_batch(requests, max_new_tokens=NEW_TOKENS)
+    for result, request in zip(results, requests, strict=True):
+        inputs, chosen = reference.pruned(reference.prompt(request), ratio=0.12)
+        assert [sorted(image.token_indices.tolist()) for image in result.selection] == chosen
+        assert list(result.token_ids) == reference.answer(**inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp16"])
+def test_half_precision_reads_the_same(
+    tiny_qwen: Path, reference: Reference, dtype: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = exported(tiny_qwen, tmp_path / "whole", ratio=1.0, dtype=dtype)
+    pruned = exported(tiny_qwen, tmp_path / "pruned", dtype=dtype)
+    for result, check in ((whole, check_whole), (pruned, check_pruned)):
+        with VisionLanguagePipeline.from_package(result.output) as pipeline:
+            for requests in REQUESTS.values():
+                check(pipeline, reference, requests, 5e-2, monkeypatch)
+
+
+def test_the_positions_matter(
+    whole: VisionLanguagePipeline, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted one after the other, as in other families, the same tokens make other logits."""
+    monkeypatch.setattr(whole, "_positions", lambda job, reused: None)
+    logits = first_logits(whole, REQUESTS["one prompt"], monkeypatch)
+    wanted = reference.logits(reference.prompt(REQUESTS["one prompt"][0]))
+    assert relative_error(logits[0], wanted) > 1e-2
+
+
+def test_a_conversation_goes_on_where_it_was(pruned: VisionLanguagePipeline) -> None:
+    """Turns with images of both grids and without any: what was read before is not read again, nor misplaced."""
+    turns: list[Request] = [([picture(0)], "What is this?"), ([picture(1)], "And this?"), ([], "Which is larger?")]
+    chat, images, messages, read = pruned.chat(), [], [], 0
+    for added, text in turns:
+        images += added
+        content = [{"type": "image"}] * len(added) + [{"type": "text", "text": text}]
+        messages.append({"role": "user", "content": content})
+        result = chat.ask(text, added, max_new_tokens=NEW_TOKENS)
+        fresh = pruned.generate(images, messages, max_new_tokens=NEW_TOKENS)
+        assert result.token_ids == fresh.token_ids
+        assert result.timings.reused_tokens >= read
+        read = result.timings.prompt_tokens
+        messages.append(chat.messages[-1])
+    assert result.timings.reused_tokens > 0
+
+
+def test_chunks_and_streams_change_no_answer(tiny_qwen_export: ExportResult, pruned: VisionLanguagePipeline) -> None:
+    requests = REQUESTS["three prompts"] + REQUESTS["several images"]
+    wanted = [result.token_ids for result in pruned.generate_batch(requests, max_new_tokens=NEW_TOKENS)]
+    with VisionLanguagePipeline.from_package(tiny_qwen_export.output, prefill_chunk=5) as chunked:
+        assert [r.token_ids for r in chunked.generate_batch(requests, max_new_tokens=NEW_TOKENS)] == wanted
+    for (images, prompt), tokens in zip(requests, wanted, strict=True):
+        stream = pruned.stream(images, prompt, max_new_tokens=NEW_TOKENS)
+        assert "".join(stream) == stream.result.text
+        assert stream.result.token_ids == tokens
+
+
+def test_an_image_takes_the_grid_that_distorts_it_least(
+    tiny_qwen_export: ExportResult, pruned: VisionLanguagePipeline
+) -> None:
+    assert list(tiny_qwen_export.manifest.graphs)[:2] == ["vision_encoder", "vision_encoder_4x7"]
+    for size, (rows, columns) in (((300, 290), GRIDS[0]), ((90, 50), GRIDS[1]), ((1000, 20), GRIDS[1])):
+        image = Image.new("RGB", size, (90, 120, 30))
+        encoded = pruned.encode_image(image)
+        grid = encoded.selection.grids[0]
+        assert (grid.rows, grid.columns) == (rows, columns)
+        assert encoded.selection.keep_tokens == round(0.12 * rows * columns) == len(encoded.image_features)
+        assert encoded.positions is not None
+        assert encoded.positions.extent == max(rows, columns)
+        assert (encoded.positions.offsets[1] * columns + encoded.positions.offsets[2]).tolist() == (
+            encoded.selection.token_indices.tolist()
+        )
+        view = pruned.encoder.view(image)
+        assert view.size == (columns * TOKEN_PIXELS, rows * TOKEN_PIXELS)
+        assert draw_kept_tokens(view, encoded.selection).width >= 896
+
+
+def test_an_encoded_image_can_be_used_again(pruned: VisionLanguagePipeline) -> None:
+    encoded = pruned.encode_image(picture(1))
+    fresh, again = (pruned.generate([image], "Why?", max_new_tokens=4) for image in (picture(1), encoded))
+    assert again.token_ids == fresh.token_ids
+    assert again.timings.encoded_images == 0
+    with pytest.raises(ConfigError, match="without the positions of its tokens"):
+        pruned.generate([EncodedImage(encoded.image_features, encoded.selection)], "Why?")
+
+
+def test_a_package_whose_grid_has_no_graph_is_refused(tiny_qwen_export: ExportResult, tmp_path: Path) -> None:
+    package = Path(shutil.copytree(tiny_qwen_export.output, tmp_path / "package"))
+    manifest = read_manifest(package)
+    assert isinstance(manifest.image.layout, GridLayout)
+    graphs = {name: graph for name, graph in manifest.graphs.items() if name != "vision_encoder_4x7"}
+    rewrite_manifest(package, manifest, graphs=graphs)
+    with pytest.raises(PackageError, match="no graph 'vision_encoder_4x7'"):
+        ImageEncoder.from_package(package)
+
+
+@pytest.mark.parametrize(
+    ("grids", "message"),
+    [
+        (((9, 9),), "received the image grid 9x9, 81 tokens; expected 4 to 64 tokens"),
+        (((1, 3),), "3 tokens; expected 4 to 64"),
+    ],
+)
+def test_a_grid_that_the_image_processor_never_makes_is_refused(
+    tiny_qwen: Path, tmp_path: Path, grids: Any, message: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        export_package(ExportConfig(model=str(tiny_qwen), image_grids=grids, output=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_grids_are_for_families_that_take_them(tiny_llava: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--image-grid for a model of the family 'llava'"):
+        export_package(ExportConfig(model=str(tiny_llava), image_grids=((4, 4),), output=tmp_path / "out"))
+    with pytest.raises(ConfigError, match="each grid once"):
+        ExportConfig(image_grids=((4, 4), (4, 4)))
+    with pytest.raises(ConfigError, match="at least 1"):
+        ExportConfig(image_grids=((0, 4),))
+
+
+@pytest.mark.parametrize(
+    ("shortest_edge", "longest_edge", "side"), [(3136, 12845056, 24), (3136, 50176, 8), (1_000_000, 12845056, 36)]
+)
+def test_the_grid_of_a_model_is_one_that_its_image_processor_makes(
+    shortest_edge: int, longest_edge: int, side: int
+) -> None:
+    """The first limits are those of the published Qwen2.5-VL."""
+    size = {"shortest_edge": shortest_edge, "longest_edge": longest_edge}
+    processor = SimpleNamespace(image_processor=Qwen2VLImageProcessorPil(size=size))
+    assert default_grids(processor) == ((side, side),)
+
+
+def test_a_sliding_window_is_refused(tmp_path: Path) -> None:
+    model = tiny_qwen2_5_vl()
+    model.config.text_config.layer_types = ["full_attention", "sliding_attention"]
+    model.config.text_config.use_sliding_window = True
+    model.config.text_config.sliding_window = 16
+    with pytest.raises(UnsupportedModelError, match="sliding window of 16 tokens"):
+        export_package(ExportConfig(model=str(save_tiny_qwen(tmp_path / "m", model)), output=tmp_path / "out"))
