@@ -12,7 +12,13 @@ import pytest
 
 from promprune.config import ExportConfig
 from promprune.export import ExportResult, export_package
-from tests.tiny_models import save_tiny_llava, save_tiny_llava_next, save_tiny_qwen, tiny_qwen2_5_vl
+from tests.tiny_models import (
+    save_tiny_llava,
+    save_tiny_llava_next,
+    save_tiny_qwen,
+    tiny_qwen2_5_vl,
+    tiny_qwen2_vl,
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -75,6 +81,14 @@ def next_full_export(tiny_llava_next: Path, tmp_path_factory: pytest.TempPathFac
     """The unpruned baseline of the same model."""
     output = tmp_path_factory.mktemp("packages") / "next-full"
     return export_package(ExportConfig(model=str(tiny_llava_next), ratio=1.0, output=output))
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2_export(tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+    """A random Qwen2-VL, exported and verified for images of 4 x 6 tokens; the default ratio."""
+    checkpoint = save_tiny_qwen(tmp_path_factory.mktemp("checkpoints") / "tiny-qwen2", tiny_qwen2_vl())
+    output = tmp_path_factory.mktemp("packages") / "tiny-qwen2"
+    return export_package(ExportConfig(model=str(checkpoint), image_grids=((4, 6),), output=output))
 
 
 @pytest.fixture(scope="session")

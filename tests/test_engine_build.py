@@ -87,7 +87,12 @@ def check_built(package: Path, results: tuple[Any, ...], capsys: pytest.CaptureF
 
 
 # The fixture with a tiny exported package of each family.
-TINY_EXPORTS = {"llava": "tiny_export", "llava_next": "next_export", "qwen2_5_vl": "tiny_qwen_export"}
+TINY_EXPORTS = {
+    "llava": "tiny_export",
+    "llava_next": "next_export",
+    "qwen2_5_vl": "tiny_qwen_export",
+    "qwen2_vl": "tiny_qwen2_export",
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -355,3 +355,13 @@ def test_a_sliding_window_is_refused(tmp_path: Path) -> None:
     model.config.text_config.sliding_window = 16
     with pytest.raises(UnsupportedModelError, match="sliding window of 16 tokens"):
         export_package(ExportConfig(model=str(save_tiny_qwen(tmp_path / "m", model)), output=tmp_path / "out"))
+
+
+def test_qwen2_vl_answers_as_transformers(tiny_qwen2_export: ExportResult) -> None:
+    """Its export was verified: features, saliency, kept sets, logits, and answers at the positions of the image."""
+    verification = tiny_qwen2_export.manifest.verification
+    assert verification is not None
+    assert verification.passed
+    answers = [check for check in verification.checks if check.name == "greedy answers equal to torch's"]
+    assert [check.measured for check in answers] == [1.0]
+    assert tiny_qwen2_export.manifest.family == "qwen2_vl"
