@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
+from promprune.cli.common import describe_selection
 from promprune.config import EngineConfig, ExportConfig, SelectionConfig
 from promprune.errors import BackendError, ConfigError, PackageError, PromptError, UnsupportedModelError
 from promprune.export import ExportResult, export_package
@@ -317,6 +318,19 @@ def test_language_models_and_precisions(text: Any, dtype: Any, tmp_path: Path) -
         _, _, logits = prefill(pipeline, BATCH)
     for row, (images, question) in enumerate(BATCH):
         assert_close(logits[row], reference.pruned(images, question, 2)[1], dtype)
+
+
+@pytest.mark.slow
+def test_half_precision_with_nothing_removed(tiny_llava_next: Path, reference: Reference, tmp_path: Path) -> None:
+    config = ExportConfig(model=str(tiny_llava_next), ratio=1.0, dtype="fp16", output=tmp_path / "out")
+    result = export_package(config)
+    assert describe_selection(result.manifest) == "keeps all 16 visual tokens of each crop (the unpruned baseline)"
+    with VisionLanguagePipeline.from_package(result.output, provider="cpu", num_threads=1) as pipeline:
+        embeds, _, logits = prefill(pipeline, BATCH)
+    for row, (images, question) in enumerate(BATCH):
+        expected, expected_logits = reference.whole(images, question)
+        assert_close(embeds[row, -len(expected) :], expected, "fp16")
+        assert_close(logits[row], expected_logits, "fp16")
 
 
 @pytest.mark.parametrize(

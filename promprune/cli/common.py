@@ -133,10 +133,11 @@ def missing_package(distribution: str, *modules: str) -> Iterator[None]:
 def describe_selection(manifest: Manifest) -> str:
     """Say in words what is kept and what is removed."""
     record = manifest.selection
+    where = "of each crop " if manifest.image.layout.max_crops > 1 else ""
     if record.keep_tokens == record.num_tokens:
-        return f"keeps all {record.num_tokens} visual tokens (the unpruned baseline)"
+        return f"keeps all {record.num_tokens} visual tokens {where}(the unpruned baseline)"
     return (
-        f"keeps {record.keep_tokens} of {record.num_tokens} visual tokens "
+        f"keeps {record.keep_tokens} of {record.num_tokens} visual tokens {where}"
         f"({record.ratio:.1%}), removes {record.ratio_removed:.1%}"
     )
 
