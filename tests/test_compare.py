@@ -13,10 +13,10 @@ from onnx import helper, numpy_helper
 from onnx.external_data_helper import load_external_data_for_model
 
 from promprune.cli.verify import BACKENDS, main
-from promprune.config import CompareConfig
+from promprune.config import CompareConfig, ExportConfig
 from promprune.engines import current_target
 from promprune.errors import BackendError, ConfigError, PackageError
-from promprune.export import ExportResult
+from promprune.export import ExportResult, export_package
 from promprune.package import DECODER, read_manifest
 from tests.command_line import run
 from tests.fake_package import FakeModel, write_fake_package
@@ -144,6 +144,21 @@ def test_an_injected_fault_is_traced_to_the_node_that_has_the_weight(
     assert result.first.error == pytest.approx(0.1, rel=1e-3)
     (unhurt,) = compare_package(tiny_export.output, CompareConfig(graphs=(graph,), layers=True))
     assert unhurt.passed
+
+
+@pytest.mark.slow
+def test_half_precision_is_close_to_single_in_every_tensor_they_share(
+    tiny_llava: Path, tiny_export: ExportResult, tmp_path: Path
+) -> None:
+    config = ExportConfig(
+        model=str(tiny_llava), ratio=0.25, output=tmp_path / "half", dtype="fp16", verify=False, split_selector=True
+    )
+    half = export_package(config).output
+    compare = CompareConfig(reference=tiny_export.output, graphs=(DECODER,), layers=True)
+    (result,) = compare_package(half, compare)
+    assert result.passed, result.first
+    assert result.compared > 100
+    assert 1e-5 < max(output.error for output in result.outputs) < 1e-2
 
 
 def test_a_package_with_other_graphs_is_refused(fake: Path, tiny_export: ExportResult) -> None:

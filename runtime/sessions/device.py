@@ -114,7 +114,7 @@ class BufferPool:
         self.nbytes = nbytes
         self._device = device
         self._free: list[int] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a holder may vanish, and give back, at any moment of this very thread
         self._closed = False
 
     def take(self) -> int:
