@@ -61,6 +61,8 @@ def python(code: str, *, cwd: Path | None = None, **environment: str) -> str:
         ("promprune", ("torch", "transformers", "onnx", "onnxruntime", "numpy")),
         ("promprune.runtime", ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "promprune.export")),
         ("promprune.cli.run", ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "promprune.export")),
+        ("promprune.cli.bench", ("torch", "transformers", "onnx", "matplotlib")),
+        ("promprune.bench.cold_start", ("torch", "transformers", "onnx", "promprune.export")),
         ("promprune.cli.export", ("torch", "transformers", "onnx", "onnxruntime")),
     ],
 )
