@@ -31,6 +31,12 @@ from tests.command_line import run
         (["--keep-tokens", "12.5"], 2, "received '12.5'; expected a whole number"),
         (["--dtype", "int3"], 1, "received dtype = 'int3'; expected one of fp32, fp16"),
         (["--opset", "9"], 1, "received opset = 9; expected 18 to 23"),
+        (["--image-grid", "24"], 1, "received --image-grid '24'; expected rows x columns of visual tokens"),
+        (
+            ["--image-grid", "24x24,0x8"],
+            1,
+            "received the image grids 24x24, 0x8; expected rows and columns of at least",
+        ),
         (["--order", "random"], 1, "received order = 'random'; expected 'spatial' or 'selection'"),
         (["--tau", "0"], 1, "received tau = 0.0; expected a finite number above 0"),
         (["--surprise"], 2, "--surprise"),

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from promprune._version import __version__
 from promprune.errors import MissingDependencyError, PrompruneError
-from promprune.package import CheckRecord, Manifest
+from promprune.package import CheckRecord, GridLayout, Manifest
 
 __all__ = [
     "EXIT_REFUSED",
@@ -136,10 +136,15 @@ def describe_selection(manifest: Manifest) -> str:
     where = "of each crop " if manifest.image.layout.max_crops > 1 else ""
     if record.keep_tokens == record.num_tokens:
         return f"keeps all {record.num_tokens} visual tokens {where}(the unpruned baseline)"
-    return (
+    kept = (
         f"keeps {record.keep_tokens} of {record.num_tokens} visual tokens {where}"
         f"({record.ratio:.1%}), removes {record.ratio_removed:.1%}"
     )
+    layout = manifest.image.layout
+    if not isinstance(layout, GridLayout) or len(layout.grids) == 1:
+        return kept
+    first, *others = (f"{grid.rows}x{grid.columns}" for grid in layout.grids)
+    return f"{kept}, in images of {first} tokens; also takes images of {', '.join(others)}"
 
 
 def checks_table(checks: tuple[CheckRecord, ...]) -> Table:
