@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -59,10 +60,15 @@ def test_every_contender_is_measured_under_every_load(report: Report) -> None:
 
 def test_the_stages_add_up_to_the_first_token(report: Report) -> None:
     for case in report.cases:
-        stages = [case.stages[name].samples_ms for name in FIRST_TOKEN_STAGES if name in case.stages]
-        for *parts, whole in zip(*stages, case.stages["first_token"].samples_ms, strict=True):
-            assert sum(parts) <= whole + 0.01
-            assert sum(parts) >= 0.3 * whole  # the rest is the choice of the token, and what generate does besides
+        stages = {name: case.stages[name].samples_ms for name in FIRST_TOKEN_STAGES if name in case.stages}
+        shares = []
+        for index, whole in enumerate(case.stages["first_token"].samples_ms):
+            parts = [samples[index] for samples in stages.values()]
+            shares.append(sum(parts) / whole)
+            # A selection that was interrupted when it ran by itself can take longer than the whole vision stage.
+            assert sum(parts) <= whole + 0.01 or stages["vision"][index] == 0
+        if report.contender(case.contender).kind == "package":  # what generate does besides has no stage
+            assert statistics.median(shares) > 0.7
 
 
 def test_the_selection_is_apart_where_there_is_one(report: Report) -> None:

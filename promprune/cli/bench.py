@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from promprune.bench.config import BenchConfig
 from promprune.cli.common import (
     EXIT_REFUSED,
     console,
@@ -81,19 +82,19 @@ def bench(
     image: Annotated[
         Path | None, typer.Option("--image", "-i", show_default="a rendered scene", metavar="FILE")
     ] = None,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT")] = "What is in the picture?",
+    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT")] = BenchConfig.prompt,
     new_tokens: Annotated[
         int, typer.Option(help="Length of every answer.", parser=option_type(int, _INT), metavar="COUNT")
-    ] = 16,
+    ] = BenchConfig.new_tokens,
     rounds: Annotated[
         int,
         typer.Option(
             help="In each, everybody runs once, in changing order.", parser=option_type(int, _INT), metavar="COUNT"
         ),
-    ] = 10,
+    ] = BenchConfig.rounds,
     warmup: Annotated[
         int, typer.Option(help="Rounds that are not counted.", parser=option_type(int, _INT), metavar="COUNT")
-    ] = 1,
+    ] = BenchConfig.warmup,
     batch: Annotated[str, typer.Option(help="Prompts answered together; several: 1,4.", metavar="LIST")] = "1",
     concurrency: Annotated[str, typer.Option(help="Calls at the same time; several: 1,2.", metavar="LIST")] = "1",
     cold_starts: Annotated[
@@ -103,7 +104,7 @@ def bench(
             parser=option_type(int, _INT),
             metavar="COUNT",
         ),
-    ] = 1,
+    ] = BenchConfig.cold_starts,
     backend: Annotated[
         str, typer.Option(help="onnxruntime, or another one that is installed.", metavar="NAME")
     ] = RuntimeConfig.backend,
@@ -146,7 +147,7 @@ def bench(
     if output is not None:
         _check_output(output, force=force)
     with missing_extra(EXTRA):
-        from promprune.bench.measure import BenchConfig, run_benchmark
+        from promprune.bench.measure import run_benchmark
 
     named = list(filter(None, baseline.split(",")))
     policies = [name for name in named if name in POLICIES]
