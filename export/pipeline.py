@@ -106,8 +106,21 @@ def default_output(config: ExportConfig) -> Path:
 
 
 def in_dtype(model: Any, dtype: str) -> Any:
-    """Return the model itself in fp32, or a copy in another dtype; the original stays the reference."""
-    return model if dtype == "fp32" else copy.deepcopy(model).to(_TORCH_DTYPES[dtype])
+    """Return the model itself in fp32, or a copy in another dtype; the original stays the reference.
+
+    What no checkpoint holds (rotary frequencies) stays fp32, as when transformers loads in that dtype: rounded, far
+    positions would turn by other angles.
+    """
+    if dtype == "fp32":
+        return model
+    converted = copy.deepcopy(model).to(_TORCH_DTYPES[dtype])
+    stored = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name not in stored:
+            converted.get_submodule(name.rpartition(".")[0]).register_buffer(
+                name.rpartition(".")[2], buffer.clone(), persistent=False
+            )
+    return converted
 
 
 def selection_record(config: ExportConfig, checkpoint: Checkpoint, num_tokens: int) -> SelectionRecord:

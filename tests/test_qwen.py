@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
 from promprune.config import ExportConfig, SelectionConfig
 from promprune.errors import ConfigError, PackageError, UnsupportedModelError
 from promprune.export import ExportResult, export_package
 from promprune.export.checkpoint import load_checkpoint
 from promprune.export.families.qwen2_5_vl import GridVisionEncoder, default_grids
+from promprune.export.pipeline import in_dtype
 from promprune.package import GridLayout, read_manifest
 from promprune.runtime import EncodedImage, ImageEncoder, VisionLanguagePipeline
 from promprune.runtime.overlay import draw_kept_tokens
@@ -365,3 +366,15 @@ def test_qwen2_vl_answers_as_transformers(tiny_qwen2_export: ExportResult) -> No
     answers = [check for check in verification.checks if check.name == "greedy answers equal to torch's"]
     assert [check.measured for check in answers] == [1.0]
     assert tiny_qwen2_export.manifest.family == "qwen2_vl"
+
+
+def test_rotary_frequencies_keep_their_precision_in_half(tiny_qwen: Path, reference: Reference) -> None:
+    """As in a model that transformers loads in fp16: 2**-11 of a frequency is a whole turn at far positions."""
+    loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_qwen, dtype=torch.float16)
+    converted = in_dtype(reference.model, "fp16")
+    wanted = dict(loaded.named_buffers())
+    assert any("rotary" in name for name in wanted)
+    for name, buffer in converted.named_buffers():
+        assert buffer.dtype == wanted[name].dtype, name
+        assert torch.equal(buffer, wanted[name]), name
+    assert {parameter.dtype for parameter in converted.parameters()} == {torch.float16}
