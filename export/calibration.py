@@ -22,7 +22,7 @@ from promprune import scenes
 from promprune.atomic import replace_file
 from promprune.config import SelectionConfig
 from promprune.errors import ConfigError, ImageError
-from promprune.export.checkpoint import SELECTION_FILE, Checkpoint
+from promprune.export.checkpoint import SELECTION_FILE, Checkpoint, read_constants
 from promprune.prominence import saliency_ratio, spectral_entropy
 from promprune.runtime import load_image
 
@@ -111,8 +111,14 @@ def calibration_scenes(count: int, image_size: int) -> Iterator[Image.Image]:
 
 
 def write_calibration(folder: Path, calibration: Calibration) -> Path:
-    """Write ``promprune_config.json`` into a checkpoint's folder, where the export finds it; replaces an older one."""
+    """Write mu and tau into ``promprune_config.json`` of a checkpoint's folder, where the export finds them.
+
+    What else an older one says is kept.
+
+    Raises:
+        ModelError: the older one is not as it should be.
+    """
     path = folder / SELECTION_FILE
-    content = json.dumps({"mu": calibration.mu, "tau": calibration.tau}, indent=2) + "\n"
-    replace_file(path, content.encode())
+    constants = {**read_constants(folder), "mu": calibration.mu, "tau": calibration.tau}
+    replace_file(path, (json.dumps(constants, indent=2) + "\n").encode())
     return path

@@ -20,11 +20,19 @@ from promprune.errors import ModelError, UnsupportedModelError
 from promprune.export.families import FAMILIES, Family
 from promprune.package import SourceRecord, sha256_of_file
 
-__all__ = ["EMBEDDED_MODEL", "Checkpoint", "embedded_model_folder", "load_checkpoint", "selection_config"]
+__all__ = [
+    "EMBEDDED_MODEL",
+    "Checkpoint",
+    "embedded_model_folder",
+    "load_checkpoint",
+    "read_constants",
+    "selection_config",
+]
 
 EMBEDDED_MODEL: Final = "embedded"
-# What a model's own folder may say about the selection: {"mu": ..., "tau": ...}.
+# What a model's own folder may say about the selection: {"mu": ..., "tau": ...}, and the limits of the split.
 SELECTION_FILE: Final = "promprune_config.json"
+_SELECTION_KEYS: Final = frozenset({"mu", "tau", "saliency_ratio_min", "saliency_ratio_max"})
 
 _HUB_ID: Final = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _EXPECTED: Final = "a folder in Hugging Face format, a hub id such as llava-hf/llava-1.5-7b-hf, or nothing"
@@ -96,23 +104,36 @@ def selection_config(folder: Path, config: ExportConfig) -> tuple[SelectionConfi
     The command line comes first, then the model's own ``promprune_config.json``, then the paper's defaults.
 
     Raises:
-        ModelError: the model's file is not ``{"mu": number, "tau": number}``.
+        ModelError: the model's file is not as it should be.
         ConfigError: a value is out of its range.
     """
-    path, constants, chosen_by = folder / SELECTION_FILE, {}, "defaults"
-    if path.is_file():
-        try:
-            constants = msgspec.json.decode(path.read_bytes(), type=dict[str, float])
-        except msgspec.DecodeError as error:
-            raise ModelError(f"{path} cannot be read ({error})", expected='{"mu": number, "tau": number}') from error
-        if not constants.keys() <= {"mu", "tau"}:
-            raise ModelError(f"{path} has the keys {sorted(constants)}", expected="mu and tau")
-        chosen_by = "model"
+    constants = read_constants(folder)
+    chosen_by = "model" if constants else "defaults"
     given = {"mu": config.mu, "tau": config.tau}
     overrides = {key: value for key, value in given.items() if value is not None}
     if overrides:
         chosen_by = "command line"
     return SelectionConfig(order=config.order, policy=config.policy, **{**constants, **overrides}), chosen_by
+
+
+def read_constants(folder: Path) -> dict[str, float]:
+    """Read a checkpoint's own ``promprune_config.json``: mu, tau, and the limits of the split, or some of them.
+
+    Raises:
+        ModelError: it is something else.
+    """
+    path = folder / SELECTION_FILE
+    if not path.is_file():
+        return {}
+    try:
+        constants = msgspec.json.decode(path.read_bytes(), type=dict[str, float])
+    except msgspec.DecodeError as error:
+        raise ModelError(f"{path} cannot be read ({error})", expected='{"mu": number, "tau": number}') from error
+    if not constants.keys() <= _SELECTION_KEYS:
+        raise ModelError(
+            f"{path} has the keys {sorted(constants)}", expected="mu, tau, saliency_ratio_min, saliency_ratio_max"
+        )
+    return constants
 
 
 def _resolve(name: str | None) -> tuple[Path, str | None]:

@@ -113,7 +113,7 @@ def test_held_out_accuracy() -> None:
 def test_calibration_fits_the_encoder() -> None:
     """mu lies amid the entropies of calibration images, so that the budget is split differently among them."""
     found = json.loads((FOLDER / "promprune_config.json").read_text())
-    assert set(found) == {"mu", "tau"}
+    assert set(found) == {"mu", "tau", "saliency_ratio_max"}
     config = SelectionConfig(**found)
     model, processor = _model()[0], _processor()
     entropies = []

@@ -1,0 +1,100 @@
+"""promprune-eval: answers against transformers' generate, scores by hand, the shipped questions, the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from promprune.cli import eval as command
+from promprune.config import SelectionConfig
+from promprune.evaluation.data import Picture, Question, is_right, load_data
+from promprune.evaluation.model import TorchModel
+from promprune.evaluation.runs import ALL, Condition, Run, ask_torch, conditions
+from promprune.evaluation.scores import difference, scores
+from promprune.export.checkpoint import load_checkpoint
+from promprune.export.verify import torch_answer
+from promprune.scenes import questions, render_scene
+from tests.command_line import run
+
+
+def test_the_shipped_questions_are_those_of_the_scenes() -> None:
+    pictures = load_data("embedded")
+    assert sum(len(picture.questions) for picture in pictures) == 2004
+    for picture in pictures[::40]:
+        asked = questions(render_scene(int(picture.name), image_size=32), per_type=1)
+        assert [(q.type, q.text, q.answers) for q in picture.questions] == [
+            (q.type, q.text, (q.answer,)) for q in asked
+        ]
+
+
+def test_answers_are_those_of_generate() -> None:
+    """Many questions behind one prefix, padded and cached, answer as one question at a time does in transformers."""
+    checkpoint = load_checkpoint(None)
+    model, pictures = TorchModel(checkpoint), load_data("embedded", limit=3)
+    wanted = conditions(model.grid.num_tokens, [0.12], ["coverage"])
+    runs = ask_torch(model, pictures, wanted, SelectionConfig(), max_new_tokens=6, done=lambda _: None)
+    tokenizer = checkpoint.processor.tokenizer
+    for index, picture in enumerate(pictures):
+        features = model.encode(picture.load()).features
+        for one in runs:
+            chosen = one.selections[index].token_indices if one.selections else range(256)
+            kept = features[torch.as_tensor(list(chosen))]
+            for question, answer in zip(picture.questions, one.answers[index], strict=True):
+                with torch.inference_mode():
+                    ids = torch_answer(checkpoint, model.model, question.text, kept)
+                assert answer == tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def _asked(name: str, *answers: str) -> Picture:
+    return Picture(name, lambda: render_scene(0).image, tuple(Question("?", (text,), "t") for text in answers))
+
+
+def test_scores_by_hand() -> None:
+    pictures = [_asked("a", "one", "red"), _asked("b", "blue", "2")]
+    full = Run(Condition("torch", ALL, 4, 4), (("1", "Red."), ("blue", "3")))
+    pruned = Run(Condition("torch", "coverage", 1, 4), (("1", "green"), ("a blue", "3")))
+    first, second = scores([full, pruned], pictures)
+    assert (first.accuracy.value, second.accuracy.value) == (0.75, 0.5)
+    assert second.retention is not None
+    assert second.retention.value == pytest.approx(2 / 3)
+    assert second.agreement == 0.75
+    change = difference(pruned, full, pictures)
+    assert (change.value, change.low, change.high) == (-0.25, -0.5, 0.0)
+    assert not is_right("seven", Question("?", ("8",), "t"))
+
+
+def test_the_command_on_a_folder(tmp_path: Path, tiny_llava: Path) -> None:
+    render_scene(1, image_size=64).image.save(tmp_path / "a.png")
+    line = {"image": "a.png", "question": "What?", "answers": "nothing"}
+    (tmp_path / "q.jsonl").write_text(json.dumps(line) + "\n")
+    page, out = tmp_path / "page.html", tmp_path / "out"
+    options = ["--ratios", "0.5", "--max-new-tokens", "2", "-o", str(out), "--gallery", str(page), "--json"]
+    outcome = run(command.main, str(tiny_llava), "--data", str(tmp_path), *options, "--runtime", "fp32")
+    found = json.loads(outcome.stdout)["runs"]
+    assert [(row["by"], row["policy"]) for row in found][-2:] == [
+        ("runtime, fp32", "all"),
+        ("runtime, fp32", "promprune"),
+    ]
+    answers = json.loads((out / "answers.jsonl").read_text())
+    assert answers["torch/all/16"] == answers["runtime, fp32/all/16"]
+    assert "data:image/jpeg" in page.read_text()
+    assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--ratios", "few"], "such as 0.5,0.12"),
+        (["--runtime", "int8"], "fp32 or fp16"),
+        (["--policies", "best", "--limit", "1"], "one of promprune"),
+        (["--data", "/nowhere"], "'embedded', or a folder"),
+        (["one", "two"], "2 models"),
+    ],
+)
+def test_refusals(argv: list[str], message: str) -> None:
+    outcome = run(command.main, *argv)
+    assert outcome.exit_code == 1
+    assert message in " ".join(outcome.stderr.split())
