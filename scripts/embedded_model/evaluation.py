@@ -6,7 +6,7 @@ Run as `python scripts/evaluate_embedded_model.py`.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +89,7 @@ class Answerer:
         if method == "random":
             order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
             return features[order[:keep_tokens].sort().values]
-        share = {"saliency": {"saliency_ratio_min": 1.0}, "coverage": {"saliency_ratio_max": 0.0}}.get(method, {})
-        config = SelectionConfig(mu=self.selection.mu, tau=self.selection.tau, **share)
+        config = replace(self.selection, policy=method)
         return features[select_tokens(features, saliency, keep_tokens, config).token_indices.sort().values]
 
     def answer(self, features: Tensor | None, asked: list[Question]) -> list[str]:
