@@ -6,7 +6,9 @@ import hashlib
 import importlib.resources
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +20,9 @@ from safetensors import SafetensorError
 from promprune.config import ExportConfig, SelectionConfig
 from promprune.errors import ModelError, UnsupportedModelError
 from promprune.export.families import FAMILIES, Family
+from promprune.export.skeleton import build_skeleton
+from promprune.export.streaming import stream_weights
+from promprune.export.weights import weight_files
 from promprune.package import SourceRecord, sha256_of_file
 
 __all__ = [
@@ -40,21 +45,39 @@ _EXPECTED: Final = "a folder in Hugging Face format, a hub id such as llava-hf/l
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A loaded source model.
+    """A source model; its weights stay on disk until they are asked for.
 
     Attributes:
         source: what the manifest says of it.
         folder: where its files lie.
         family: its row of the table.
-        model: the transformers model, fp32, in evaluation mode.
+        skeleton: the transformers model without its weights, in the dtype that was asked for: its parameters are on
+            the meta device, each linked to its tensor of the checkpoint.
         processor: the transformers processor, or its parts: tokenizer, image processor, chat template.
+        digests: SHA-256 of every file of weights, by its path.
     """
 
     source: SourceRecord
     folder: Path
     family: Family
-    model: Any
+    skeleton: Any
     processor: Any
+    digests: Mapping[Path, str]
+
+    def streamed_model(self, *, rounded_to: torch.dtype = torch.float32) -> Any:
+        """Return the reference with its weights on disk: a module reads its own when it is called.
+
+        Args:
+            rounded_to: dtype that the weights are rounded to on the way; everything is computed in fp32.
+        """
+        model = build_skeleton(self.folder, self.family.model_class, torch.float32)
+        stream_weights(model, rounded_to=rounded_to)
+        return model
+
+    @cached_property
+    def model(self) -> Any:
+        """The transformers model with its weights, whole, in fp32 and in evaluation mode: the reference."""
+        return _load_model(self.folder, self.family)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +99,12 @@ def embedded_model_folder() -> Path:
     return Path(str(importlib.resources.files("promprune.assets") / EMBEDDED_MODEL))
 
 
-def load_checkpoint(name: str | None) -> Checkpoint:
-    """Load a model and its processor.
+def load_checkpoint(name: str | None, *, dtype: torch.dtype = torch.float32) -> Checkpoint:
+    """Load a model's structure and its processor.
 
     Args:
         name: folder or hub id; ``None`` is the embedded model. Code from a checkpoint is never run.
+        dtype: of the structure's parameters.
 
     Raises:
         ModelError: not a model, incomplete, or not to be had.
@@ -88,14 +112,17 @@ def load_checkpoint(name: str | None) -> Checkpoint:
     """
     folder, revision = _resolve(name)
     family = _family_of(folder)
-    model = _load_model(folder, family)
+    skeleton = build_skeleton(folder, family.model_class, dtype)
     processor = _load_processor(folder)
+    digests = {file: sha256_of_file(file) for file in weight_files(folder)}
     source = SourceRecord(
         model=EMBEDDED_MODEL if name is None else name if revision else folder.resolve().name,
         revision=revision,
-        weights_sha256=_weights_digest(folder),
+        weights_sha256=_digest_of(digests),
     )
-    return Checkpoint(source=source, folder=folder, family=family, model=model, processor=processor)
+    return Checkpoint(
+        source=source, folder=folder, family=family, skeleton=skeleton, processor=processor, digests=digests
+    )
 
 
 def selection_config(folder: Path, config: ExportConfig) -> tuple[SelectionConfig, str]:
@@ -184,35 +211,22 @@ def _family_of(folder: Path) -> Family:
 
 
 def _load_model(folder: Path, family: Family) -> Any:
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(
-            f"{folder} has no *.safetensors file",
-            expected="weights in safetensors format; pickled .bin files can run code and are not read",
-            fix="convert them with transformers' save_pretrained",
-        )
     model_class = getattr(transformers, family.model_class)
     transformers.utils.logging.disable_progress_bar()  # the command has its own
     try:
-        model, info = model_class.from_pretrained(
+        model = model_class.from_pretrained(
             folder,
             dtype=torch.float32,
             attn_implementation="sdpa",
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
-            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"{folder} cannot be loaded as {family.model_class} ({_first_line(error)})",
             expected="a complete checkpoint in Hugging Face format",
         ) from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"{folder} has no weights for {len(missing)} tensors, {missing[0]} among them",
-            expected="a complete checkpoint: the missing ones would be random",
-        )
     return model.eval()
 
 
@@ -243,11 +257,9 @@ def _chat_template(folder: Path) -> str | None:
     return str(json.loads(path.read_bytes())["chat_template"]) if path.is_file() else None
 
 
-def _weights_digest(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{path.name} {sha256_of_file(path)}\n".encode())
-    return digest.hexdigest()
+def _digest_of(digests: Mapping[Path, str]) -> str:
+    lines = sorted(f"{file.name} {digest}\n" for file, digest in digests.items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _first_line(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import onnx_ir as ir
 import torch
@@ -12,8 +12,12 @@ from transformers import DynamicCache
 
 from promprune.export.families.base import AdaptedModel
 from promprune.export.graphs import graph_from_module
+from promprune.export.layers import Repetition, alike, with_layers
 
 __all__ = ["DecoderWithCache", "decoder_graph", "embed_tokens_graph"]
+
+PAST: Final = "past_key_values"
+PRESENT: Final = "present"
 
 KeyValues = list[tuple[Tensor, Tensor]]
 
@@ -68,7 +72,9 @@ def embed_tokens_graph(model: AdaptedModel, *, opset: int) -> ir.Model:
 def decoder_graph(model: AdaptedModel, *, opset: int) -> ir.Model:
     """Export the decoder; see :meth:`DecoderWithCache.forward` for its inputs and outputs."""
     text = model.text_config
-    batch, length, past, layers = 2, 3, 4, text.num_hidden_layers
+    stack, repetition = _shallow(model.language_model)
+    layers = len(stack.layers)
+    batch, length, past = 2, 3, 4
     dtype = next(model.language_model.parameters()).dtype
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -81,13 +87,28 @@ def decoder_graph(model: AdaptedModel, *, opset: int) -> ir.Model:
         [(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in range(layers)],
     )
     return graph_from_module(
-        DecoderWithCache(model.language_model, model.lm_head),
+        DecoderWithCache(stack, model.lm_head),
         args,
-        inputs=_decoder_inputs(layers, len(model.position_axes)),
-        outputs={"logits": {0: "batch"}, **_cache_dims("present", layers, "total_sequence_length")},
+        inputs=_decoder_inputs(text.num_hidden_layers, len(model.position_axes)),
+        outputs={"logits": {0: "batch"}, **_cache_dims(PRESENT, text.num_hidden_layers, "total_sequence_length")},
         opset=opset,
         dynamic_shapes=_decoder_dynamic_shapes(layers, len(model.position_axes)),
+        repetition=repetition,
     )
+
+
+def _shallow(stack: Any) -> tuple[Any, Repetition | None]:
+    """Return the stack to trace, and the layers to repeat: all but two, where they are alike."""
+    first, *rest = stack.layers
+    if len(rest) < 2 or not alike(rest):
+        return stack, None
+    repetition = Repetition(
+        path="language_model.layers",
+        template=1,
+        layers=rest[1:],
+        values={f"{name}.1.{part}": f"{name}.{{}}.{part}" for name in (PAST, PRESENT) for part in ("key", "value")},
+    )
+    return with_layers(stack, [first, rest[0]]), repetition
 
 
 def _decoder_inputs(layers: int, axes: int) -> dict[str, dict[int, str]]:
@@ -95,7 +116,7 @@ def _decoder_inputs(layers: int, axes: int) -> dict[str, dict[int, str]]:
         "inputs_embeds": {0: "batch", 1: "sequence_length"},
         "attention_mask": {0: "batch", 1: "total_sequence_length"},
         "position_ids": {axes: "batch", axes + 1: "sequence_length"},
-        **_cache_dims("past_key_values", layers, "past_sequence_length"),
+        **_cache_dims(PAST, layers, "past_sequence_length"),
     }
 
 

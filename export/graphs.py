@@ -7,22 +7,26 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, Final
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import NameFixPass
-from torch import nn
+from onnxscript.optimizer import optimize_ir
+from onnxscript.rewriter import onnx_fusions
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
+from promprune.export.layers import Repetition, repeat_layer
+from promprune.export.placement import Placement
+from promprune.export.skeleton import fake_mode_of
+from promprune.export.weights import CheckpointTensor, initializer, linked, tensor_at
 from promprune.package import GraphRecord, TensorRecord
 
 __all__ = ["append_graph", "graph_from_module", "graph_record", "save_graph"]
-
-# Smaller initializers stay inside the .onnx file: shapes and constants that a graph optimizer reads.
-EXTERNAL_DATA_MIN_BYTES: Final = 1024
 
 
 def graph_from_module(
@@ -33,6 +37,7 @@ def graph_from_module(
     outputs: Mapping[str, Mapping[int, str]],
     opset: int,
     dynamic_shapes: tuple[Any, ...],
+    repetition: Repetition | None = None,
 ) -> ir.Model:
     """Trace a module into an ONNX graph.
 
@@ -46,24 +51,33 @@ def graph_from_module(
         outputs: likewise of every output; a dimension that follows from others gets its own name here.
         opset: of the default domain.
         dynamic_shapes: as ``torch.export`` takes them, in the structure of ``args``.
+        repetition: layers that ``module`` lacks; ``inputs`` and ``outputs`` name those of the whole graph.
 
     Returns:
         The graph, its inputs, outputs and dynamic dimensions named as asked.
     """
-    with torch.no_grad(), _quiet():
+    mode = fake_mode_of(module)
+    with torch.no_grad(), _quiet(), mode or contextlib.nullcontext():
+        if mode is not None:
+            args = tree_map_only(Tensor, mode.from_tensor, args)
         program = torch.export.export(module, args, dynamic_shapes=dynamic_shapes, strict=False)
         onnx_program = torch.onnx.export(
             program,
             (),
             dynamo=True,
             opset_version=opset,
-            input_names=list(inputs),
-            output_names=list(outputs),
+            input_names=_traced(inputs, repetition),
+            output_names=_traced(outputs, repetition),
+            optimize=False,
             verbose=False,
         )
     if onnx_program is None:
         raise RuntimeError("torch.onnx.export returned no program")
     model = onnx_program.model
+    if repetition is not None:
+        repeat_layer(model, repetition)
+    _link_initializers(model, module)
+    _optimize(model)
     _name_dimensions(model, inputs, outputs)
     return model
 
@@ -109,20 +123,80 @@ def append_graph(first: ir.Model, second: ir.Model, *, connect: Mapping[str, str
     return first
 
 
-def save_graph(model: ir.Model, path: Path) -> None:
-    """Write a graph to ``path`` with its weights beside it in ``<path>_data``, and check it."""
+def save_graph(model: ir.Model, path: Path, placement: Placement) -> tuple[str, ...]:
+    """Write a graph to ``path``, check it, and place its weights beside it.
+
+    Returns:
+        The names of the files that hold its weights, beside ``path``.
+    """
     model.producer_name, model.producer_version = "promprune", ""
-    ir.save(model, path, external_data=f"{path.name}_data", size_threshold_bytes=EXTERNAL_DATA_MIN_BYTES)
-    onnx.checker.check_model(str(path), full_check=False)
+    weights = placement.place(model, f"{path.name}_data")
+    proto = ir.to_proto(model)
+    path.write_bytes(proto.SerializeToString())
+    _check(proto)
+    return weights
 
 
-def graph_record(model: ir.Model, file: str) -> GraphRecord:
-    """Describe a graph's inputs and outputs for the manifest."""
+def graph_record(model: ir.Model, file: str, weights: Iterable[str] = ()) -> GraphRecord:
+    """Describe a graph for the manifest; ``weights`` are the files that hold its weights, beside it."""
     return GraphRecord(
         file=file,
+        weights=tuple(str(PurePosixPath(file).with_name(name)) for name in weights),
         inputs=tuple(_tensor_record(value) for value in model.graph.inputs),
         outputs=tuple(_tensor_record(value) for value in model.graph.outputs),
     )
+
+
+def _check(proto: onnx.ModelProto) -> None:
+    """Check a graph without its weights: the checker refuses files with more than one hard link."""
+    graph = proto.graph
+    outside = [tensor for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    graph.input.extend(
+        onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims) for tensor in outside
+    )
+    inside = [tensor for tensor in graph.initializer if tensor.data_location != onnx.TensorProto.EXTERNAL]
+    del graph.initializer[:]
+    graph.initializer.extend(inside)
+    onnx.checker.check_model(proto, full_check=False)
+
+
+def _traced(names: Iterable[str], repetition: Repetition | None) -> list[str]:
+    """Leave out the names of the layers that are not in the trace."""
+    if repetition is None:
+        return list(names)
+    first = repetition.template + 1
+    added = {
+        pattern.format(index)
+        for pattern in repetition.values.values()
+        for index in range(first, first + len(repetition.layers))
+    }
+    return [name for name in names if name not in added]
+
+
+def _link_initializers(model: ir.Model, module: nn.Module) -> None:
+    """Replace the initializers that lie in a checkpoint by its tensors, under the names their model has for them."""
+    for name, value in list(model.graph.initializers.items()):
+        parameter = tensor_at(module, name)
+        if parameter is None or linked(parameter) is None:
+            continue
+        replacement = initializer(parameter, name)
+        ir.convenience.replace_all_uses_with(value, replacement)
+        del model.graph.initializers[name]
+        model.graph.register_initializer(replacement)
+
+
+def _optimize(model: ir.Model) -> None:
+    """Fold and simplify as ``torch.onnx`` does, but never compute with a checkpoint's weights.
+
+    A folded Transpose of a weight would be another tensor than the one on disk.
+    """
+
+    def may_fold(node: ir.Node) -> bool | None:
+        values = (value.const_value for value in node.inputs if value is not None)
+        return False if any(isinstance(value, CheckpointTensor) for value in values) else None
+
+    optimize_ir(model, should_fold=may_fold)
+    onnx_fusions.fuse(model)
 
 
 def _tensor_record(value: ir.Value) -> TensorRecord:

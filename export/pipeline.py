@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import platform
 import time
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final
 
 import msgspec
 import numpy as np
@@ -25,8 +24,10 @@ from promprune.export.checkpoint import EMBEDDED_MODEL, Checkpoint, load_checkpo
 from promprune.export.decoder_graph import decoder_graph, embed_tokens_graph
 from promprune.export.families import AdaptedModel, VisionGraph
 from promprune.export.graphs import graph_record, save_graph
+from promprune.export.placement import Placement, link_weights
 from promprune.export.progress import NO_PROGRESS, Progress
-from promprune.export.selector_graph import build_selector
+from promprune.export.selector_graph import FeatureDtype, build_selector
+from promprune.export.skeleton import make_fake
 from promprune.export.verify import verify_package
 from promprune.export.vision_graph import drop_saliency, fuse_selector, vision_graph
 from promprune.package import (
@@ -46,8 +47,8 @@ from promprune.package import (
 
 __all__ = ["ExportResult", "default_output", "export_package"]
 
-_TORCH_DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16}
-_NUMPY_DTYPES: Final[dict[str, Literal["float32", "float16"]]] = {"fp32": "float32", "fp16": "float16"}
+_TORCH_DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_NUMPY_DTYPES: Final[dict[str, FeatureDtype]] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 ROUNDING: Final = "ratio x num_tokens rounded half to even, at least 1"
 
 
@@ -75,21 +76,21 @@ def export_package(config: ExportConfig, *, progress: Progress = NO_PROGRESS) ->
     started = time.perf_counter()
     output = config.output or default_output(config)
     with writing_package(output, force=config.force) as folder:
-        with progress.step("load the model"):
-            checkpoint = load_checkpoint(config.model)
-            converted = in_dtype(checkpoint.model, config.dtype)
-            model = checkpoint.family.adapted(converted, checkpoint.processor, config.image_grids)
+        with progress.step("read the checkpoint"):
+            checkpoint = load_checkpoint(config.model, dtype=_TORCH_DTYPES[config.dtype])
+            make_fake(checkpoint.skeleton)
+            model = checkpoint.family.adapted(checkpoint.skeleton, checkpoint.processor, config.image_grids)
             selection = selection_record(config, checkpoint, model.vision_graphs[0].num_tokens)
-        graphs = write_graphs(folder, config, model, selection, progress)
+        placement = start_placement(folder, config, checkpoint)
+        graphs = write_graphs(placement, config, model, selection, progress)
         with progress.step("write tokenizer and configuration"):
             write_configs(folder, checkpoint)
-            for name, array in model.arrays.items():
-                np.save(folder / name, array.detach().numpy())
-            manifest = build_manifest(folder, config, checkpoint, model, selection, graphs)
+            write_arrays(folder, config, checkpoint, model)
+            manifest = build_manifest(folder, config, checkpoint, model, selection, graphs, placement)
             write_manifest(folder, manifest)
         if config.verify:
             with progress.step("verify against the model"):
-                verification = verify_package(folder, checkpoint)
+                verification = verify_package(folder, manifest, checkpoint)
             if not verification.passed:
                 raise VerificationError("the package disagrees with the model", checks=verification.checks)
             manifest = msgspec.structs.replace(manifest, verification=verification)
@@ -103,24 +104,6 @@ def default_output(config: ExportConfig) -> Path:
     kept = f"{config.ratio:g}" if config.keep_tokens is None else f"{config.keep_tokens}-tokens"
     policy = "" if config.policy == SelectionConfig.policy else f"-{config.policy}"
     return Path(f"promprune-{name}-{kept}{policy}" + ("" if config.dtype == "fp32" else f"-{config.dtype}"))
-
-
-def in_dtype(model: Any, dtype: str) -> Any:
-    """Return the model itself in fp32, or a copy in another dtype; the original stays the reference.
-
-    What no checkpoint holds (rotary frequencies) stays fp32, as when transformers loads in that dtype: rounded, far
-    positions would turn by other angles.
-    """
-    if dtype == "fp32":
-        return model
-    converted = copy.deepcopy(model).to(_TORCH_DTYPES[dtype])
-    stored = model.state_dict().keys()
-    for name, buffer in model.named_buffers():
-        if name not in stored:
-            converted.get_submodule(name.rpartition(".")[0]).register_buffer(
-                name.rpartition(".")[2], buffer.clone(), persistent=False
-            )
-    return converted
 
 
 def selection_record(config: ExportConfig, checkpoint: Checkpoint, num_tokens: int) -> SelectionRecord:
@@ -144,10 +127,19 @@ def selection_record(config: ExportConfig, checkpoint: Checkpoint, num_tokens: i
     )
 
 
+def start_placement(folder: Path, config: ExportConfig, checkpoint: Checkpoint) -> Placement:
+    """Make ``folder/onnx`` and link the checkpoint's weights into it, as far as they are to be linked."""
+    onnx = folder / "onnx"
+    onnx.mkdir()
+    links = link_weights(tuple(checkpoint.digests), onnx, copy=config.copy_weights)
+    known = {onnx / name: checkpoint.digests[file] for file, name in links.items()}
+    return Placement(folder=onnx, links=links, digests=known)
+
+
 def write_graphs(
-    folder: Path, config: ExportConfig, model: AdaptedModel, selection: SelectionRecord, progress: Progress
+    placement: Placement, config: ExportConfig, model: AdaptedModel, selection: SelectionRecord, progress: Progress
 ) -> dict[str, GraphRecord]:
-    """Export every graph into ``folder/onnx``, and return their records by name."""
+    """Export every graph, and return their records by name."""
     makers: dict[str, Callable[[], ir.Model]] = {
         vision.name: partial(vision_with_selection, config, model, vision, selection) for vision in model.vision_graphs
     }
@@ -156,13 +148,13 @@ def write_graphs(
         makers[DECODER] = lambda: decoder_graph(model, opset=config.opset)
     if config.split_selector:
         makers[TOKEN_SELECTOR] = lambda: selector(config, model, model.vision_graphs[0], selection)
-    (folder / "onnx").mkdir()
     records = {}
     for name, make in makers.items():
         with progress.step(f"export {name}"):
             graph = make()
-            records[name] = graph_record(graph, f"onnx/{name}.onnx")
-            save_graph(graph, folder / "onnx" / f"{name}.onnx")
+            weights = save_graph(graph, placement.folder / f"{name}.onnx", placement)
+            records[name] = graph_record(graph, f"onnx/{name}.onnx", weights)
+    placement.remove_unused()
     return records
 
 
@@ -196,9 +188,18 @@ def selector(config: ExportConfig, model: AdaptedModel, vision: VisionGraph, sel
     return ir.from_proto(proto)
 
 
+def write_arrays(folder: Path, config: ExportConfig, checkpoint: Checkpoint, model: AdaptedModel) -> None:
+    """Write what the runtime's layout reads besides the graphs; small weights, read for this."""
+    if not model.arrays:
+        return
+    real = checkpoint.family.adapted(checkpoint.streamed_model(), checkpoint.processor, config.image_grids)
+    for name, array in real.arrays.items():
+        np.save(folder / name, array.detach().numpy())
+
+
 def write_configs(folder: Path, checkpoint: Checkpoint) -> None:
     """Write tokenizer, chat template, preprocessing and model configuration, as other clients expect them."""
-    processor, model = checkpoint.processor, checkpoint.model
+    processor, model = checkpoint.processor, checkpoint.skeleton
     processor.tokenizer.save_pretrained(folder)
     template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
     (folder / CHAT_TEMPLATE_FILE).unlink(missing_ok=True)
@@ -218,6 +219,7 @@ def build_manifest(
     model: AdaptedModel,
     selection: SelectionRecord,
     graphs: dict[str, GraphRecord],
+    placement: Placement,
 ) -> Manifest:
     """Describe the package as it lies on disk."""
     return Manifest(
@@ -234,7 +236,7 @@ def build_manifest(
             layout=model.layout,
         ),
         graphs=graphs,
-        files=file_records(folder),
+        files=file_records(folder, digests=placement.digests),
         tools=tool_versions(),
     )
 

@@ -3,15 +3,18 @@
 Checked in this order, as far as each can be: names, dtypes and shapes; values against torch; the selection against
 the method in float64; answers, token for token. Every comparison of values is relative to the spread of the
 reference, because the features of a real tower have a standard deviation of several units.
+
+Where the source or the package does not fit into memory, both are run a part at a time, layer for layer and with all
+weights, on fewer inputs; what was not checked then is recorded.
 """
 
 from __future__ import annotations
 
-import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Protocol
 
 import msgspec
 import numpy as np
@@ -27,6 +30,7 @@ from promprune.config import DEFAULT_CHECK_IMAGES, SelectionConfig
 from promprune.errors import PrompruneError
 from promprune.export.checkpoint import Checkpoint
 from promprune.export.families import AdaptedModel, VisionGraph, VisionReference, grids_of
+from promprune.export.streaming import WEIGHTS_FOLDER, PiecewiseSession, available_memory
 from promprune.package import (
     DECODER,
     EMBED_TOKENS,
@@ -35,7 +39,6 @@ from promprune.package import (
     Manifest,
     SelectionRecord,
     VerificationRecord,
-    read_manifest,
 )
 from promprune.runtime import VisionLanguagePipeline
 from promprune.selection import select_tokens
@@ -47,6 +50,7 @@ MAX_NEW_TOKENS: Final = 16
 MAX_SATURATED: Final = 0.9  # share of the check images
 BATCH_SIZE: Final = 8
 MIN_TAU_SHARE: Final = 40  # an entropy that is off by tau / 40 moves at most 0.6 % of the budget
+CHOSEN_FROM: Final = ("encoder/image_features", "encoder/saliency")  # what a selection in a graph chooses from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +72,20 @@ class Limits:
 
 
 # fp32: features and logits differ by some 1e-6 to 1e-5, a peaked saliency by up to 6e-5 on 200 images; a graph that is
-# wired wrongly, by 1e-2 and more. fp16: rounding of 2**-11 a layer.
+# wired wrongly, by 1e-2 and more. fp16: rounding of 2**-11 a layer. bf16: compared in fp32 on the same weights, but the
+# graph's constants, such as the scale of the attention, are rounded by up to 2**-9 once a layer.
 LIMITS: Final = {
     "fp32": Limits(relative_error=3e-4, identical_sets=0.75, overlap=0.98, equal_answers=0.98),
     "fp16": Limits(relative_error=5e-2, identical_sets=0.75, overlap=0.98, equal_answers=0.75),
+    "bf16": Limits(relative_error=1e-1, identical_sets=0.75, overlap=0.98, equal_answers=0.75),
 }
+
+# Memory of a verification that is not streamed, in bytes for each parameter of the model: the reference in fp32, the
+# weights as the package has them, and the copy that ONNX Runtime makes of them.
+BYTES_PER_PARAMETER: Final = 12
+STREAMED_IMAGES: Final = 2
+FP16_MAX: Final = 65504.0
+FP16_WARNING: Final = 0.25  # share of FP16_MAX above which features are warned of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,60 +114,132 @@ def check_samples(count: int, *, sizes: Sequence[tuple[int, int]]) -> list[Sampl
 
 
 def verify_package(
-    folder: Path, checkpoint: Checkpoint, *, num_images: int = DEFAULT_CHECK_IMAGES
+    folder: Path, manifest: Manifest, checkpoint: Checkpoint, *, num_images: int = DEFAULT_CHECK_IMAGES
 ) -> VerificationRecord:
     """Compare a package with its source on ``num_images`` rendered images.
 
     Args:
         folder: the package, finished or still being made.
+        manifest: its manifest, whose digests were compared or have just been made.
         checkpoint: the model it was made from, fp32.
         num_images: images to compare on; at least one of each of the model's sample sizes is.
 
     Returns:
         Every check with what was measured; ``passed`` when all passed that are not advisory.
     """
-    manifest = read_manifest(folder, check_weights=True)
-    limits = LIMITS[manifest.dtype]
-    family = checkpoint.family
-    model = family.adapted(checkpoint.model, checkpoint.processor, grids_of(manifest.image))
-    samples = check_samples(max(num_images, len(model.sample_sizes)), sizes=model.sample_sizes)
+    streamed = manifest.dtype == "bf16" or _bytes_needed(checkpoint) > available_memory()
+    subject = Subject.of(folder, manifest, checkpoint, streamed=streamed)
+    model, family, limits = subject.model, checkpoint.family, LIMITS[manifest.dtype]
+    count = min(num_images, STREAMED_IMAGES) if streamed else num_images
+    samples = check_samples(max(count, len(model.sample_sizes)), sizes=model.sample_sizes)
     with torch.inference_mode():
-        references = [
-            family.reference(checkpoint.model, checkpoint.processor, sample.image, model) for sample in samples
-        ]
-        checks = [*check_structure(folder, manifest), *check_vision(folder, manifest, model, references, limits)]
+        references = [family.reference(subject.source, checkpoint.processor, sample.image, model) for sample in samples]
+        checks = [*check_structure(subject), *check_vision(subject, references, limits)]
         if manifest.has_language_model:
-            checks += check_language(folder, manifest, checkpoint, model, samples, limits)
-            checks += check_answers(folder, checkpoint, model, samples, references, limits)
-    passed = all(check.passed or check.advisory for check in checks)
-    return VerificationRecord(passed=passed, checks=tuple(checks))
+            checks += check_language(subject, samples, limits)
+            if not streamed:
+                checks += check_answers(subject, samples, references, limits)
+    return VerificationRecord(
+        passed=all(check.passed or check.advisory for check in checks),
+        checks=tuple(checks),
+        not_verified=tuple(_not_verified(manifest)) if streamed else (),
+        warnings=tuple(_warnings(manifest, references)),
+    )
 
 
-def check_structure(folder: Path, manifest: Manifest) -> Iterator[CheckRecord]:
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A package and its source, ready to be run.
+
+    Attributes:
+        folder, manifest: the package.
+        checkpoint: its source.
+        source: the transformers model, fp32.
+        model: the same, taken apart.
+        streamed: whether both are run a part at a time.
+    """
+
+    folder: Path
+    manifest: Manifest
+    checkpoint: Checkpoint
+    source: Any
+    model: AdaptedModel
+    streamed: bool
+
+    @classmethod
+    def of(cls, folder: Path, manifest: Manifest, checkpoint: Checkpoint, *, streamed: bool) -> Subject:
+        """Load the source, or make it ready to be streamed."""
+        # What a bf16 package computes in fp32 is to be what torch computes in fp32, on the same weights.
+        rounded_to = torch.bfloat16 if manifest.dtype == "bf16" else torch.float32
+        source = checkpoint.streamed_model(rounded_to=rounded_to) if streamed else checkpoint.model
+        return cls(
+            folder=folder,
+            manifest=manifest,
+            checkpoint=checkpoint,
+            source=source,
+            model=checkpoint.family.adapted(source, checkpoint.processor, grids_of(manifest.image)),
+            streamed=streamed,
+        )
+
+    def open(self, graph: str, outputs: Sequence[str] = ()) -> Runnable:
+        """Open a graph of the package; ``outputs`` are inner values to return besides its own outputs."""
+        path = self.folder / self.manifest.graphs[graph].file
+        return PiecewiseSession(path, outputs) if self.streamed else _session(path, outputs)
+
+
+class Runnable(Protocol):
+    """What is used of an ``onnxruntime.InferenceSession``."""
+
+    def get_inputs(self) -> Sequence[Any]:
+        """Describe the inputs: ``name``, ``type`` and ``shape``."""
+
+    def get_outputs(self) -> Sequence[Any]:
+        """Describe the outputs likewise."""
+
+    def run(self, names: None, feeds: dict[str, Array]) -> Sequence[Any]:
+        """Return all outputs, in order."""
+
+
+def _bytes_needed(checkpoint: Checkpoint) -> int:
+    return BYTES_PER_PARAMETER * sum(int(parameter.numel()) for parameter in checkpoint.skeleton.parameters())
+
+
+def _not_verified(manifest: Manifest) -> Iterator[str]:
+    yield f"more than {STREAMED_IMAGES} images"
+    if manifest.has_language_model:
+        yield "answers, token for token"
+    if manifest.dtype == "bf16":
+        yield "rounding to bf16 between operators: ONNX Runtime computed in fp32, on the weights as they are"
+
+
+def _warnings(manifest: Manifest, references: Sequence[VisionReference]) -> Iterator[str]:
+    largest = max(float(reference.features.abs().max()) for reference in references)
+    if manifest.dtype == "fp16" and largest > FP16_WARNING * FP16_MAX:
+        yield f"image features reach {largest:.0f}; fp16 ends at {FP16_MAX:.0f}, bf16 does not"
+
+
+def check_structure(subject: Subject) -> Iterator[CheckRecord]:
     """Names, dtypes and shapes of every graph, as ONNX Runtime sees them, against the manifest."""
     different = []
-    for name, record in manifest.graphs.items():
-        session = _session(folder / record.file)
-        different += [f"{name}: {difference}" for difference in _differences(record, session)]
+    for name, record in subject.manifest.graphs.items():
+        different += [f"{name}: {difference}" for difference in _differences(record, subject.open(name))]
     yield _check("names, dtypes and shapes that differ", len(different), "==", 0, "; ".join(different))
 
 
-def check_vision(
-    folder: Path, manifest: Manifest, model: AdaptedModel, references: Sequence[VisionReference], limits: Limits
-) -> Iterator[CheckRecord]:
+def check_vision(subject: Subject, references: Sequence[VisionReference], limits: Limits) -> Iterator[CheckRecord]:
     """Features against torch, and the selection against the float64 method on the graph's own features."""
     runs = [
         run
-        for vision in model.vision_graphs
+        for vision in subject.model.vision_graphs
         if (chosen := [reference for reference in references if reference.graph == vision.name])
-        for run in _run_vision(folder / manifest.graphs[vision.name].file, vision, chosen)
+        for run in _run_vision(subject, vision, chosen)
     ]
     error = max(relative_error(run.all_features, run.features) for run in runs)
     yield _check("image features, relative error", error, "<=", limits.relative_error)
     if pruned := [run for run in runs if run.is_pruned]:
         error = max(relative_error(run.outputs["encoder/saliency"], run.saliency) for run in pruned)
         yield _check("saliency, relative error", error, "<=", limits.relative_error)
-        yield from check_selection(manifest, pruned, limits)
+        yield from check_selection(subject.manifest, pruned, limits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,24 +269,24 @@ class VisionRun:
         return self.outputs["encoder/image_features" if self.is_pruned else "image_features"]
 
 
-def _run_vision(path: Path, vision: VisionGraph, references: Sequence[VisionReference]) -> Iterator[VisionRun]:
+def _run_vision(subject: Subject, vision: VisionGraph, references: Sequence[VisionReference]) -> Iterator[VisionRun]:
     """Run a vision graph in ONNX Runtime and in torch, on a few images at a time where it takes several."""
-    with _probe(path) as probe:
-        session = _session(probe)
-        size = BATCH_SIZE if vision.is_batched else 1
-        for begin in range(0, len(references), size):
-            group = references[begin : begin + size]
-            feeds = {name: torch.cat([reference.feeds[name] for reference in group]) for name in group[0].feeds}
-            taken = {value.name for value in session.get_inputs()}
-            values = _run(session, {name: value.numpy() for name, value in feeds.items() if name in taken})
-            features = torch.cat([reference.features for reference in group])
-            mask = feeds.get("token_mask", torch.ones(features.shape[:2], dtype=torch.bool))
-            yield VisionRun(
-                outputs=dict(zip([value.name for value in session.get_outputs()], values, strict=True)),
-                features=features.numpy(),
-                saliency=vision.module(*(feeds[name] for name in vision.inputs))[1].numpy(),
-                token_mask=mask.numpy(),
-            )
+    pruned = any(value.name == "token_indices" for value in subject.manifest.graphs[vision.name].outputs)
+    session = subject.open(vision.name, CHOSEN_FROM if pruned else ())
+    size = BATCH_SIZE if vision.is_batched else 1
+    for begin in range(0, len(references), size):
+        group = references[begin : begin + size]
+        feeds = {name: torch.cat([reference.feeds[name] for reference in group]) for name in group[0].feeds}
+        taken = {value.name for value in session.get_inputs()}
+        values = _run(session, {name: value.numpy() for name, value in feeds.items() if name in taken})
+        features = torch.cat([reference.features for reference in group])
+        mask = feeds.get("token_mask", torch.ones(features.shape[:2], dtype=torch.bool))
+        yield VisionRun(
+            outputs=dict(zip([value.name for value in session.get_outputs()], values, strict=True)),
+            features=features.numpy(),
+            saliency=vision.module(*(feeds[name] for name in vision.inputs))[1].numpy(),
+            token_mask=mask.numpy(),
+        )
 
 
 def check_selection(manifest: Manifest, runs: Sequence[VisionRun], limits: Limits) -> Iterator[CheckRecord]:
@@ -276,24 +361,19 @@ class SelectedRow:
         )
 
 
-def check_language(
-    folder: Path,
-    manifest: Manifest,
-    checkpoint: Checkpoint,
-    model: AdaptedModel,
-    samples: Sequence[Sample],
-    limits: Limits,
-) -> Iterator[CheckRecord]:
+def check_language(subject: Subject, samples: Sequence[Sample], limits: Limits) -> Iterator[CheckRecord]:
     """Token embeddings, logits after prefill, and logits of decoding with the KV cache; two left-padded rows."""
-    input_ids, attention_mask = _padded_ids(checkpoint, [sample.question for sample in [*samples, *samples][:2]])
-    embed = _session(folder / manifest.graphs[EMBED_TOKENS].file)
-    embeds = _run(embed, {"input_ids": input_ids.numpy()})[0]
+    model = subject.model
+    input_ids, attention_mask = _padded_ids(
+        subject.checkpoint, [sample.question for sample in [*samples, *samples][:2]]
+    )
+    embeds = _run(subject.open(EMBED_TOKENS), {"input_ids": input_ids.numpy()})[0]
     reference = model.embed_tokens(input_ids)
     error = relative_error(embeds, reference.numpy())
     yield _check("token embeddings, relative error", error, "<=", limits.relative_error)
 
-    split = input_ids.shape[1] - 3  # the last three positions are decoded one by one
-    decoder = _Decoder(_session(folder / manifest.graphs[DECODER].file), manifest.graphs[DECODER], model.position_axes)
+    split = input_ids.shape[1] - (1 if subject.streamed else 3)  # the last positions are decoded one by one
+    decoder = _Decoder(subject.open(DECODER), subject.manifest.graphs[DECODER], model.position_axes)
     hidden = model.language_model(
         inputs_embeds=reference,
         attention_mask=attention_mask,
@@ -310,16 +390,12 @@ def check_language(
 
 
 def check_answers(
-    folder: Path,
-    checkpoint: Checkpoint,
-    model: AdaptedModel,
-    samples: Sequence[Sample],
-    references: Sequence[VisionReference],
-    limits: Limits,
+    subject: Subject, samples: Sequence[Sample], references: Sequence[VisionReference], limits: Limits
 ) -> Iterator[CheckRecord]:
     """Greedy answers of the runtime, against transformers' ``generate`` on the same kept tokens."""
     equal, refusal = 0, ""
-    with VisionLanguagePipeline.from_package(folder, provider="cpu") as pipeline:
+    checkpoint, model = subject.checkpoint, subject.model
+    with VisionLanguagePipeline.from_package(subject.folder, provider="cpu") as pipeline:
         for sample, reference in zip(samples, references, strict=True):
             try:
                 result = pipeline.generate([sample.image], sample.question, max_new_tokens=MAX_NEW_TOKENS)
@@ -399,7 +475,7 @@ def relative_error(value: Array, reference: Array) -> float:
 class _Decoder:
     """The decoder graph with its cache carried from step to step."""
 
-    def __init__(self, session: ort.InferenceSession, record: GraphRecord, position_axes: Sequence[int]) -> None:
+    def __init__(self, session: Runnable, record: GraphRecord, position_axes: Sequence[int]) -> None:
         self.session = session
         self.position_axes = position_axes
         self.past = [value for value in record.inputs if value.name.startswith("past_key_values.")]
@@ -443,33 +519,20 @@ def _is_valid(indices: Array, keep_tokens: int, num_tokens: int) -> bool:
     return distinct and bool((indices >= 0).all() and (indices < num_tokens).all())
 
 
-@contextlib.contextmanager
-def _probe(path: Path) -> Iterator[Path]:
-    """Yield a copy of a graph, sharing its weights file, with what a selection in it chooses from as outputs."""
-    model = onnx.load(path, load_external_data=False)
-    made = {name for node in model.graph.node for name in node.output}
-    for name in ("encoder/image_features", "encoder/saliency"):
-        if name in made:
-            model.graph.output.append(onnx.ValueInfoProto(name=name))
-    probe = path.with_name(f".probe-{path.name}")
-    probe.write_bytes(model.SerializeToString())
-    try:
-        yield probe
-    finally:
-        probe.unlink()
-
-
-def _session(path: Path) -> ort.InferenceSession:
+def _session(path: Path, outputs: Sequence[str] = ()) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    options.add_session_config_entry(WEIGHTS_FOLDER, os.fspath(path.parent))
+    model = onnx.load(path, load_external_data=False)
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def _run(session: ort.InferenceSession, feeds: dict[str, Array]) -> list[Array]:
+def _run(session: Runnable, feeds: dict[str, Array]) -> list[Array]:
     return [np.asarray(value) for value in session.run(None, feeds)]
 
 
-def _differences(record: GraphRecord, session: ort.InferenceSession) -> Iterator[str]:
+def _differences(record: GraphRecord, session: Runnable) -> Iterator[str]:
     for kind, wanted, found in (
         ("input", record.inputs, session.get_inputs()),
         ("output", record.outputs, session.get_outputs()),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import onnx_ir as ir
+from torch import nn
 from torch.export import Dim
 
 from promprune.export.families.base import VisionGraph
 from promprune.export.graphs import append_graph, graph_from_module
+from promprune.export.layers import Repetition, alike, with_layers
 
 __all__ = ["drop_saliency", "fuse_selector", "vision_graph"]
 
@@ -16,11 +18,12 @@ SALIENCY = "saliency"
 
 def vision_graph(vision: VisionGraph, *, opset: int) -> ir.Model:
     """Export a vision graph: its inputs -> ``image_features [B, N, D]``, ``saliency [B, N]``."""
+    module, repetition = _shallow(vision.module)
     names = {name for value in vision.inputs.values() for name in value.dims.values()}
     dims = {name: Dim(name, min=1) for name in names}
     batch = {0: "batch"} if vision.is_batched else {}
     return graph_from_module(
-        vision.module,
+        module,
         tuple(value.sample for value in vision.inputs.values()),
         inputs={name: value.dims for name, value in vision.inputs.items()},
         outputs={IMAGE_FEATURES: batch, SALIENCY: batch},
@@ -28,7 +31,17 @@ def vision_graph(vision: VisionGraph, *, opset: int) -> ir.Model:
         dynamic_shapes=tuple(
             {axis: dims[name] for axis, name in value.dims.items()} for value in vision.inputs.values()
         ),
+        repetition=repetition,
     )
+
+
+def _shallow(encoder: nn.Module) -> tuple[nn.Module, Repetition | None]:
+    """Return the encoder to trace, and the layers to repeat: all but two and the last, where ``layers`` are alike."""
+    layers = getattr(encoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or len(layers) < 4 or not alike(layers):
+        return encoder, None
+    first, second, *rest, last = layers
+    return with_layers(encoder, [first, second, last]), Repetition(path="layers", template=1, layers=rest)
 
 
 def fuse_selector(vision: ir.Model, selector: ir.Model) -> ir.Model:

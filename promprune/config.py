@@ -29,7 +29,7 @@ __all__ = [
 
 TokenOrder = Literal["spatial", "selection"]
 SelectionPolicy = Literal["promprune", "saliency", "coverage", "half", "random"]
-Dtype = Literal["fp32", "fp16"]
+Dtype = Literal["fp32", "fp16", "bf16"]
 EngineBackend = Literal["tensorrt", "tensorrt-rtx"]
 
 DTYPES: Final = get_args(Dtype)
@@ -105,6 +105,8 @@ class ExportConfig:
             each gets a vision graph. Empty: the family's own choice.
         opset: ONNX operator set of the default domain.
         split_selector: also write the selection as a graph of its own.
+        copy_weights: put the weights into files of the package's own; ``False``: link the checkpoint's files, or
+            fail; ``None``: link large ones where the file system allows it.
         vision_only: write no language model, for one that runs elsewhere on the kept tokens.
         verify: compare the package with the source model before it appears.
         force: replace ``output`` if it is a package already.
@@ -124,6 +126,7 @@ class ExportConfig:
     image_grids: tuple[tuple[int, int], ...] = ()
     opset: int = 20
     split_selector: bool = False
+    copy_weights: bool | None = None
     vision_only: bool = False
     verify: bool = True
     force: bool = False

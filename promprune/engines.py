@@ -161,10 +161,8 @@ def graph_digests(manifest: Manifest) -> dict[str, str]:
     """Return one SHA-256 for each graph, over its ONNX file and weights as the manifest says."""
     digests: dict[str, str] = {}
     for name, graph in manifest.graphs.items():
-        file = graph.file
-        parts = sorted(
-            (r.path, r.sha256) for r in manifest.files if r.path == file or r.path.startswith(f"{file}_data")
-        )
+        wanted = {graph.file, *graph.weights}
+        parts = sorted((record.path, record.sha256) for record in manifest.files if record.path in wanted)
         digests[name] = hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
     return digests
 

@@ -11,7 +11,8 @@ Layout (that of transformers.js and onnx-community, so that other clients can lo
       config.json  generation_config.json  preprocessor_config.json
       tokenizer.json  tokenizer_config.json  chat_template.jinja
 
-Weights lie beside each graph as ``<graph>.onnx_data``. Nothing here needs torch or onnx.
+Weights lie beside each graph as ``<graph>.onnx_data``, or in the checkpoint's own files, linked into ``onnx/`` as
+``*.safetensors``; a graph's record names its files. Nothing here needs torch or onnx.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from __future__ import annotations
 import hashlib
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Annotated, Final, Literal
 
 import msgspec
@@ -71,6 +73,7 @@ DECODER: Final = "decoder_model_merged"
 TOKEN_SELECTOR: Final = "token_selector"
 _LANGUAGE_GRAPHS: Final = (EMBED_TOKENS, DECODER)  # both, or neither in a package of the vision encoder only
 
+_WEIGHTS: Final = (".onnx_data", ".safetensors")
 _MAX_MANIFEST_BYTES: Final = 16 * 1024 * 1024
 _AGAIN: Final = "copy the package again, or export it again"
 
@@ -191,6 +194,7 @@ class GraphRecord(_Record, frozen=True):
     file: str
     inputs: tuple[TensorRecord, ...]
     outputs: tuple[TensorRecord, ...]
+    weights: tuple[str, ...] = ()  # files that hold its weights; graphs may share one
 
 
 class FileRecord(_Record, frozen=True):
@@ -218,6 +222,8 @@ class VerificationRecord(_Record, frozen=True):
 
     passed: bool
     checks: tuple[CheckRecord, ...]
+    not_verified: tuple[str, ...] = ()  # what could not be, for lack of memory or of a runtime
+    warnings: tuple[str, ...] = ()
 
 
 class Manifest(_Record, frozen=True):
@@ -258,14 +264,19 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def file_records(folder: Path) -> tuple[FileRecord, ...]:
-    """Describe every file under ``folder`` but the manifest, in the order of their paths."""
+def file_records(folder: Path, *, digests: Mapping[Path, str] = MappingProxyType({})) -> tuple[FileRecord, ...]:
+    """Describe every file under ``folder`` but the manifest, in the order of their paths.
+
+    Args:
+        folder: the package.
+        digests: SHA-256 of files that need not be read again, by their paths.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_FILE)
     return tuple(
         FileRecord(
             path=path.relative_to(folder).as_posix(),
             size_bytes=path.stat().st_size,
-            sha256=sha256_of_file(path),
+            sha256=digests.get(path) or sha256_of_file(path),
         )
         for path in files
     )
@@ -281,7 +292,7 @@ def read_manifest(folder: Path, *, check_weights: bool = False) -> Manifest:
     """Read and validate a package.
 
     Every file must be there with its recorded size; the SHA-256 of every file but the weights
-    (``*.onnx_data``, which can be many gigabytes) is compared too, and that of the weights on request.
+    (which can be many gigabytes) is compared too, and that of the weights on request.
 
     Args:
         folder: the package.
@@ -304,7 +315,7 @@ def read_manifest(folder: Path, *, check_weights: bool = False) -> Manifest:
                 fix=_AGAIN,
             )
     for record in manifest.files:
-        _check_file(folder, record, check_digest=check_weights or not record.path.endswith(".onnx_data"))
+        _check_file(folder, record, check_digest=check_weights or not record.path.endswith(_WEIGHTS))
     return manifest
 
 

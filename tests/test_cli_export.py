@@ -29,7 +29,7 @@ from tests.command_line import run
         (["--ratio", "abc"], 2, "received 'abc'; expected a fraction above 0 and at most 1"),
         (["--keep-tokens", "0"], 1, "received keep_tokens = 0; expected at least 1"),
         (["--keep-tokens", "12.5"], 2, "received '12.5'; expected a whole number"),
-        (["--dtype", "int3"], 1, "received dtype = 'int3'; expected one of fp32, fp16"),
+        (["--dtype", "int3"], 1, "received dtype = 'int3'; expected one of fp32, fp16, bf16"),
         (["--opset", "9"], 1, "received opset = 9; expected 18 to 23"),
         (["--image-grid", "24"], 1, "received --image-grid '24'; expected rows x columns of visual tokens"),
         (
@@ -66,7 +66,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
         ("{", "is not a model's configuration"),
         ("[]", "is not a model's configuration"),
         ('{"model_type": "bert"}', "of the family 'bert'; expected one of the families llava"),
-        ('{"model_type": "llava"}', r"has no *.safetensors file; expected weights in safetensors format"),
+        ('{"model_type": "llava"}', r"no *.safetensors weights; expected weights in safetensors format"),
     ):
         if content is not None:
             (model / "config.json").write_text(content)
@@ -137,7 +137,7 @@ def test_a_disk_that_takes_no_more_is_one_line_and_nothing_half_written(tiny_lla
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("step", ["load the model", "export embed_tokens", "write tokenizer"])
+@pytest.mark.parametrize("step", ["read the checkpoint", "export embed_tokens", "write tokenizer"])
 def test_a_killed_export_leaves_no_package(tiny_llava: Path, tmp_path: Path, step: str) -> None:
     arguments = [str(tiny_llava), "--no-verify", "-o", str(tmp_path / "out")]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
@@ -160,7 +160,7 @@ def test_an_interrupted_export_says_so_and_leaves_nothing(tiny_llava: Path, tmp_
     with subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if "load the model" in line:
+            if "read the checkpoint" in line:
                 process.send_signal(signal.SIGINT)
                 break
         rest = process.stderr.read()

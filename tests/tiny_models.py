@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessor,
@@ -65,16 +70,27 @@ def byte_tokenizer(
     )
 
 
-def _clip_config() -> CLIPVisionConfig:
-    return CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=IMAGE_SIZE,
-        patch_size=PATCH_SIZE,
-        projection_dim=32,
-    )
+# Of the keys that this version of transformers writes -> those of the checkpoints on the hub, and of its own modules.
+HUB_PREFIXES = {"vision_tower.": "vision_tower.vision_model."}
+MODULE_PREFIXES = {
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head.": "lm_head.",
+    "vision_tower.": "model.vision_tower.",
+    "multi_modal_projector.": "model.multi_modal_projector.",
+}
+
+
+def _clip_config(**changes: Any) -> CLIPVisionConfig:
+    settings = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": IMAGE_SIZE,
+        "patch_size": PATCH_SIZE,
+        "projection_dim": 32,
+    }
+    return CLIPVisionConfig(**{**settings, **changes})
 
 
 def _text_config(config_class: Any = LlamaConfig, **changes: Any) -> Any:
@@ -93,9 +109,12 @@ def _text_config(config_class: Any = LlamaConfig, **changes: Any) -> Any:
     return config_class(**{**settings, **changes})
 
 
-def llava_config(**changes: Any) -> LlavaConfig:
+def llava_config(
+    *, vision: Mapping[str, Any] = MappingProxyType({}), text: Mapping[str, Any] = MappingProxyType({}), **changes: Any
+) -> LlavaConfig:
+    """A configuration; ``vision`` and ``text`` change those of its parts."""
     settings = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default", "image_token_id": 3, **changes}
-    return LlavaConfig(vision_config=_clip_config(), text_config=_text_config(), **settings)
+    return LlavaConfig(vision_config=_clip_config(**vision), text_config=_text_config(**text), **settings)
 
 
 def randomised(model_class: Any, config: Any, seed: int) -> Any:
@@ -171,6 +190,41 @@ def tiny_language_model(kind: str = "llama", **changes: Any) -> Any:
     """Configuration of a language model that LLaVA-NeXT checkpoints have: "llama", "mistral" or "qwen2"."""
     classes = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
     return _text_config(classes[kind], **{"max_position_embeddings": 1024, **changes})
+
+
+def reshape_checkpoint(
+    source: Path,
+    folder: Path,
+    *,
+    shards: int = 1,
+    prefixes: Mapping[str, str] = MappingProxyType({}),
+    hub: bool = False,
+) -> Path:
+    """Write a checkpoint in another form: in shards, with other prefixes of its keys, as a hub cache keeps it."""
+    target = folder / "snapshot"
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    (target / "model.safetensors").unlink()
+    tensors = {_renamed(key, prefixes): value for key, value in tensors.items()}
+    names = sorted(tensors)
+    files = [f"model-{index + 1:05d}-of-{shards:05d}.safetensors" for index in range(shards)]
+    files = ["model.safetensors"] if shards == 1 else files
+    weight_map = {name: files[index * shards // len(names)] for index, name in enumerate(names)}
+    for file in files:
+        save_file({name: tensors[name] for name in names if weight_map[name] == file}, target / file)
+    if shards > 1:
+        (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    if hub:
+        (folder / "blobs").mkdir()
+        for index, path in enumerate(sorted(target.iterdir())):
+            path.rename(folder / "blobs" / str(index))
+            path.symlink_to(Path("..") / "blobs" / str(index))
+    return target
+
+
+def _renamed(key: str, prefixes: Mapping[str, str]) -> str:
+    old = next((prefix for prefix in prefixes if key.startswith(prefix)), "")
+    return prefixes.get(old, "") + key.removeprefix(old)
 
 
 def _qwen_text(tie_word_embeddings: bool) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from promprune._version import __version__
 from promprune.errors import MissingDependencyError, PrompruneError
-from promprune.package import CheckRecord, GridLayout, Manifest
+from promprune.package import CheckRecord, GridLayout, Manifest, VerificationRecord
 
 __all__ = [
     "EXIT_REFUSED",
@@ -28,6 +28,7 @@ __all__ = [
     "missing_package",
     "option_type",
     "print_json",
+    "print_verification",
     "progress_over",
     "run_command",
     "version_callback",
@@ -160,6 +161,15 @@ def checks_table(checks: tuple[CheckRecord, ...]) -> Table:
         name = f"{check.name} ({check.detail})" if check.detail else check.name
         table.add_row(name, f"{check.measured:.3g}", f"{check.comparison} {check.limit:g}", verdict)
     return table
+
+
+def print_verification(record: VerificationRecord) -> None:
+    """Print the checks, what could not be checked, and what to beware of."""
+    console.print(checks_table(record.checks))
+    for what in record.not_verified:
+        console.print(f"not verified: {what}", soft_wrap=True)
+    for warning in record.warnings:
+        console.print(f"[yellow]warning[/]: {warning}", soft_wrap=True)
 
 
 def version_callback(value: bool) -> None:

@@ -20,6 +20,7 @@ from promprune.cli.common import (
     missing_extra,
     option_type,
     print_json,
+    print_verification,
     run_command,
     version_callback,
 )
@@ -95,6 +96,14 @@ def export(
     split_selector: Annotated[
         bool, typer.Option("--split-selector", help="Also write the selection as a graph of its own.")
     ] = DEFAULTS.split_selector,
+    copy_weights: Annotated[
+        bool | None,
+        typer.Option(
+            "--copy-weights/--link-weights",
+            help="Put the weights into the package's own files, or link those of the checkpoint: no extra disk.",
+            show_default="large checkpoints are linked where the file system allows it",
+        ),
+    ] = DEFAULTS.copy_weights,
     vision_only: Annotated[
         bool, typer.Option("--vision-only", help="Write no language model, for one that runs elsewhere.")
     ] = DEFAULTS.vision_only,
@@ -126,6 +135,7 @@ def export(
         image_grids=() if image_grid is None else parse_grids(image_grid),
         opset=opset,
         split_selector=split_selector,
+        copy_weights=copy_weights,
         vision_only=vision_only,
         verify=verify,
         force=force,
@@ -199,7 +209,7 @@ def _progress(config: ExportConfig) -> Iterator[_RichProgress]:
 def _print_summary(result: ExportResult) -> None:
     manifest = result.manifest
     if manifest.verification is not None:
-        console.print(checks_table(manifest.verification.checks))
+        print_verification(manifest.verification)
     size_mb = sum(file.size_bytes for file in manifest.files) / 1e6
     verified = "not verified" if manifest.verification is None else "verified"
     print(f"{result.output}: {describe_selection(manifest)}, {manifest.dtype}, {size_mb:.1f} MB, {verified}")

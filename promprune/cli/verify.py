@@ -15,12 +15,12 @@ from rich.table import Table
 
 from promprune.cli.common import (
     EXIT_REFUSED,
-    checks_table,
     console,
     describe_selection,
     missing_extra,
     option_type,
     print_json,
+    print_verification,
     run_command,
     version_callback,
 )
@@ -131,7 +131,7 @@ def verify(
         )
     if not 1 <= images <= MAX_IMAGES:
         raise ConfigError(f"received images = {images}", expected=f"1 to {MAX_IMAGES}")
-    manifest = read_manifest(package)
+    manifest = read_manifest(package, check_weights=True)
     with missing_extra("export"):
         from promprune.export.checkpoint import EMBEDDED_MODEL, load_checkpoint
         from promprune.export.verify import verify_package
@@ -139,11 +139,11 @@ def verify(
     with console.status(f"comparing {package} with {source} on {images} images"):
         checkpoint = load_checkpoint(None if source == EMBEDDED_MODEL and model is None else source)
         _check_source(package, manifest, source, checkpoint.source.weights_sha256)
-        record = verify_package(package, checkpoint, num_images=images)
+        record = verify_package(package, manifest, checkpoint, num_images=images)
     if as_json:
         print_json({"package": str(package), **msgspec.to_builtins(record)})
     else:
-        console.print(checks_table(record.checks))
+        print_verification(record)
         print(f"{package}: {describe_selection(manifest)}, {'verified' if record.passed else 'FAILED'}")
     if not record.passed:
         raise typer.Exit(EXIT_REFUSED)

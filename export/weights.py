@@ -1,0 +1,291 @@
+"""The weights of a checkpoint as they lie on disk, and the links from a model's parameters to them.
+
+Nothing is read but the headers of the safetensors files until a tensor is asked for, and then only that tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import onnx_ir as ir
+import torch
+from onnx_ir.tensor_adapters import TorchTensor
+from torch import Tensor, nn
+
+from promprune.errors import ModelError, UnsupportedModelError
+
+__all__ = [
+    "CheckpointTensor",
+    "LinkedWeight",
+    "StoredTensor",
+    "initializer",
+    "link",
+    "linked",
+    "stored_tensors",
+    "tensor_at",
+    "weight_files",
+]
+
+SINGLE_FILE: Final = "model.safetensors"
+INDEX_FILE: Final = "model.safetensors.index.json"
+CHUNK_ELEMENTS: Final = 4 * 1024 * 1024  # read, converted and written at a time
+
+_MAX_HEADER_BYTES: Final = 100_000_000  # the format's own limit
+_MAX_INDEX_BYTES: Final = 100_000_000
+_DTYPES: Final[Mapping[str, torch.dtype]] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_IR_DTYPES: Final[Mapping[torch.dtype, ir.DataType]] = {
+    torch.float64: ir.DataType.DOUBLE,
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+}
+_ITEM_BYTES: Final[Mapping[str, int]] = {
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
+}
+_EXPECTED: Final = "a whole checkpoint in safetensors format"
+
+
+class Writable(Protocol):
+    """What :meth:`StoredTensor.write` writes to: a file, or a file that is hashed on the way."""
+
+    def write(self, data: memoryview, /) -> object:
+        """Append bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """One tensor of a checkpoint.
+
+    Attributes:
+        key: its name in the checkpoint.
+        file: the safetensors file that holds it.
+        dtype: as the file names it: ``"F32"``, ``"F16"``, ``"BF16"``, ...
+        shape: its sizes.
+        offset: of its first byte in the file.
+    """
+
+    key: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype it is stored in.
+
+        Raises:
+            UnsupportedModelError: it is not one of floating point: a quantized checkpoint.
+        """
+        if self.dtype not in _DTYPES:
+            raise UnsupportedModelError(
+                f"{self.key} in {self.file.name} is stored as {self.dtype}",
+                expected=f"one of {', '.join(_DTYPES)}: quantized checkpoints are not exported",
+            )
+        return _DTYPES[self.dtype]
+
+    @property
+    def size(self) -> int:
+        """Number of its elements."""
+        return math.prod(self.shape)
+
+    def chunks(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Yield its elements in order, flat, converted to ``dtype``, at most ``CHUNK_ELEMENTS`` at a time.
+
+        Raises:
+            ModelError: it has finite values that ``dtype`` cannot hold, or the file became shorter.
+        """
+        stored = self.torch_dtype
+        with self.file.open("rb") as stream:
+            stream.seek(self.offset)
+            for begin in range(0, self.size, CHUNK_ELEMENTS):
+                count = min(CHUNK_ELEMENTS, self.size - begin)
+                content = bytearray(count * stored.itemsize)
+                if stream.readinto(content) != len(content):
+                    raise ModelError(f"{self.file} ends within {self.key}", expected=_EXPECTED)
+                values = torch.frombuffer(content, dtype=stored)
+                converted = values.to(dtype)
+                if dtype.itemsize < stored.itemsize or (stored, dtype) == (torch.bfloat16, torch.float16):
+                    self._refuse_overflow(values, converted)
+                yield converted
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """Read it whole, converted to ``dtype``."""
+        whole = torch.empty(self.size, dtype=dtype)
+        begin = 0
+        for chunk in self.chunks(dtype):
+            whole[begin : begin + len(chunk)] = chunk
+            begin += len(chunk)
+        return whole.view(self.shape)
+
+    def write(self, stream: Writable, dtype: torch.dtype) -> None:
+        """Append its elements to a file, converted to ``dtype``."""
+        for chunk in self.chunks(dtype):
+            stream.write(chunk.view(torch.uint8).numpy().data)
+
+    def _refuse_overflow(self, values: Tensor, converted: Tensor) -> None:
+        if bool((values.isfinite() & ~converted.isfinite()).any()):
+            raise ModelError(
+                f"{self.key} has values up to {float(values.abs().max()):.3g}, which {converted.dtype} cannot hold",
+                expected=f"at most {torch.finfo(converted.dtype).max:.3g}",
+                fix="export with --dtype bf16 or fp32",
+            )
+
+
+class CheckpointTensor(ir.LazyTensor):
+    """A tensor of a checkpoint as the value of a graph's initializer; read, and converted, when it is asked for.
+
+    Attributes:
+        stored: the checkpoint's tensor.
+        torch_dtype: of the initializer.
+    """
+
+    def __init__(self, stored: StoredTensor, dtype: torch.dtype, name: str) -> None:
+        super().__init__(self._load, _IR_DTYPES[dtype], ir.Shape(stored.shape), name=name)
+        self.stored = stored
+        self.torch_dtype = dtype
+
+    @property
+    def is_as_stored(self) -> bool:
+        """Whether the checkpoint's bytes can serve as they are."""
+        stored = self.stored.torch_dtype
+        return stored == self.torch_dtype and self.stored.offset % stored.itemsize == 0
+
+    def tofile(self, file: Writable) -> None:
+        """Append it to a file, a part at a time."""
+        self.stored.write(file, self.torch_dtype)
+
+    def _load(self) -> ir.TensorProtocol:
+        values = self.stored.read(self.torch_dtype).view(torch.uint8).numpy()
+        return ir.Tensor(values.view(self.dtype.numpy()).reshape(self.stored.shape), dtype=self.dtype, name=self.name)
+
+
+@dataclass(frozen=True)
+class LinkedWeight:
+    """Where a parameter's value is to be found.
+
+    Attributes:
+        name: of the parameter in the transformers model; the graphs' initializers are named so.
+        stored: the checkpoint's tensor.
+    """
+
+    name: str
+    stored: StoredTensor
+
+
+def link(parameter: nn.Parameter, weight: LinkedWeight) -> None:
+    """Remember that the value of a parameter, itself without one, lies in a checkpoint."""
+    parameter.promprune_weight = weight  # type: ignore[attr-defined]
+
+
+def linked(parameter: Tensor) -> LinkedWeight | None:
+    """Return where the value of a parameter lies; ``None``: in the parameter."""
+    return getattr(parameter, "promprune_weight", None)
+
+
+def tensor_at(module: nn.Module, path: str) -> Tensor | None:
+    """Return the parameter or buffer at a path; ``None``: there is none."""
+    owner, _, name = path.rpartition(".")
+    try:
+        found = getattr(module.get_submodule(owner), name, None)
+    except AttributeError:
+        return None
+    return found if isinstance(found, Tensor) else None
+
+
+def initializer(tensor: Tensor, name: str) -> ir.Value:
+    """Return a graph's initializer for a parameter or buffer: named as in its model where it lies in a checkpoint."""
+    weight = linked(tensor)
+    value: ir.TensorProtocol
+    if weight is None:
+        value = TorchTensor(tensor.detach(), name=name)
+    else:
+        value = CheckpointTensor(weight.stored, tensor.dtype, weight.name)
+    return ir.Value(name=value.name, shape=ir.Shape(value.shape), type=ir.TensorType(value.dtype), const_value=value)
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """Return the safetensors files of a checkpoint, as its index lists them.
+
+    Raises:
+        ModelError: there are none, or one that the index names is not there.
+    """
+    if (folder / SINGLE_FILE).is_file():
+        return (folder / SINGLE_FILE,)
+    if not (folder / INDEX_FILE).is_file():
+        raise ModelError(
+            f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: no *.safetensors weights",
+            expected="weights in safetensors format; pickled .bin files can run code and are not read",
+            fix="convert them with transformers' save_pretrained",
+        )
+    names = sorted(set(_weight_map(folder / INDEX_FILE).values()))
+    for name in names:
+        if "/" in name or "\\" in name or not (folder / name).is_file():
+            raise ModelError(f"{folder / INDEX_FILE} names {name!r}, which is not there", expected=_EXPECTED)
+    return tuple(folder / name for name in names)
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Return every tensor of a checkpoint by its key, from the headers of its files.
+
+    Raises:
+        ModelError: a file is missing, cut short or no safetensors file.
+    """
+    tensors = {key: tensor for file in weight_files(folder) for key, tensor in _tensors_of(file).items()}
+    if (folder / SINGLE_FILE).is_file():
+        return tensors
+    wanted = _weight_map(folder / INDEX_FILE)
+    lacking = sorted(wanted.keys() - tensors.keys())
+    if lacking:
+        raise ModelError(f"{wanted[lacking[0]]} has no tensor {lacking[0]}", expected="what its index says")
+    return {key: tensors[key] for key in wanted}
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        if index.stat().st_size > _MAX_INDEX_BYTES:
+            raise ValueError("too large")
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise TypeError("weight_map is no map of names to files")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ModelError(f"{index} cannot be read ({error})", expected="a weight_map of names to files") from error
+    return weight_map
+
+
+def _tensors_of(file: Path) -> dict[str, StoredTensor]:
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            (header_bytes,) = struct.unpack("<Q", stream.read(8))
+            if header_bytes > min(size - 8, _MAX_HEADER_BYTES):
+                raise ValueError("its header is longer than the file")
+            header = json.loads(stream.read(header_bytes))
+        header.pop("__metadata__", None)
+        return {key: _tensor_of(file, key, entry, 8 + header_bytes, size) for key, entry in header.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, struct.error, RecursionError) as error:
+        raise ModelError(f"{file} cannot be loaded ({error})", expected=_EXPECTED) from error
+
+
+def _tensor_of(file: Path, key: str, entry: dict[str, Any], start: int, file_bytes: int) -> StoredTensor:
+    dtype, shape = str(entry["dtype"]), tuple(int(size) for size in entry["shape"])
+    begin, end = (int(offset) for offset in entry["data_offsets"])
+    if begin < 0 or min(shape, default=0) < 0 or start + end > file_bytes:
+        raise ValueError(f"{key} lies outside the file")
+    if dtype in _ITEM_BYTES and end - begin != math.prod(shape) * _ITEM_BYTES[dtype]:
+        raise ValueError(f"{key} has {end - begin} bytes, not those of {dtype} {list(shape)}")
+    return StoredTensor(key=key, file=file, dtype=dtype, shape=shape, offset=start + begin)
