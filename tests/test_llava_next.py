@@ -240,7 +240,7 @@ def test_every_crop_gives_its_tokens_and_padding_none(pruned: Any) -> None:
 
 def test_padding_that_is_chosen_is_noticed(pruned: Any) -> None:
     layout, prepared = pruned.encoder.layout, pruned.encoder.prepare(picture((112, 60)))
-    outputs = {k: v.copy() for k, v in pruned.encoder._sessions["vision_encoder"].run(prepared.feeds).items()}
+    outputs = {k: v.copy() for k, v in pruned.encoder.sessions["vision_encoder"].run(prepared.feeds).items()}
     padding = np.flatnonzero(prepared.places[1] < 0)
     outputs["token_indices"][1] = padding[: outputs["token_indices"].shape[1]]
     with pytest.raises(BackendError, match="not padding"):
@@ -257,7 +257,7 @@ def test_the_selection_order_goes_crop_by_crop(next_export: ExportResult, tmp_pa
     )
     with VisionLanguagePipeline.from_package(folder, provider="cpu") as other:
         prepared = other.encoder.prepare(picture((112, 112)))
-        outputs = other.encoder._sessions["vision_encoder"].run(prepared.feeds)
+        outputs = other.encoder.sessions["vision_encoder"].run(prepared.feeds)
         selection = other.encode_image(picture((112, 112))).selection
     rows = [prepared.places[row][indices] for row, indices in enumerate(outputs["token_indices"])]
     np.testing.assert_array_equal(selection.token_indices, np.concatenate(rows))
