@@ -38,8 +38,9 @@ _IR_VERSION = 10
 _LOWEST = -3.0e38
 _TAKEN = 1.0e30
 _TINY = 1.0e-30
-# Mean variance of the unit tokens below which float32 cannot tell an image from a blank one.
-_BLANK_VARIANCE = 1e-6
+# An image counts as blank when the norm of its centred kernel is below this times N: its tokens are so alike that the
+# rounding of their products, which the chain of products amplifies, would drown the spectrum.
+_BLANK_NORM = 1e-3
 # The Gram matrix is computed in this many strips. Rows whose length is a multiple of _ALIASED floats get _SPREAD
 # zeros more: one cache line of them.
 _GRAM_STRIPS = 3
@@ -254,12 +255,12 @@ def _spectral_entropy(g: GraphBuilder, kernel: str, mask: str | None, sizes: Siz
     if isinstance(tokens, str):
         rank = g("Max", g("Min", tokens, floats(sizes.hidden)), floats(2))
         entropy = g("Div", p_ln_p, g("Neg", g("Log", rank)))
-        blank = g("Mul", tokens, floats(_BLANK_VARIANCE))
+        blank = g("Mul", tokens, floats(_BLANK_NORM))
     else:
         entropy = g("Div", p_ln_p, floats(-np.log(max(min(sizes.tokens, sizes.hidden), 2))))
-        blank = g.constant(floats(sizes.tokens * _BLANK_VARIANCE))
-    # A NaN trace is not below anything, so that the entropy stays NaN.
-    return g("Where", g("LessOrEqual", trace, blank), floats(1), entropy)
+        blank = g.constant(floats(sizes.tokens * _BLANK_NORM))
+    # A NaN norm is not below anything, so that the entropy stays NaN.
+    return g("Where", g("LessOrEqual", norm, blank), floats(1), entropy)
 
 
 def _inner_products(g: GraphBuilder, first: str, n: int) -> str:

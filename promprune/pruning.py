@@ -26,8 +26,9 @@ __all__ = ["PrunedTokens", "coverage_picks", "prune_tokens"]
 
 _TAKEN = 1e30
 _TINY = 1e-30
-# Mean variance of the unit tokens below which float32 cannot tell an image from a blank one.
-_BLANK_VARIANCE = 1e-6
+# An image counts as blank when the norm of its centred kernel is below this times N: its tokens are so alike that the
+# rounding of their products, which the chain of products amplifies, would drown the spectrum.
+_BLANK_NORM = 1e-3
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def _spectral_entropy(kernel: Tensor, token_mask: Tensor | None, hidden_size: in
     share = norm / trace
     total = share * products + share.log() + ENTROPY_TABLE.linear
     entropy = -total / tokens.clamp(2, max(hidden_size, 2)).log()
-    return torch.where(trace <= tokens * _BLANK_VARIANCE, 1.0, entropy)
+    return torch.where(norm <= tokens * _BLANK_NORM, 1.0, entropy)
 
 
 def _inner_products(first: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from promprune.config import SelectionConfig
 from promprune.errors import ConfigError
+from promprune.prominence import spectral_entropy
 from promprune.pruning import PrunedTokens, prune_tokens
 from promprune.selection import select_tokens
 from tests.feature_sets import feature_set
@@ -103,6 +104,19 @@ def test_blank_and_tied() -> None:
     got = prune_tokens(x, a, 9, config=SELECTION)
     assert got.spectral_entropy.tolist() == [1, 1]
     assert got.token_indices.tolist() == [list(range(9))] * 2
+
+
+@pytest.mark.parametrize(("n", "d"), [(16, 48), (576, 1024)])
+@pytest.mark.parametrize("noise", [0.3, 0.1, 0.03, 0.01, 0.001])
+def test_tokens_that_are_nearly_alike_have_a_high_entropy(n: int, d: int, noise: float) -> None:
+    """As a plain wall has; rounding must not drown the spectrum."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 1, d, generator=random) + noise * torch.randn(2, n, d, generator=random)
+    entropy = prune_tokens(x, torch.rand(2, n, generator=random), keep_tokens=2).spectral_entropy
+    for got, features in zip(entropy.tolist(), x, strict=True):
+        wanted = float(spectral_entropy(features.double()))
+        assert wanted - 1e-4 <= got <= 1 + 1e-6
+        assert got in (1, pytest.approx(wanted, abs=1e-4))
 
 
 def test_no_gradient_and_no_autocast() -> None:
