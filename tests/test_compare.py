@@ -134,9 +134,10 @@ def test_an_injected_fault_is_traced_to_the_node_that_has_the_weight(
 ) -> None:
     model = onnx.load(tiny_export.output / "onnx" / f"{graph}.onnx", load_external_data=False)
     weights = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) >= 2 and tensor.external_data}
-    products = [node for node in model.graph.node if node.op_type in ("Conv", "MatMul") and node.input[1] in weights]
-    chosen = products[number]
-    package = perturbed(tiny_export.output, tmp_path, graph, chosen.input[1], 1.1)
+    readers = [node for node in model.graph.node if weights & set(node.input) and node.op_type != "Gather"]
+    chosen = readers[number]
+    (weight,) = weights & set(chosen.input)
+    package = perturbed(tiny_export.output, tmp_path, graph, weight, 1.1)
     config = CompareConfig(reference=tiny_export.output, graphs=(graph,), layers=True)
     (result,) = compare_package(package, config)
     assert result.first is not None

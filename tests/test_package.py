@@ -132,7 +132,7 @@ def test_a_mutated_manifest_is_read_or_refused_never_worse(
     where[key] = data.draw(JSON)
     folder = tmp_path / "mutated"
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(tiny_export.output, folder, copy_function=os.link)
+    shutil.copytree(tiny_export.output, folder)
     (folder / MANIFEST_FILE).unlink()
     (folder / MANIFEST_FILE).write_text(json.dumps(content))
     try:

@@ -10,12 +10,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
+import numpy as np
 import onnx
 import onnxruntime as ort
 import polygraphy.config
 from onnx.external_data_helper import load_external_data_for_model
 from onnx.helper import tensor_dtype_to_np_dtype
 from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.common import TensorMetadata
@@ -28,6 +30,21 @@ from promprune.runtime.sessions.providers import PROVIDERS, refused, why_not
 from promprune.trt_modules import trimmed
 
 __all__ = ["RUNNERS", "RunnerMaker", "Subject", "failure"]
+
+
+class Pad(OpRun):  # type: ignore[misc]  # untyped
+    """Pad with a constant; negative widths cut off, as the standard says and onnx's own evaluator does not."""
+
+    op_domain = ""
+
+    def _run(self, data: Any, pads: Any, value: Any = None, axes: Any = None, mode: str = "constant") -> tuple[Any]:
+        if mode != "constant" or axes is not None:
+            raise NotImplementedError(f"Pad with mode {mode!r} and axes {axes}")
+        before, after = np.asarray(pads).reshape(2, -1)
+        kept = tuple(slice(max(-b, 0), n - max(-a, 0)) for b, a, n in zip(before, after, data.shape, strict=True))
+        widths = list(zip(before.clip(0), after.clip(0), strict=True))
+        fill = 0 if value is None else np.asarray(value).item()
+        return (np.pad(data[kept], widths, constant_values=fill),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +101,7 @@ class _ReferenceRunner(BaseRunner):
     def activate_impl(self) -> None:
         model = onnx.load(self._subject.file, load_external_data=False)
         load_external_data_for_model(model, str(self._subject.folder))  # onnx does not follow links
-        self._evaluator = ReferenceEvaluator(model)
+        self._evaluator = ReferenceEvaluator(model, new_ops=[Pad])
 
     def get_input_metadata_impl(self) -> TensorMetadata:
         metadata = TensorMetadata()
