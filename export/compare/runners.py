@@ -33,7 +33,7 @@ from promprune.trt_modules import trimmed
 __all__ = ["RUNNERS", "RunnerMaker", "Subject", "failure"]
 
 
-class Pad(OpRun):  # type: ignore[misc]  # untyped
+class Pad(OpRun):
     """Pad with a constant; negative widths cut off, as the standard says and onnx's own evaluator does not."""
 
     op_domain = ""
