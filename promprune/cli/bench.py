@@ -24,8 +24,8 @@ from promprune.cli.common import (
     option_type,
     print_json,
     run_command,
-    version_callback,
 )
+from promprune.cli.options import Backend, NumThreads, Provider, Version
 from promprune.config import DTYPES, POLICIES
 from promprune.errors import ConfigError, OutputError
 from promprune.runtime.config import RuntimeConfig
@@ -105,30 +105,16 @@ def bench(
             metavar="COUNT",
         ),
     ] = BenchConfig.cold_starts,
-    backend: Annotated[
-        str, typer.Option(help="onnxruntime, or another one that is installed.", metavar="NAME")
-    ] = RuntimeConfig.backend,
-    provider: Annotated[
-        str, typer.Option(help="Of onnxruntime: auto (CUDA where it loads, else the CPU), cpu or cuda.", metavar="NAME")
-    ] = RuntimeConfig.provider,
-    num_threads: Annotated[
-        int | None,
-        typer.Option(
-            help="CPU threads.",
-            parser=option_type(int, _INT),
-            show_default="as many as this process may use",
-            metavar="COUNT",
-        ),
-    ] = RuntimeConfig.num_threads,
+    backend: Backend = RuntimeConfig.backend,
+    provider: Provider = RuntimeConfig.provider,
+    num_threads: NumThreads = RuntimeConfig.num_threads,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="Folder for report.json, .csv, .md and .html.", metavar="OUT"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the reports in OUT.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one line of JSON on stdout.")] = False,
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=version_callback, is_eager=True)
-    ] = False,
+    version: Version = False,
 ) -> None:
     """Measure packages and baselines in turns, stage by stage, and count the work that they do.
 

@@ -13,7 +13,8 @@ import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from promprune.cli.common import console, missing_extra, option_type, print_json, run_command, version_callback
+from promprune.cli.common import console, missing_extra, option_type, print_json, run_command
+from promprune.cli.options import Version
 from promprune.config import ENGINE_BACKENDS, EngineConfig
 
 if TYPE_CHECKING:
@@ -89,9 +90,7 @@ def build(
         ),
     ] = DEFAULTS.strip_weights,
     as_json: Annotated[bool, typer.Option("--json", help="Print the engines as one line of JSON on stdout.")] = False,
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=version_callback, is_eager=True)
-    ] = False,
+    version: Version = False,
 ) -> None:
     """Build engines from a package, into PACKAGE/engines. Engines that are up to date are left as they are.
 

@@ -14,8 +14,8 @@ from promprune.cli.common import (
     print_json,
     progress_over,
     run_command,
-    version_callback,
 )
+from promprune.cli.options import Version
 from promprune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -54,9 +54,7 @@ def calibrate(
         Path | None, typer.Option(help="Also draw the histogram, as .png or .svg.", metavar="FILE", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON on stdout.")] = False,
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=version_callback, is_eager=True)
-    ] = False,
+    version: Version = False,
 ) -> None:
     """Fit mu and tau, the constants of the budget split, to a model's vision tower. No labels are needed.
 

@@ -14,7 +14,8 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from promprune.atomic import replace_file
-from promprune.cli.common import console, missing_extra, print_json, run_command, version_callback
+from promprune.cli.common import console, missing_extra, print_json, run_command
+from promprune.cli.options import Version
 from promprune.config import DTYPES, ExportConfig
 from promprune.errors import ConfigError
 from promprune.package import MANIFEST_FILE
@@ -86,9 +87,7 @@ def evaluate(
     ] = None,
     gallery_limit: Annotated[int, typer.Option(help="Most pictures on that page.", metavar="COUNT")] = 40,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as one line of JSON on stdout.")] = False,
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=version_callback, is_eager=True)
-    ] = False,
+    version: Version = False,
 ) -> None:
     """Ask the same questions with all visual tokens and with few, and compare the answers.
 

@@ -22,8 +22,8 @@ from promprune.cli.common import (
     print_json,
     print_verification,
     run_command,
-    version_callback,
 )
+from promprune.cli.options import Version
 from promprune.config import DTYPES, POLICIES, ExportConfig
 from promprune.errors import ConfigError, VerificationError
 
@@ -112,9 +112,7 @@ def export(
     ] = DEFAULTS.verify,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is a package already.")] = DEFAULTS.force,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as one line of JSON on stdout.")] = False,
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=version_callback, is_eager=True)
-    ] = False,
+    version: Version = False,
 ) -> None:
     """Export a vision-language model to ONNX, with PromPrune's token selection inside the vision graph.
 

@@ -24,8 +24,8 @@ from promprune.cli.common import (
     option_type,
     print_json,
     run_command,
-    version_callback,
 )
+from promprune.cli.options import Backend, NumThreads, Provider, Version
 from promprune.errors import ConfigError, OutputError, PrompruneError
 from promprune.runtime.config import DEFAULT_NEW_TOKENS, GenerationConfig, RuntimeConfig
 
@@ -106,25 +106,9 @@ def run(
     ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print selection and timings on stderr.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON on stdout instead of text.")] = False,
-    backend: Annotated[
-        str, typer.Option(help="onnxruntime, or another one that is installed.", metavar="NAME")
-    ] = RuntimeConfig.backend,
-    provider: Annotated[
-        str,
-        typer.Option(
-            help="Of onnxruntime: auto (CUDA where it loads, else the CPU), cpu, cuda, tensorrt or tensorrt-rtx.",
-            metavar="NAME",
-        ),
-    ] = RuntimeConfig.provider,
-    num_threads: Annotated[
-        int | None,
-        typer.Option(
-            help="CPU threads.",
-            parser=option_type(int, _INT),
-            show_default="as many as this process may use",
-            metavar="COUNT",
-        ),
-    ] = RuntimeConfig.num_threads,
+    backend: Backend = RuntimeConfig.backend,
+    provider: Provider = RuntimeConfig.provider,
+    num_threads: NumThreads = RuntimeConfig.num_threads,
     prefill_chunk: Annotated[
         int | None,
         typer.Option(
@@ -149,9 +133,7 @@ def run(
     check_weights: Annotated[
         bool, typer.Option("--check-weights", help="Compare the SHA-256 of the weights as well.")
     ] = RuntimeConfig.check_weights,
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=version_callback, is_eager=True)
-    ] = False,
+    version: Version = False,
 ) -> None:
     """Answer a question about images with an exported package.
 

@@ -22,8 +22,8 @@ from promprune.cli.common import (
     print_json,
     print_verification,
     run_command,
-    version_callback,
 )
+from promprune.cli.options import Version
 from promprune.config import DEFAULT_CHECK_IMAGES, CompareConfig
 from promprune.errors import ConfigError, ModelError
 from promprune.package import Manifest, read_manifest
@@ -88,9 +88,7 @@ def verify(
         bool, typer.Option("--inspect", help="Only describe the graphs, layer by layer, on stdout.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the checks as one line of JSON on stdout.")] = False,
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=version_callback, is_eager=True)
-    ] = False,
+    version: Version = False,
 ) -> None:
     """Compare a package with the model it was made from. Exits with 1 if a check fails.
 
