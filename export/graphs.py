@@ -20,6 +20,7 @@ from onnxscript.rewriter import onnx_fusions
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from promprune.export.attention import drop_nan_guards
 from promprune.export.layers import Repetition, repeat_layer
 from promprune.export.placement import Placement
 from promprune.export.skeleton import fake_mode_of
@@ -197,6 +198,7 @@ def _optimize(model: ir.Model) -> None:
 
     optimize_ir(model, should_fold=may_fold)
     onnx_fusions.fuse(model)
+    drop_nan_guards(model)
 
 
 def _tensor_record(value: ir.Value) -> TensorRecord:
