@@ -28,9 +28,13 @@ from promprune.package import SourceRecord, sha256_of_file
 __all__ = [
     "EMBEDDED_MODEL",
     "Checkpoint",
+    "ImageTextProcessor",
     "embedded_model_folder",
+    "family_of",
     "load_checkpoint",
+    "load_processor",
     "read_constants",
+    "resolve",
     "selection_config",
 ]
 
@@ -110,10 +114,10 @@ def load_checkpoint(name: str | None, *, dtype: torch.dtype = torch.float32) -> 
         ModelError: not a model, incomplete, or not to be had.
         UnsupportedModelError: a family that is not exported.
     """
-    folder, revision = _resolve(name)
-    family = _family_of(folder)
+    folder, revision = resolve(name)
+    family = family_of(folder)
     skeleton = build_skeleton(folder, family.model_class, dtype)
-    processor = _load_processor(folder)
+    processor = load_processor(folder)
     digests = {file: sha256_of_file(file) for file in weight_files(folder)}
     source = SourceRecord(
         model=EMBEDDED_MODEL if name is None else name if revision else folder.resolve().name,
@@ -163,8 +167,15 @@ def read_constants(folder: Path) -> dict[str, float]:
     return constants
 
 
-def _resolve(name: str | None) -> tuple[Path, str | None]:
-    """Return the folder of a checkpoint, and the revision where it came from a hub."""
+def resolve(name: str | None) -> tuple[Path, str | None]:
+    """Return the folder of a checkpoint, and the revision where it came from a hub.
+
+    Args:
+        name: folder or hub id; ``None`` is the embedded model.
+
+    Raises:
+        ModelError: neither, or not to be had.
+    """
     if name is None:
         return embedded_model_folder(), None
     folder = Path(name)
@@ -194,7 +205,13 @@ def _download(name: str) -> tuple[Path, str | None]:
     return folder, folder.name
 
 
-def _family_of(folder: Path) -> Family:
+def family_of(folder: Path) -> Family:
+    """Return the row of the table for a checkpoint.
+
+    Raises:
+        ModelError: it has no usable ``config.json``.
+        UnsupportedModelError: a family that is not exported.
+    """
     path = folder / "config.json"
     try:
         config = json.loads(path.read_bytes())
@@ -230,7 +247,12 @@ def _load_model(folder: Path, family: Family) -> Any:
     return model.eval()
 
 
-def _load_processor(folder: Path) -> Any:
+def load_processor(folder: Path) -> Any:
+    """Load the transformers processor of a checkpoint, or its parts as :class:`ImageTextProcessor`.
+
+    Raises:
+        ModelError: it has none that can be used.
+    """
     local: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:
         try:

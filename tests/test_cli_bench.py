@@ -9,15 +9,18 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from promprune.bench.contenders import Question
 from promprune.bench.export_cache import packages_of
 from promprune.bench.pytorch import PytorchContender, PytorchModel, PytorchSettings
 from promprune.bench.report import FIRST_TOKEN_STAGES, Report, read_report
 from promprune.cli import bench as command
+from promprune.errors import ConfigError
 from promprune.export import ExportResult
 from tests.command_line import run
+from tests.test_qwen import NEW_TOKENS
+from tests.test_qwen import Reference as QwenReference
 
 PROMPT = "What is this?"
 
@@ -100,19 +103,60 @@ def test_the_work_of_every_stage_is_counted(report: Report) -> None:
         assert contender.first_token_flops == sum(before)
 
 
-def test_the_baseline_answers_as_generate_does(tiny_llava: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "num_tokens"), [("llava", 16), ("llava_next", 16 + 6 * (8 + 1)), ("qwen2_5_vl", 36)]
+)
+def test_the_baseline_answers_as_generate_does(
+    family: str, num_tokens: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    fixture = {"llava": "tiny_llava", "llava_next": "tiny_llava_next", "qwen2_5_vl": "tiny_qwen"}[family]
+    folder: Path = request.getfixturevalue(fixture)
     image = tmp_path / "image.png"
-    Image.effect_mandelbrot((90, 70), (-2, -1, 1, 1), 40).save(image)
-    settings = PytorchSettings(model=str(tiny_llava), dtype="fp32", device="cpu", threads=1)
+    Image.effect_mandelbrot((168, 168) if family == "qwen2_5_vl" else (90, 70), (-2, -1, 1, 1), 40).save(image)
+    settings = PytorchSettings(model=str(folder), dtype="fp32", device="cpu", threads=1)
     contender = PytorchContender("hf", PytorchModel(settings), settings)
-    got = contender.run(Question(image=image, prompt=PROMPT, new_tokens=5), 1).token_ids
-    processor = AutoProcessor.from_pretrained(tiny_llava)
-    model = LlavaForConditionalGeneration.from_pretrained(tiny_llava).eval()
+    question = Question(image=image, prompt=PROMPT, new_tokens=NEW_TOKENS)
+    sample = contender.run(question, 2)
+    picture = Image.open(image).convert("RGB")
+    if family == "qwen2_5_vl":
+        qwen = QwenReference(folder)
+        qwen.model.generation_config.eos_token_id = None
+        prompt = qwen.prompt(([picture], PROMPT))
+        expected = qwen.answer(**prompt.inputs)
+    else:
+        expected = generated(folder, picture)
+    assert list(sample.token_ids) == expected
+    facts = contender.facts(question)
+    assert (facts.num_tokens, facts.keep_tokens, facts.policy) == (num_tokens, num_tokens, "all")
+    assert sum(sample.stages_ms[stage] for stage in FIRST_TOKEN_STAGES if stage != "selection") == pytest.approx(
+        sample.stages_ms["first_token"], rel=0.05
+    )
+
+
+def generated(folder: Path, picture: Image.Image) -> list[int]:
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPT}]}
     text = processor.apply_chat_template([message], add_generation_prompt=True)
-    inputs = processor(images=[Image.open(image).convert("RGB")], text=text, return_tensors="pt")
-    answer = model.generate(**inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False, eos_token_id=None)
-    assert list(got) == answer[0, inputs["input_ids"].shape[1] :].tolist()
+    inputs = processor(images=[picture], text=text, return_tensors="pt")
+    answer = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
+    tokens: list[int] = answer[0, inputs["input_ids"].shape[1] :].tolist()
+    return tokens
+
+
+def test_the_authors_method_is_for_one_family(tiny_qwen: Path) -> None:
+    settings = PytorchSettings(model=str(tiny_qwen), dtype="fp32", device="cpu", threads=1, keep_tokens=4)
+    with pytest.raises(ConfigError, match=r"received --baseline authors for .* a 'qwen2_5_vl' model"):
+        PytorchContender("authors", PytorchModel(settings), settings)
+
+
+def test_packages_of_every_family_are_measured(next_export: ExportResult, tiny_qwen_export: ExportResult) -> None:
+    for export in (next_export, tiny_qwen_export):
+        options = ["--rounds", "2", "--warmup", "1", "--new-tokens", "2", "--cold-starts", "0", "--provider", "cpu"]
+        outcome = run(command.main, str(export.output), *options, "--json")
+        (contender,) = json.loads(outcome.stdout)["contenders"]
+        assert contender["keep_tokens"] < contender["num_tokens"]
+        assert contender["work"]["selection"]["flops"] > 0
 
 
 def test_a_process_of_its_own_says_its_memory(tiny_export: ExportResult) -> None:

@@ -17,12 +17,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AuthorsSelection:
-    """``features [B, T, D]``, ``indices [B, T]`` in selection order, ``counts`` T_sal and ``entropy`` per image."""
+    """``features [B, T, D]``, ``indices [B, T]`` in selection order, ``counts`` T_sal, ``entropy``; of N tokens."""
 
     features: Tensor
     indices: Tensor
     counts: list[int]
     entropy: Tensor
+    num_tokens: int
 
 
 @torch.no_grad()
@@ -56,7 +57,7 @@ def authors_select(
         counts.append(count)
     indices = torch.stack(picks)
     kept = torch.stack([features[b, indices[b]] for b in range(len(x))])
-    return AuthorsSelection(kept, indices, counts, entropy)
+    return AuthorsSelection(kept, indices, counts, entropy, x.shape[1])
 
 
 def _entropy(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Needs the ``[export]`` extra. Both share one copy of the model.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -22,11 +23,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from promprune.bench.authors_method import AuthorsSelection, authors_select
 from promprune.bench.contenders import Facts, Measurable, Question, Sample
 from promprune.errors import ConfigError, ModelError
+from promprune.export.checkpoint import ImageTextProcessor, family_of, load_processor, resolve
 
 __all__ = ["PytorchContender", "PytorchModel", "PytorchSettings", "first_token"]
 
 _DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-FAMILY: Final = "llava"  # the one whose parts are known here
+AUTHORS_FAMILY: Final = "llava"  # the one that the authors' method is written for here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,29 +58,53 @@ class PytorchModel:
 
     Raises:
         ModelError: it cannot be loaded.
-        ConfigError: it is of a family whose parts are not known here.
+        UnsupportedModelError: it is of a family that is not exported either.
     """
 
     def __init__(self, settings: PytorchSettings) -> None:
         self.settings = settings
         torch.set_num_threads(settings.threads)
         transformers.utils.logging.disable_progress_bar()
+        folder, _ = resolve(settings.model)
+        self.processor = load_processor(folder)
         try:
-            self.processor = transformers.AutoProcessor.from_pretrained(settings.model)
-            self.model: Any = transformers.AutoModelForImageTextToText.from_pretrained(
-                settings.model, dtype=_DTYPES[settings.dtype], attn_implementation="sdpa"
+            self.model: Any = getattr(transformers, family_of(folder).model_class).from_pretrained(
+                folder, dtype=_DTYPES[settings.dtype], attn_implementation="sdpa"
             )
         except (OSError, ValueError, KeyError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ModelError(f"{settings.model} cannot be loaded in PyTorch ({first[:200]})") from error
-        if self.model.config.model_type != FAMILY:
-            raise ConfigError(
-                f"{settings.model} is a {self.model.config.model_type!r} model", expected=f"{FAMILY!r} for --baseline"
-            )
         self.model.eval().to(settings.device)
         self.model.generation_config.eos_token_id = None  # every answer has the length that was asked for
-        grid = self.model.config.vision_config.image_size // self.model.config.vision_config.patch_size
-        self.num_tokens = grid * grid
+
+    @property
+    def image_token_id(self) -> int:
+        """The placeholder of a visual token."""
+        token: int = self.model.config.image_token_id
+        return token
+
+    def unpruned_inputs(self, pictures: list[Image.Image], prompt: str) -> dict[str, Tensor]:
+        """Return what ``generate`` takes: one prompt per picture, with a placeholder for each of its visual tokens."""
+        text = self.rendered(prompt)
+        if not isinstance(self.processor, ImageTextProcessor):
+            return dict(self.processor(images=pictures, text=[text] * len(pictures), return_tensors="pt"))
+        images = self.processor.image_processor(images=pictures, return_tensors="pt")
+        merged = self.processor.image_processor.merge_size**2
+        token = self.processor.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        counts = (images["image_grid_thw"].prod(dim=1) // merged).tolist()
+        words = self.processor.tokenizer([text.replace(token, token * n) for n in counts], return_tensors="pt")
+        types = (words["input_ids"] == self.image_token_id).int()
+        return {**words, **images, "mm_token_type_ids": types}
+
+    def rendered(self, prompt: str) -> str:
+        """Return the text of a prompt with one image, before its placeholder is repeated."""
+        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
+        template = getattr(self.processor, "chat_template", None) or self.processor.tokenizer.chat_template
+        return str(
+            self.processor.tokenizer.apply_chat_template(
+                [message], chat_template=template, add_generation_prompt=True, tokenize=False
+            )
+        )
 
 
 class PytorchContender(Measurable):
@@ -92,12 +118,19 @@ class PytorchContender(Measurable):
     concurrent = False
 
     def __init__(self, name: str, shared: PytorchModel, settings: PytorchSettings) -> None:
+        kind = shared.model.config.model_type
+        if settings.keep_tokens is not None and kind != AUTHORS_FAMILY:
+            raise ConfigError(
+                f"received --baseline authors for {settings.model}, a {kind!r} model",
+                expected=f"a {AUTHORS_FAMILY!r} model",
+                fix="use --baseline hf",
+            )
         self.name = name
         self._shared = shared
         self._settings = settings
         self._model = shared.model
         self._selected: AuthorsSelection | None = None
-        self._prompt_tokens = 0
+        self._prompt_tokens = self._num_tokens = 0
 
     def run(self, question: Question, batch: int) -> Sample:
         """Answer; see :class:`Measurable`. One call at a time: the parts of the shared model are timed from outside."""
@@ -111,6 +144,7 @@ class PytorchContender(Measurable):
             )
         clock.mark("end")
         self._prompt_tokens = inputs["input_ids"].shape[1]
+        self._num_tokens = int((inputs["input_ids"][0] == self._shared.image_token_id).sum())
         return Sample(
             stages_ms=clock.stages(question.new_tokens), token_ids=tuple(answer[0, self._prompt_tokens :].tolist())
         )
@@ -118,7 +152,7 @@ class PytorchContender(Measurable):
     def facts(self, question: Question) -> Facts:
         """Say what it is; the work up to the first token is counted by PyTorch."""
         settings, text = self._settings, self._model.config.text_config
-        keep, n = settings.keep_tokens, self._shared.num_tokens
+        keep = settings.keep_tokens
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim
         return Facts(
@@ -128,8 +162,8 @@ class PytorchContender(Measurable):
             model=settings.model,
             dtype=settings.dtype,
             device="CUDA" if settings.device == "cuda" else "CPU",
-            num_tokens=n,
-            keep_tokens=n if keep is None else keep,
+            num_tokens=self._num_tokens if self._selected is None else self._selected.num_tokens,
+            keep_tokens=self._num_tokens,
             policy="all" if keep is None else "promprune",
             saliency_count=self._selected.counts[0] if self._selected else None,
             prompt_tokens=self._prompt_tokens,
@@ -142,46 +176,46 @@ class PytorchContender(Measurable):
     def close(self) -> None:
         """Nothing to do: the model is freed with its last contender."""
 
-    def _inputs(self, pictures: list[Image.Image], prompt: str) -> Any:
-        processor, settings = self._shared.processor, self._settings
-        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
-        text = processor.apply_chat_template([message], add_generation_prompt=True)
-        if settings.keep_tokens is None:
-            inputs = processor(images=pictures, text=[text] * len(pictures), return_tensors="pt")
+    def _inputs(self, pictures: list[Image.Image], prompt: str) -> dict[str, Tensor]:
+        shared, keep = self._shared, self._settings.keep_tokens
+        if keep is None:
+            inputs = shared.unpruned_inputs(pictures, prompt)
         else:
-            text = text.replace(processor.image_token, processor.image_token * settings.keep_tokens)
-            inputs = processor.tokenizer([text] * len(pictures), return_tensors="pt")
-            inputs["pixel_values"] = processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
-        inputs["pixel_values"] = inputs["pixel_values"].to(_DTYPES[settings.dtype])
-        return {name: inputs[name].to(settings.device) for name in ("input_ids", "attention_mask", "pixel_values")}
+            token = shared.processor.tokenizer.convert_ids_to_tokens(shared.image_token_id)
+            text = shared.rendered(prompt).replace(token, token * keep)
+            inputs = dict(shared.processor.tokenizer([text] * len(pictures), return_tensors="pt"))
+            inputs["pixel_values"] = shared.processor.image_processor(images=pictures, return_tensors="pt").pixel_values
+        inputs["pixel_values"] = inputs["pixel_values"].to(_DTYPES[self._settings.dtype])
+        return {name: value.to(self._settings.device) for name, value in inputs.items()}
 
     @contextlib.contextmanager
     def _timed(self, clock: _Clock) -> Iterator[None]:
         """Let the clock see the vision encoder and the language model, and put the selection between them."""
         inner, original = self._model.model, self._model.model.get_image_features
-        tower = inner.vision_tower
-        eager = self._settings.keep_tokens is not None
+        eager = inner.vision_tower if self._settings.keep_tokens is not None else None
         inner.get_image_features = self._features(original, clock)
         hook = inner.language_model.register_forward_pre_hook(lambda *_: clock.mark("spliced", first=True))
-        if eager:
-            tower.set_attn_implementation("eager")
+        if eager is not None:
+            eager.set_attn_implementation("eager")
         try:
             yield
         finally:
             hook.remove()
             del inner.get_image_features
-            tower.set_attn_implementation("sdpa")
+            if eager is not None:
+                eager.set_attn_implementation("sdpa")
 
     def _features(self, original: Callable[..., Any], clock: _Clock) -> Callable[..., Any]:
         keep = self._settings.keep_tokens
 
-        def features(pixel_values: Tensor, **options: Any) -> Any:
+        @functools.wraps(original)  # transformers reads the names of its parameters
+        def features(*args: Any, **options: Any) -> Any:
             clock.mark("vision begins")
             if keep is None:
-                outputs = original(pixel_values, **options)
+                outputs = original(*args, **options)
                 clock.mark("encoded")
                 return outputs
-            outputs = original(pixel_values, **{**options, "output_attentions": True})
+            outputs = original(*args, **{**options, "output_attentions": True})
             clock.mark("encoded")
             kept = self._select(torch.stack(list(outputs.pooler_output)), outputs.attentions, keep)
             outputs.pooler_output = list(kept)
