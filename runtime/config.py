@@ -101,7 +101,8 @@ class RuntimeConfig:
         image_cache_size: encoded images kept for reuse, keyed by a digest of their pixels; 0 is off.
         prefill_chunk: most tokens of a prompt that one run of the language model reads; ``None``: the whole prompt.
             Bounds the scratch memory of long prompts, at the price of more runs.
-        cuda_graphs: with the backend ``"tensorrt"``, replay the vision encoder as a CUDA graph.
+        cuda_graphs: with the backend ``"tensorrt"``, replay the vision encoder and the steps of the decoder as CUDA
+            graphs; the latter takes the memory of two more KV caches of the largest size.
         weight_budget_mib: with the backend ``"tensorrt"`` and engines that stream weights, device memory for the
             weights of each engine, in MiB; ``None``: TensorRT's choice.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,15 @@ __all__ = ["Cache", "Decoder"]
 
 _PAST = "past_key_values."
 _PRESENT = "present."
+_UNLIMITED: Final = 1 << 62
+_ROOM: Final = 256  # positions by which keys and values grow when steps are made in place
+
+
+@dataclass(eq=False)
+class _Reach:
+    """How far tensors that several caches share are taken, by the longest of these."""
+
+    length: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,14 +33,17 @@ class Cache:
     """Keys and values of everything the model has read; never changed, every step makes the next one.
 
     Attributes:
-        tensors: by the name of the graph input, [batch, kv_heads, length, head_dim] each.
+        tensors: by the name of the graph input, [batch, kv_heads, capacity, head_dim] each; what lies behind ``length``
+            is zeros, or of other caches.
         mask: int64 [batch, length]; 0 where a row is padded.
         rope_delta: int64 [batch]; how much further on the next rotary position is than the number of tokens read.
+        reach: of the tensors, with whichever caches share them.
     """
 
     tensors: Mapping[str, Value]
     mask: npt.NDArray[np.int64]
     rope_delta: npt.NDArray[np.int64]
+    reach: _Reach = field(default_factory=lambda: _Reach(0))
 
     @property
     def length(self) -> int:
@@ -38,25 +51,27 @@ class Cache:
         return int(self.mask.shape[1])
 
     @property
+    def capacity(self) -> int:
+        """Positions that the tensors have room for."""
+        return next(iter(self.tensors.values())).shape[2]
+
+    @property
     def nbytes(self) -> int:
         """Memory of the keys and values, in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def truncated(self, length: int) -> Cache:
-        """Return a cache of the first ``length`` positions; copies them through the host.
+        """Return a cache of the first ``length`` positions, which shares its tensors with this one.
 
         What is read next needs its positions stated, where the cache has a ``rope_delta``.
         """
-        if length == self.length:
-            return self
-        kept = {name: _on_host(tensor)[:, :, :length].copy() for name, tensor in self.tensors.items()}
-        return Cache(kept, self.mask[:, :length], self.rope_delta)
+        return replace(self, mask=self.mask[:, :length])
 
     def of_rows(self, rows: Sequence[int]) -> Cache:
         """Return a cache of some of the rows; copies them through the host."""
         if list(rows) == list(range(len(self.mask))):
             return self
-        kept = {name: _on_host(tensor)[list(rows)] for name, tensor in self.tensors.items()}
+        kept = {name: _on_host(tensor)[list(rows), :, : self.length] for name, tensor in self.tensors.items()}
         return Cache(kept, self.mask[list(rows)], self.rope_delta[list(rows)])
 
 
@@ -67,6 +82,9 @@ class Decoder:
         session: the loaded graph.
         prefill_chunk: most positions that one run reads; ``None``: all of them. Chunks change no answer; what a run
             needs besides keys and values (activations, a mask of chunk times length) grows with the chunk.
+        in_place: read single tokens with keys and values in room for more, and write the new ones there, so that all
+            steps have the same shapes until the room is used up. The places that are free are masked, between what was
+            read and the new token; a model with a sliding window would count them.
 
     Attributes:
         session: the loaded graph.
@@ -79,9 +97,10 @@ class Decoder:
         PackageError: the graph has not the inputs and outputs of a decoder with a cache.
     """
 
-    def __init__(self, session: Session, prefill_chunk: int | None = None) -> None:
+    def __init__(self, session: Session, prefill_chunk: int | None = None, *, in_place: bool = False) -> None:
         self.session = session
         self._prefill_chunk = prefill_chunk
+        self._in_place = in_place
         self._past = {name: spec for name, spec in session.inputs.items() if name.startswith(_PAST)}
         self._present = {_PRESENT + name.removeprefix(_PAST): name for name in self._past}
         wanted = {"inputs_embeds", "attention_mask", "position_ids", *self._past}
@@ -125,7 +144,7 @@ class Decoder:
 
     def read(
         self,
-        embeds: Array,
+        embeds: Value,
         cache: Cache,
         mask: npt.NDArray[np.int64] | None = None,
         positions: PromptPositions | None = None,
@@ -133,7 +152,7 @@ class Decoder:
         """Read more positions: a prompt, the rest of one, or one token per row.
 
         Args:
-            embeds: ``embeds_dtype`` [batch, sequence, hidden].
+            embeds: ``embeds_dtype`` [batch, sequence, hidden]; one that is on the device is read in one run.
             cache: what was read before.
             mask: int64 [batch, sequence], 0 where a row is padded; ``None``: nowhere.
             positions: rotary positions of a model that gives every token three; ``None``: one after the other.
@@ -144,10 +163,12 @@ class Decoder:
         Raises:
             BackendError: the backend fails.
         """
-        new = np.ones(embeds.shape[:2], np.int64) if mask is None else mask
+        new = np.ones(tuple(embeds.shape[:2]), np.int64) if mask is None else mask
         if positions is None:
             positions = self._following(cache, new)
         cache = replace(cache, rope_delta=positions.rope_delta)
+        if not isinstance(embeds, np.ndarray):
+            return self._run(embeds, cache, new, positions.ids)
         for part in self._chunks(embeds.shape[1]):
             logits, cache = self._run(embeds[:, part], cache, new[:, part], positions.ids[:, :, part])
         return logits, cache
@@ -164,19 +185,48 @@ class Decoder:
         return [slice(max(end - size, 0), end) for end in reversed(ends)]
 
     def _run(
-        self, embeds: Array, cache: Cache, new: npt.NDArray[np.int64], positions: Positions
+        self, embeds: Value, cache: Cache, new: npt.NDArray[np.int64], positions: Positions
     ) -> tuple[npt.NDArray[np.float32], Cache]:
-        whole = np.concatenate([cache.mask, new], axis=1)
-        inputs: dict[str, Value] = {
+        mask = np.concatenate([cache.mask, new], axis=1)
+        roomy = self._roomy(cache) if self._in_place and embeds.shape[1] == 1 else None
+        if roomy is not None:
+            free = np.zeros((len(mask), roomy.capacity - cache.length), np.int64)
+            inputs = self._inputs(embeds, np.concatenate([cache.mask, free, new], axis=1), positions, roomy)
+            outputs = self.session.run_in_place(inputs, self._present, at=cache.length)
+            roomy.reach.length = mask.shape[1]
+            return outputs["logits"].numpy()[:, -1], replace(roomy, mask=mask)
+        outputs = self.session.run_keeping(
+            self._inputs(embeds, mask, positions, self._exact(cache)), keep=self._present
+        )
+        present = {past: outputs[name] for name, past in self._present.items()}
+        return outputs["logits"].numpy()[:, -1], Cache(present, mask, cache.rope_delta, _Reach(mask.shape[1]))
+
+    def _inputs(
+        self, embeds: Value, mask: npt.NDArray[np.int64], positions: Positions, cache: Cache
+    ) -> dict[str, Value]:
+        return {
             "inputs_embeds": embeds,
-            "attention_mask": whole,
+            "attention_mask": mask,
             "position_ids": positions[0] if self.position_axes == 1 else positions,
             **cache.tensors,
         }
-        outputs = self.session.run_keeping(inputs, keep=self._present)
-        logits: npt.NDArray[np.float32] = outputs["logits"].numpy()[:, -1]
-        present = {past: outputs[name] for name, past in self._present.items()}
-        return logits, Cache(present, whole, cache.rope_delta)
+
+    def _roomy(self, cache: Cache) -> Cache | None:
+        """Return a cache with room for one more position that nobody else has taken; ``None``: there cannot be any."""
+        needed = cache.length + 1
+        if needed <= cache.capacity and cache.reach.length == cache.length:
+            return cache
+        most = min(self.session.limits.get(str(spec.shape[2]), _UNLIMITED) for spec in self._past.values())
+        capacity = min(-(-needed // _ROOM) * _ROOM, most)
+        return self._resized(cache, capacity) if needed <= capacity else None
+
+    def _exact(self, cache: Cache) -> Cache:
+        """Return a cache whose tensors hold nothing else."""
+        return cache if cache.capacity == cache.length else self._resized(cache, cache.length)
+
+    def _resized(self, cache: Cache, capacity: int) -> Cache:
+        tensors = {n: self.session.resized(tensor, cache.length, capacity) for n, tensor in cache.tensors.items()}
+        return replace(cache, tensors=tensors, reach=_Reach(cache.length))
 
 
 def _fixed(spec: TensorSpec, axis: int) -> int:

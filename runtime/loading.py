@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from promprune.errors import PackageError
 from promprune.package import DECODER, EMBED_TOKENS, Manifest
 from promprune.runtime.config import RuntimeConfig
 from promprune.runtime.layouts import ImageLayout
 from promprune.runtime.layouts.base import expect
+from promprune.runtime.prompt import read_json
 from promprune.runtime.sessions import Session, SessionOptions, open_session
 
-__all__ = ["open_language_model", "open_vision_graphs", "same_language_model"]
+__all__ = ["open_language_model", "open_vision_graphs", "same_language_model", "steps_in_place"]
 
 
 def open_vision_graphs(
@@ -52,6 +55,22 @@ def open_language_model(folder: Path, manifest: Manifest, config: RuntimeConfig)
         hidden = decoder.inputs["inputs_embeds"].shape[-1]
         expect("embed_tokens' size", embed.outputs["inputs_embeds"].shape[-1], hidden)
     return embed, decoder
+
+
+def steps_in_place(folder: Path, decoder: Session) -> bool:
+    """Say whether a decoder's steps are to have the same shapes: where that pays, and its attention has no window."""
+    windowed = decoder.repeats and _has_window(read_json(folder / "config.json"))
+    if windowed:
+        decoder.notes += (f"{decoder.name} steps without CUDA graphs: its attention has a sliding window",)
+    return decoder.repeats and not windowed
+
+
+def _has_window(config: Mapping[str, Any]) -> bool:
+    """Say whether a language model attends to the latest tokens only, from its model configuration."""
+    text = config.get("text_config", config)
+    if layers := text.get("layer_types"):
+        return "sliding_attention" in layers
+    return text.get("sliding_window") is not None and text.get("use_sliding_window") is not False
 
 
 def same_language_model(a: Manifest, b: Manifest) -> bool:

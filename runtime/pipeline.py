@@ -31,7 +31,7 @@ from promprune.runtime.decoder import Cache, Decoder
 from promprune.runtime.encoder import ImageEncoder, ImageSource
 from promprune.runtime.generation import Row, eos_token_ids_of
 from promprune.runtime.layouts import PreparedImage
-from promprune.runtime.loading import open_language_model, same_language_model
+from promprune.runtime.loading import open_language_model, same_language_model, steps_in_place
 from promprune.runtime.positions import ImagePositions, PromptPositions, prompt_positions
 from promprune.runtime.prompt import Message, PromptBuilder, TokenIds, as_messages, read_json
 from promprune.runtime.results import EncodedImage, Result, Stopwatch, Timings
@@ -93,7 +93,8 @@ class VisionLanguagePipeline:
         encoder = ImageEncoder.open(folder, manifest, config)
         eos = eos_token_ids_of(read_json(folder / "generation_config.json"))
         prompts = PromptBuilder.from_package(folder, manifest)
-        return cls(encoder, prompts, embed, Decoder(decoder, config.prefill_chunk), eos)
+        language_model = Decoder(decoder, config.prefill_chunk, in_place=steps_in_place(folder, decoder))
+        return cls(encoder, prompts, embed, language_model, eos)
 
     def with_vision_of(self, path: str | Path, **options: Unpack[RuntimeOptions]) -> Self:
         """Load another package of the same language model, another ratio of it say, without a second copy of that.

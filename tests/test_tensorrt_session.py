@@ -36,12 +36,13 @@ from promprune.errors import BackendError, MissingDependencyError, PackageError
 from promprune.export.engine import build_engines, profiles_of
 from promprune.package import DECODER, read_manifest, sha256_of_file
 from promprune.runtime import VisionLanguagePipeline
-from promprune.runtime.decoder import Decoder
+from promprune.runtime import decoder as decoder_module
+from promprune.runtime.decoder import Cache, Decoder
 from promprune.runtime.sessions import SessionOptions, open_session
 from promprune.runtime.sessions import cuda as cuda_module
 from promprune.runtime.sessions import tensorrt as module
 from promprune.runtime.sessions.cuda import CudaDevice
-from promprune.runtime.sessions.device import EngineLoading
+from promprune.runtime.sessions.device import EngineLoading, Pitched
 from promprune.runtime.sessions.dlpack import CPU
 from promprune.runtime.sessions.tensorrt import TensorRtSession, choose_profile, find_engines
 from tests.fake_package import HIDDEN, FakeModel, write_fake_package
@@ -135,7 +136,7 @@ class FakeDevice:
     def allocate(self, nbytes: int) -> int:
         assert nbytes > 0
         with self.lock:
-            memory = np.full(nbytes, 0xAB, np.uint8)
+            memory = np.full(nbytes, 0xFF, np.uint8)  # NaN, as floating-point numbers
             address = memory.ctypes.data
             assert address not in self.memory
             self.memory[address] = memory
@@ -155,6 +156,23 @@ class FakeDevice:
         self.pending.append((content, array))
         self.downloaded += array.nbytes
         self.calls["download"] += 1
+
+    def clear(self, address: int, nbytes: int) -> None:
+        self.bytes_at(address, nbytes)[:] = 0
+
+    def copy(self, source: Pitched, target: Pitched, width: int, height: int) -> None:
+        assert width <= min(source.pitch, target.pitch) or height == 1
+        for row in range(height):
+            content = self.bytes_at(source.address + row * source.pitch, width)
+            self.bytes_at(target.address + row * target.pitch, width)[:] = content
+        self.calls["copy"] += 1
+
+    def bytes_at(self, address: int, nbytes: int) -> np.ndarray:
+        """Memory that begins anywhere, but lies inside one allocation."""
+        for base, memory in self.memory.items():
+            if base <= address and address + nbytes <= base + memory.nbytes:
+                return memory[address - base : address - base + nbytes]
+        raise AssertionError(f"{nbytes} bytes at {address} are not allocated")
 
     def synchronize(self) -> None:
         with self.lock:
@@ -376,14 +394,126 @@ def test_what_cannot_be_recorded_runs_without_and_says_so(built: Path, device: F
     np.testing.assert_array_equal(outputs[0], outputs[2])
 
 
-def test_a_graph_whose_shapes_change_at_every_step_is_not_recorded(built: Path, device: FakeDevice) -> None:
-    with open_session(
-        built / "onnx" / f"{DECODER}.onnx", SessionOptions(cuda_graphs=True), backend="tensorrt"
-    ) as session:
-        decoder = Decoder(session)
-        decoder.read(np.ones((1, 5, HIDDEN), np.float32), decoder.empty_cache(1))
-    assert not device.loadings[0].cuda_graphs
-    assert device.calls["capture"] == 0
+@pytest.fixture
+def small_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder_module, "_ROOM", 8)
+
+
+def open_stepping(package: Path) -> TensorRtSession:
+    options = SessionOptions(cuda_graphs=True)
+    session = open_session(package / "onnx" / f"{DECODER}.onnx", options, backend="tensorrt")
+    assert isinstance(session, TensorRtSession)
+    return session
+
+
+def check_steps(decoder: Decoder, seed: int, *, steps: int, batch: int = 1) -> Cache:
+    """Read a prompt of five tokens and then single ones; compare with the model in numpy."""
+    random, model = np.random.default_rng(seed), FakeModel()
+    told = random.normal(size=(batch, 5 + steps, HIDDEN)).astype(np.float32)
+    _, cache = decoder.read(told[:, :5], decoder.empty_cache(batch))
+    for end in range(6, 6 + steps):
+        logits, cache = decoder.read(told[:, end - 1 : end], cache)
+        expected = [model.logits(row[:end]) for row in told]
+        np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+    return cache
+
+
+@pytest.mark.usefixtures("small_room")
+@pytest.mark.parametrize("captures", [True, False], ids=["recorded here", "recorded by the engine"])
+def test_decoding_steps_are_replayed(built: Path, device: FakeDevice, captures: bool) -> None:
+    device.captures = captures
+    with open_stepping(built) as session:
+        decoder = Decoder(session, in_place=True)
+        check_steps(decoder, 0, steps=6)  # lengths 5 to 10, in room for 8 and for 16
+        assert device.calls["capture"] == 2
+        assert device.calls["launch"] == (4 if captures else 0)
+        check_steps(decoder, 1, steps=6)
+        recorded, allocated = device.calls["capture"], device.calls["allocate"]
+        for seed in range(2, 6):
+            check_steps(decoder, seed, steps=6)
+        assert device.calls["capture"] == recorded <= 4  # buffers come again, and with them their graphs
+        assert session.notes == session.notes[:1]
+    assert device.calls["allocate"] - allocated == 4 * 6  # of the prompts: three inputs, two empty ones, logits
+    gc.collect()
+    assert device.memory == {}
+
+
+@pytest.mark.usefixtures("small_room")
+def test_a_step_moves_what_is_new_and_nothing_else(built: Path, device: FakeDevice) -> None:
+    with open_stepping(built) as session:
+        decoder = Decoder(session, in_place=True)
+        cache = check_steps(decoder, 0, steps=1)
+        device.calls.clear()
+        device.downloaded = 0
+        logits, cache = decoder.read(np.ones((1, 1, HIDDEN), np.float32), cache)
+        counts = {name: count for name, count in device.calls.items() if count}
+        # Embeddings, mask and positions up; one row of each of the keys and values to its place; logits down.
+        assert counts == {"upload": 3, "copy": 2, "launch": 1, "enqueue": 1, "download": 1}
+        assert device.downloaded == logits.nbytes
+        assert cache.nbytes == 2 * 8 * HIDDEN * 4
+        largest = 2 * 64 * HIDDEN * 4  # of keys, for the longest text and the most rows of the engine
+        large = [memory for memory in device.memory.values() if memory.nbytes == largest]
+        assert len(large) == 2 * 3  # of keys and of values: the prompt's, what steps write, and the cache
+
+
+@pytest.mark.usefixtures("small_room")
+def test_a_step_takes_embeddings_that_are_on_the_device(built: Path, device: FakeDevice) -> None:
+    with opened(built, "embed_tokens") as embed, open_stepping(built) as session:
+        decoder, model = Decoder(session, in_place=True), FakeModel()
+        told: list[int] = []
+        cache = decoder.empty_cache(1)
+        for token in (5, 9, 4, 7):
+            told.append(token)
+            ids = np.array([[token]])
+            embeds = embed.run_keeping({"input_ids": ids}, keep=["inputs_embeds"])["inputs_embeds"]
+            logits, cache = decoder.read(embeds, cache)
+            np.testing.assert_allclose(logits[0], model.logits(model.weights["embed"][told]), rtol=1e-4, atol=1e-4)
+    assert device.downloaded == 4 * logits.nbytes
+
+
+@pytest.mark.usefixtures("small_room")
+def test_threads_that_share_a_decoder_do_not_disturb_each_other(built: Path, device: FakeDevice) -> None:
+    failures: list[BaseException] = []
+
+    def answer(seed: int) -> None:
+        try:
+            check_steps(decoder, seed, steps=12, batch=1 + seed % 2)
+        except BaseException as error:  # for the main thread to see
+            failures.append(error)
+
+    with open_stepping(built) as session:
+        decoder = Decoder(session, in_place=True)
+        threads = [threading.Thread(target=answer, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert failures == []
+    gc.collect()
+    assert device.memory == {}
+
+
+@pytest.mark.usefixtures("small_room")
+def test_a_step_that_cannot_be_recorded_is_made_all_the_same(built: Path, device: FakeDevice) -> None:
+    device.refuses_capture = True
+    with open_stepping(built) as session:
+        check_steps(Decoder(session, in_place=True), 0, steps=12)
+        assert len(session.notes) == 2
+        assert f"{DECODER}.engine runs without a CUDA graph: cudaStreamEndCapture failed" in session.notes[-1]
+
+
+def test_a_whole_pipeline_runs_on_graphs(built: Path, device: FakeDevice) -> None:
+    image = Image.fromarray(np.random.default_rng(2).integers(0, 255, (32, 32, 3), np.uint8))
+    requests = [([image], "what is it?"), ((), "and this?")]
+    with VisionLanguagePipeline.from_package(built, provider="cpu") as pipeline:
+        expected = pipeline.generate_batch(requests, max_new_tokens=6)
+    with VisionLanguagePipeline.from_package(built, backend="tensorrt", cuda_graphs=True) as pipeline:
+        results = pipeline.generate_batch(requests, max_new_tokens=6)
+        first = device.calls["launch"]
+        assert [r.text for r in pipeline.generate_batch(requests, max_new_tokens=6)] == [r.text for r in results]
+        assert device.calls["launch"] >= first + 4
+    assert [result.token_ids for result in results] == [result.token_ids for result in expected]
+    assert [loading.cuda_graphs for loading in device.loadings] == [False, True, True]  # embedding, decoder, vision
 
 
 def test_the_time_of_every_layer(built: Path, device: FakeDevice) -> None:
@@ -628,7 +758,9 @@ class Runtime:
     cudaStreamNonBlocking = 1  # noqa: N815  # CUDA's names
     cudaMemPoolAttr = SimpleNamespace(cudaMemPoolAttrReleaseThreshold=4)  # noqa: N815
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)  # noqa: N815
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)  # noqa: N815
+    cudaMemcpyKind = SimpleNamespace(  # noqa: N815
+        cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3
+    )
 
     def __init__(self, failing: str, name: str) -> None:
         self.failing, self.error = failing, name
@@ -674,11 +806,15 @@ def test_copies_are_made_on_the_stream_with_addresses_and_bytes(monkeypatch: pyt
     device, array = CudaDevice(), np.arange(6, dtype=np.float32)
     device.upload(array, 1024)
     device.download(1024, array)
+    device.clear(1024, 24)
+    device.copy(Pitched(2048, 40), Pitched(1024, 12), 8, 3)
     device.free(1024)
     host = array.ctypes.data
-    assert runtime.calls[-3:] == [
+    assert runtime.calls[-5:] == [
         ("cudaMemcpyAsync", (1024, host, 24, 1, 77)),
         ("cudaMemcpyAsync", (host, 1024, 24, 2, 77)),
+        ("cudaMemsetAsync", (1024, 0, 24, 77)),
+        ("cudaMemcpy2DAsync", (1024, 12, 2048, 40, 8, 3, 3, 77)),  # target first, each with its pitch
         ("cudaFreeAsync", (1024, 77)),
     ]
 
@@ -699,6 +835,8 @@ def test_the_calls_are_those_of_the_real_bindings() -> None:
         "cudaMallocAsync": (16, stream),
         "cudaFreeAsync": (4096, stream),
         "cudaMemcpyAsync": (4096, array.ctypes.data, array.nbytes, kind, stream),
+        "cudaMemsetAsync": (4096, 0, 16, stream),
+        "cudaMemcpy2DAsync": (4096, 8, 8192, 8, 8, 2, cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice, stream),
         "cudaStreamSynchronize": (stream,),
         "cudaStreamBeginCapture": (stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal),
         "cudaStreamEndCapture": (stream,),

@@ -119,7 +119,8 @@ def run(
         ),
     ] = RuntimeConfig.prefill_chunk,
     cuda_graphs: Annotated[
-        bool, typer.Option("--cuda-graphs", help="Of engines: replay the vision encoder as a CUDA graph.")
+        bool,
+        typer.Option("--cuda-graphs", help="Of engines: replay vision encoder and decoding steps as CUDA graphs."),
     ] = RuntimeConfig.cuda_graphs,
     weight_budget_mib: Annotated[
         int | None,

@@ -6,9 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Protocol, Self
 
+import numpy as np
 import numpy.typing as npt
 
 from promprune.errors import BackendError, PackageError
@@ -63,7 +64,7 @@ class SessionOptions:
     Attributes:
         provider: ``"auto"``, or a name in :data:`promprune.runtime.sessions.providers.PROVIDERS`.
         num_threads: CPU threads of one operator; ``None``: as many as this process may use.
-        cuda_graphs: of engines: replay runs of graphs whose shapes are static as CUDA graphs.
+        cuda_graphs: of engines: replay runs whose shapes come again, decoding steps among them, as CUDA graphs.
         weight_budget_mib: of engines that stream weights: device memory for the weights of each, in MiB; ``None``:
             TensorRT's choice.
     """
@@ -81,6 +82,8 @@ class Session(ABC):
         inputs, outputs: the graph's tensors by name.
         device: where it runs, as a short word: ``"CPU"``, ``"CUDA"``.
         notes: why it runs there and so, in words.
+        limits: the largest sizes of dynamic dimensions, by name, as far as the backend has any.
+        repeats: whether runs are recorded and replayed, so that steps of one shape are worth padding for.
         on_run: called with the inputs of every run before it begins.
     """
 
@@ -89,6 +92,8 @@ class Session(ABC):
     outputs: Mapping[str, TensorSpec]
     device: str
     notes: tuple[str, ...] = ()
+    limits: Mapping[str, int] = MappingProxyType({})
+    repeats: bool = False
     on_run: Callable[[Mapping[str, Value]], None] | None = None
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -110,6 +115,37 @@ class Session(ABC):
         """
         self._begin(inputs)
         return self._run(inputs, keep=keep)
+
+    def resized(self, tensor: Value, length: int, capacity: int) -> Value:
+        """Return a copy of a tensor [a, b, size, d] as [a, b, capacity, d]: the first ``length`` entries, then zeros.
+
+        It lies where the backend computes, and :meth:`run_in_place` may write to it.
+        """
+        array = tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
+        copy = np.zeros((*array.shape[:2], capacity, array.shape[3]), array.dtype)
+        copy[:, :, :length] = array[:, :, :length]
+        return copy
+
+    def run_in_place(self, inputs: Mapping[str, Value], grown: Mapping[str, str], at: int) -> dict[str, DeviceTensor]:
+        """Like :meth:`run_keeping`, with outputs that are inputs and more behind them; the more goes into the inputs.
+
+        Args:
+            inputs: those that are written to must come from :meth:`resized`.
+            grown: output [a, b, size + new, d] -> the input [a, b, size, d] that it continues.
+            at: where the ``new`` entries are put in that input.
+
+        Returns:
+            The other outputs, on the host.
+
+        Raises:
+            BackendError: a name, dtype or shape is not the graph's, or the backend fails.
+        """
+        outputs = self.run_keeping(inputs, keep=())
+        for output, name in grown.items():
+            target: Any = inputs[name]
+            new = outputs.pop(output).numpy()[:, :, target.shape[2] :]
+            target[:, :, at : at + new.shape[2]] = new
+        return outputs
 
     @abstractmethod
     def _run(self, inputs: Mapping[str, Value], keep: Collection[str]) -> dict[str, DeviceTensor]:

@@ -14,7 +14,7 @@ from promprune.atomic import replace_file
 from promprune.config import EngineBackend
 from promprune.errors import BackendError, MissingDependencyError
 from promprune.runtime.sessions.base import Array
-from promprune.runtime.sessions.device import DeviceEngine, DeviceGraph, EngineLoading, Shapes
+from promprune.runtime.sessions.device import DeviceEngine, DeviceGraph, EngineLoading, Pitched, Shapes
 from promprune.runtime.sessions.dlpack import CUDA
 from promprune.trt_modules import TENSOR_DTYPES, log_of, trimmed
 
@@ -66,6 +66,15 @@ class CudaDevice:
         """Begin a copy from the device; see :class:`Device`."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self.call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, self._stream)
+
+    def clear(self, address: int, nbytes: int) -> None:
+        """Begin to fill memory with zeros; see :class:`Device`."""
+        self.call("cudaMemsetAsync", address, 0, nbytes, self._stream)
+
+    def copy(self, source: Pitched, target: Pitched, width: int, height: int) -> None:
+        """Begin a copy on the device; see :class:`Device`."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self.call("cudaMemcpy2DAsync", *target, *source, width, height, kind, self._stream)
 
     def synchronize(self) -> None:
         """Wait for the stream; see :class:`Device`."""

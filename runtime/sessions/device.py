@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import heapq
+import math
 import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 
 from promprune.runtime.sessions.base import Array
 from promprune.runtime.sessions.dlpack import capsule_of
 
-__all__ = ["BufferPool", "Device", "DeviceArray", "DeviceEngine", "DeviceGraph", "EngineLoading", "Shapes"]
+__all__ = ["BufferPool", "Device", "DeviceArray", "DeviceEngine", "DeviceGraph", "EngineLoading", "Pitched", "Shapes"]
 
 _SMALLEST: Final = 1  # bytes; an empty tensor needs an address too
 
@@ -95,8 +97,33 @@ class Device(Protocol):
     def download(self, address: int, array: Array) -> None:
         """Copy from the device into a contiguous array; it is complete after :meth:`synchronize`."""
 
+    def clear(self, address: int, nbytes: int) -> None:
+        """Begin to fill memory with zeros."""
+
+    def copy(self, source: Pitched, target: Pitched, width: int, height: int) -> None:
+        """Begin to copy ``height`` rows of ``width`` bytes each from one place on the device to another."""
+
     def synchronize(self) -> None:
         """Wait for all work enqueued so far."""
+
+
+class Pitched(NamedTuple):
+    """Rows of bytes in device memory: where the first begins, and how many bytes lie between two beginnings."""
+
+    address: int
+    pitch: int
+
+
+class Placed(Protocol):
+    """A contiguous tensor in device memory, whoever made it."""
+
+    @property
+    def address(self) -> int:
+        """Where it begins."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
 
 
 class BufferPool:
@@ -118,17 +145,17 @@ class BufferPool:
         self._closed = False
 
     def take(self) -> int:
-        """Return the address of a buffer that nobody holds."""
+        """Return the address of a buffer that nobody holds: the lowest, so that the same come again and again."""
         with self._lock:
             if self._free:
-                return self._free.pop()
+                return heapq.heappop(self._free)
         return self._device.allocate(self.nbytes)
 
     def give_back(self, address: int) -> None:
         """Let a buffer be given out again; what was enqueued before comes before whatever is written there next."""
         with self._lock:
             if not self._closed:
-                self._free.append(address)
+                heapq.heappush(self._free, address)
                 return
         self._device.free(address)
 
@@ -150,12 +177,27 @@ class DeviceArray:
         shape: its shape.
         dtype: numpy's name of the element type.
         pool: take its memory from there, if it is large enough.
+        memory: lie where that tensor does, which is as large, and lives as long.
     """
 
-    def __init__(self, device: Device, shape: tuple[int, ...], dtype: str, pool: BufferPool | None = None) -> None:
+    address: int
+
+    def __init__(
+        self,
+        device: Device,
+        shape: tuple[int, ...],
+        dtype: str,
+        pool: BufferPool | None = None,
+        *,
+        memory: DeviceArray | None = None,
+    ) -> None:
         self.device, self.shape, self.dtype = device, shape, dtype
         self._host: Array | None = None
         self._source: Array | None = None  # kept until the copy is surely done
+        self._memory = memory
+        if memory is not None:
+            self.address = memory.address
+            return
         pooled = pool is not None and self.nbytes <= pool.nbytes
         self.address = pool.take() if pool and pooled else device.allocate(max(self.nbytes, _SMALLEST))
         # At exit the driver frees everything itself, and may be gone before us.
@@ -171,6 +213,30 @@ class DeviceArray:
         self._source, self._host = array, None
         if array.nbytes:
             self.device.upload(array, self.address)
+
+    def clear(self) -> None:
+        """Begin to fill it with zeros."""
+        self._host = None
+        if self.nbytes:
+            self.device.clear(self.address, self.nbytes)
+
+    def paste(self, source: Placed, *, axis: int, start: int, at: int, count: int) -> None:
+        """Begin to copy entries of another tensor on this device here; but for the axis, both have the same shape.
+
+        Args:
+            source: the tensor.
+            axis: along which the entries lie.
+            start: the first of them, there.
+            at: its place here.
+            count: how many.
+        """
+        self._host = None
+        inner = math.prod(self.shape[axis + 1 :]) * np.dtype(self.dtype).itemsize
+        rows = math.prod(self.shape[:axis])
+        if rows * count * inner:
+            there = Pitched(source.address + start * inner, source.shape[axis] * inner)
+            here = Pitched(self.address + at * inner, self.shape[axis] * inner)
+            self.device.copy(there, here, count * inner, rows)
 
     def fetch(self) -> Array:
         """Begin to copy it to the host; the array is complete once the device was synchronised."""

@@ -46,8 +46,9 @@ from promprune.trt_modules import ENGINE_MODULES
 
 __all__ = ["TensorRtSession", "choose_profile", "find_engines", "open_session"]
 
-_MOST_GRAPHS: Final = 4  # shapes of one engine that keep buffers and a CUDA graph of their own
+_MOST_GRAPHS: Final = 16  # shapes of one engine that keep buffers and a CUDA graph of their own
 _BATCH: Final = "batch"
+_PAST: Final = "past_sequence_length"
 
 
 def open_session(path: Path, options: SessionOptions) -> TensorRtSession:
@@ -87,7 +88,7 @@ def _loading(folder: Path, manifest: EngineManifest, path: Path, options: Sessio
         weights_from=path if built.strip_weights else None,
         weight_budget=None if options.weight_budget_mib is None else options.weight_budget_mib * 1024 * 1024,
         runtime_cache=folder / f"{path.stem}.runtime-cache",
-        cuda_graphs=options.cuda_graphs and _is_static(manifest.engines[path.stem]),
+        cuda_graphs=options.cuda_graphs and _repeats(manifest.engines[path.stem]),
     )
 
 
@@ -156,7 +157,8 @@ class TensorRtSession(Session):
     """One engine on one device.
 
     Outputs that grow with the text (keys and values) lie in buffers of the largest size that the engine was built
-    for, two of them in turn.
+    for, two of them in turn. Where runs are repeated, a step that is made in place writes to a third one, which all
+    graphs share, and what is new is copied from there.
 
     Args:
         folder: of the engines.
@@ -180,9 +182,13 @@ class TensorRtSession(Session):
         self._record = record
         self._device = device
         self._lock = threading.Lock()
-        self._pools = _pools(record, device)
+        self.limits = _limits(record)
+        self._pools = _pools(record, self.limits, device)
+        self._roomy = BufferPool(device, max((pool.nbytes for pool in self._pools.values()), default=0))
+        self._scratch: dict[str, DeviceArray] = {}
         loading = loading or EngineLoading()
-        self._static = loading.cuda_graphs
+        self.repeats = loading.cuda_graphs
+        self._static = loading.cuda_graphs and _is_static(record)
         self._replays: dict[tuple[int, ...], _Replay] = {}
         self._engine: DeviceEngine | None = device.load((folder / record.file).read_bytes(), trt, loading)
         stated = {name: spec.dtype for name, spec in {**self.inputs, **self.outputs}.items()}
@@ -217,10 +223,34 @@ class TensorRtSession(Session):
                     times.setdefault(layer, []).append(milliseconds)
         return {layer: statistics.median(found) for layer, found in times.items()}
 
+    def resized(self, tensor: Value, length: int, capacity: int) -> Value:
+        """Return a copy of a tensor, with room; see :meth:`Session.resized`."""
+        source = self._on_device(tensor)
+        shape = (*source.shape[:2], capacity, *source.shape[3:])
+        copy = DeviceArray(self._device, shape, source.dtype, self._roomy if capacity > length else None)
+        if capacity > length:
+            copy.clear()  # whatever lay there before may not be a number
+        copy.paste(source, axis=2, start=0, at=0, count=length)
+        if source is not tensor:
+            self._device.synchronize()
+        return copy
+
+    def run_in_place(self, inputs: Mapping[str, Value], grown: Mapping[str, str], at: int) -> dict[str, DeviceTensor]:
+        """Make a step of a shape that comes again, as a CUDA graph from the second time on; see :class:`Session`."""
+        self._begin(inputs)
+        fixed = {name: value for name in grown.values() if isinstance(value := inputs[name], DeviceArray)}
+        with self._lock:  # the buffers are shared by all steps
+            replay = self._replay(inputs, fixed)
+            for output, name in grown.items():
+                size, made = fixed[name].shape[2], replay.outputs[output]
+                fixed[name].paste(made, axis=2, start=size, at=at, count=made.shape[2] - size)
+            return self._fetched(replay, replay.outputs.keys() - grown.keys())
+
     def _run(self, inputs: Mapping[str, Value], keep: Collection[str]) -> dict[str, DeviceTensor]:
-        arrays = {name: value for name, value in inputs.items() if isinstance(value, np.ndarray)}
-        if self._static and not keep and arrays.keys() == inputs.keys():
-            return self._replay(arrays)
+        if self._static and not keep:
+            with self._lock:  # the buffers are shared by all runs of these shapes
+                replay = self._replay(inputs, {})
+                return self._fetched(replay, replay.outputs.keys())
         with self._lock:  # the context holds shapes and addresses
             engine = self._opened()
             tensors, outputs = self._prepared(engine, inputs)
@@ -232,49 +262,71 @@ class TensorRtSession(Session):
         return dict(outputs)
 
     def _prepared(
-        self, engine: DeviceEngine, inputs: Mapping[str, Value]
+        self, engine: DeviceEngine, inputs: Mapping[str, Value], *, in_place: bool = False
     ) -> tuple[dict[str, DeviceArray | BorrowedTensor], dict[str, DeviceArray]]:
         """Bring the inputs to the device, tell the engine their shapes, and make room for its outputs."""
         profile = choose_profile(self._record, {name: tuple(value.shape) for name, value in inputs.items()})
         tensors = {name: self._on_device(value) for name, value in inputs.items()}
         shapes = engine.prepare(profile, {name: tensor.shape for name, tensor in tensors.items()})
+        memory = self._shared_outputs() if in_place else {}
         outputs = {
-            name: DeviceArray(self._device, shapes[name], spec.dtype, self._pools.get(name))
+            name: DeviceArray(self._device, shapes[name], spec.dtype, self._pools.get(name), memory=memory.get(name))
             for name, spec in self.outputs.items()
         }
         return tensors, outputs
 
-    def _replay(self, inputs: Mapping[str, Array]) -> dict[str, DeviceTensor]:
-        """Run at the addresses of the last run of these shapes, as a CUDA graph from the second time on."""
-        with self._lock:  # the buffers are shared by all runs of these shapes
-            engine = self._opened()
-            key = tuple(size for name in self.inputs for size in inputs[name].shape)
-            replay = self._replays.pop(key, None)
-            if replay is None:
-                replay = self._recorded(engine, inputs)
-            else:
-                for name, tensor in replay.inputs.items():
-                    tensor.write(np.ascontiguousarray(inputs[name]))
-                replay.run(engine)
-            while len(self._replays) >= _MOST_GRAPHS:
-                self._replays.pop(next(iter(self._replays)))
-            self._replays[key] = replay  # last, as the latest used
-            found = {name: _Fetched(tensor.fetch()) for name, tensor in replay.outputs.items()}
-            self._device.synchronize()
-        return dict(found)
+    def _shared_outputs(self) -> Mapping[str, DeviceArray]:
+        """Return room for the outputs that grow, for all runs that are recorded: they are copied from at once."""
+        for name, pool in self._pools.items():
+            if name not in self._scratch:
+                self._scratch[name] = DeviceArray(self._device, (pool.nbytes,), "uint8", pool)
+        return self._scratch
 
-    def _recorded(self, engine: DeviceEngine, inputs: Mapping[str, Array]) -> _Replay:
+    def _replay(self, inputs: Mapping[str, Value], fixed: Mapping[str, DeviceArray]) -> _Replay:
+        """Run at the addresses of the last run of these shapes, as a CUDA graph from the second time on.
+
+        Args:
+            inputs: all of them.
+            fixed: those that are read where they lie; the others are copied.
+        """
+        engine = self._opened()
+        shapes = (size for name in self.inputs for size in inputs[name].shape)
+        key = (*shapes, *(tensor.address for tensor in fixed.values()))
+        replay = self._replays.pop(key, None)
+        if replay is None:
+            replay = self._recorded(engine, inputs, fixed)
+        else:
+            for name, tensor in replay.inputs.items():
+                _copy(inputs[name], tensor)
+            replay.run(engine)
+        while len(self._replays) >= _MOST_GRAPHS:
+            self._replays.pop(next(iter(self._replays)))
+        self._replays[key] = replay  # last, as the latest used
+        return replay
+
+    def _recorded(self, engine: DeviceEngine, inputs: Mapping[str, Value], fixed: Mapping[str, DeviceArray]) -> _Replay:
         """Run as ever, which lets TensorRT prepare itself, and then record a run."""
-        tensors, outputs = self._prepared(engine, inputs)
-        owned = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DeviceArray)}
-        profile = choose_profile(self._record, {name: tensor.shape for name, tensor in owned.items()})
-        replay = _Replay(profile, owned, outputs)
+        owned = {}
+        for name, value in inputs.items():
+            if name not in fixed:
+                owned[name] = DeviceArray(self._device, tuple(value.shape), str(value.dtype))
+                _copy(value, owned[name])
+        tensors, outputs = self._prepared(engine, {**owned, **fixed}, in_place=bool(fixed))
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        addresses = _addresses({**tensors, **outputs})
+        replay = _Replay(choose_profile(self._record, shapes), shapes, addresses, owned, outputs)
         replay.run(engine)
         try:
-            replay.graph = engine.capture(replay.addresses)
+            replay.graph = engine.capture(addresses)
         except BackendError as error:  # such as of a loop whose length the device decides
-            self.notes += (f"{self.name} runs without a CUDA graph: {error}",)
+            note = f"{self.name} runs without a CUDA graph: {error}"
+            self.notes = tuple(dict.fromkeys((*self.notes, note)))
         return replay
+
+    def _fetched(self, replay: _Replay, names: Collection[str]) -> dict[str, DeviceTensor]:
+        found = {name: _Fetched(tensor.fetch()) for name, tensor in replay.outputs.items() if name in names}
+        self._device.synchronize()
+        return dict(found)
 
     def _opened(self) -> DeviceEngine:
         if self._engine is None:
@@ -294,31 +346,37 @@ class TensorRtSession(Session):
         with self._lock:
             engine, self._engine = self._engine, None
             self._replays.clear()
+            self._scratch.clear()
         if engine is not None:
             engine.close()
-            for pool in self._pools.values():
+            for pool in (*self._pools.values(), self._roomy):
                 pool.close()
 
 
 @dataclass(eq=False)
 class _Replay:
-    """The buffers of the runs of one engine that have the same shapes, and their CUDA graph."""
+    """The buffers of the runs of one engine that have the same shapes, and their CUDA graph.
+
+    Attributes:
+        profile, shapes, addresses: of the runs; the tensors of some addresses are not held here.
+        inputs: what a run reads, but for those tensors.
+        outputs: what it writes.
+        graph: a recorded run; ``None``: there is none, or the engine has recorded it itself.
+    """
 
     profile: int
+    shapes: Shapes
+    addresses: Mapping[str, int]
     inputs: Mapping[str, DeviceArray]
     outputs: Mapping[str, DeviceArray]
     graph: DeviceGraph | None = None
-
-    @property
-    def addresses(self) -> dict[str, int]:
-        return _addresses({**self.inputs, **self.outputs})
 
     def run(self, engine: DeviceEngine) -> None:
         """Run on what the input buffers hold now."""
         if self.graph is not None:
             self.graph.launch()
             return
-        engine.prepare(self.profile, {name: tensor.shape for name, tensor in self.inputs.items()})
+        engine.prepare(self.profile, self.shapes)
         engine.enqueue(self.addresses)
 
 
@@ -338,19 +396,37 @@ def _addresses(tensors: Mapping[str, DeviceArray | BorrowedTensor]) -> dict[str,
     return {name: tensor.address for name, tensor in tensors.items()}
 
 
+def _copy(value: Value, target: DeviceArray) -> None:
+    """Begin to copy a tensor, wherever it is, into one of the same shape and dtype."""
+    if isinstance(value, BorrowedTensor) or (isinstance(value, DeviceArray) and value.device is target.device):
+        target.paste(value, axis=0, start=0, at=0, count=target.shape[0])
+    else:
+        target.write(np.ascontiguousarray(value if isinstance(value, np.ndarray) else value.numpy()))
+
+
+def _repeats(record: EngineRecord) -> bool:
+    """Whether runs are recorded: of static shapes, or with keys and values that lie in room for more."""
+    return _is_static(record) or any(_PAST in tensor.shape for tensor in record.inputs)
+
+
 def _is_static(record: EngineRecord) -> bool:
     """Whether all dimensions but the batch are fixed, so that the same shapes come again."""
     return all(dim == _BATCH for tensor in record.inputs for dim in tensor.shape if isinstance(dim, str))
 
 
-def _pools(record: EngineRecord, device: Device) -> dict[str, BufferPool]:
-    """Make a pool for every output that grows from run to run."""
+def _limits(record: EngineRecord) -> dict[str, int]:
+    """Return the largest sizes of the dynamic dimensions, by name."""
     most: dict[str, int] = {}
     for tensor in record.inputs:
         for profile in record.profiles:
             for dim, size in zip(tensor.shape, profile.shapes[tensor.name].max, strict=True):
                 if isinstance(dim, str):
                     most[dim] = max(size, most.get(dim, 0))
+    return most
+
+
+def _pools(record: EngineRecord, most: Mapping[str, int], device: Device) -> dict[str, BufferPool]:
+    """Make a pool for every output that grows from run to run."""
     pools = {}
     for tensor in record.outputs:
         dynamic = [dim for dim in tensor.shape if isinstance(dim, str)]

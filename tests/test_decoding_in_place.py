@@ -1,0 +1,166 @@
+"""Steps of one shape: keys and values in room for more, with masked places between what was read and the new token."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from promprune.export import ExportResult
+from promprune.export.families import FAMILIES
+from promprune.runtime import VisionLanguagePipeline
+from promprune.runtime import decoder as module
+from promprune.runtime.decoder import Cache, Decoder
+from promprune.runtime.loading import steps_in_place
+from promprune.runtime.sessions import Session, SessionOptions, open_session
+from promprune.runtime.sessions.onnxruntime import OnnxRuntimeSession
+from tests.fake_package import HIDDEN, FakeModel, write_fake_package
+
+EXPORTS = {
+    "llava": "tiny_export",
+    "llava_next": "next_export",
+    "qwen2_5_vl": "tiny_qwen_export",
+    "qwen2_vl": "tiny_qwen2_export",
+    "embedded": "embedded_export",
+}
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Any:
+    write_fake_package(tmp_path / "package")
+    with open_session(tmp_path / "package" / "onnx" / "decoder_model_merged.onnx", SessionOptions()) as session:
+        yield session
+
+
+@pytest.fixture(autouse=True)
+def small_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_ROOM", 16)
+
+
+def lengths_of(session: Session) -> list[int]:
+    """Note the length of the mask of every run."""
+    lengths: list[int] = []
+    session.on_run = lambda inputs: lengths.append(inputs["attention_mask"].shape[1])
+    return lengths
+
+
+def test_all_families_are_known() -> None:
+    assert EXPORTS.keys() == {*FAMILIES, "embedded"}
+
+
+@pytest.mark.parametrize("model", EXPORTS)
+def test_logits_are_those_of_a_cache_that_grows(model: str, request: pytest.FixtureRequest) -> None:
+    """Prompts of two lengths, steps past the room, and a prompt that goes on; keys and values as well."""
+    export: ExportResult = request.getfixturevalue(EXPORTS[model])
+    random = np.random.default_rng(0)
+    path = export.output / "onnx" / "decoder_model_merged.onnx"
+    with open_session(path, SessionOptions(provider="cpu")) as session:
+        plain, fixed = Decoder(session), Decoder(session, in_place=True)
+        expected_cache, cache = plain.empty_cache(2), fixed.empty_cache(2)
+        lengths = lengths_of(session)
+        for count in (9, *[1] * 10, 4, 1):
+            embeds = random.normal(scale=0.05, size=(2, count, plain.hidden_size)).astype(plain.embeds_dtype)
+            mask = np.ones((2, count), np.int64)
+            mask[1, :3] = int(count != 9)  # the second prompt is shorter
+            expected, expected_cache = plain.read(embeds, expected_cache, mask)
+            logits, cache = fixed.read(embeds, cache, mask)
+            np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+            np.testing.assert_array_equal(cache.mask, expected_cache.mask)
+    assert lengths[3::2] == [17] * 7 + [33] * 3 + [23, 33]
+    for name, tensor in expected_cache.tensors.items():
+        wanted, found = tensor.numpy(), np.asarray(cache.tensors[name])[:, :, : cache.length]  # type: ignore[union-attr]
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("model", EXPORTS)
+def test_answers_are_the_same(model: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch whose rows end at different times, and a conversation that goes back to what it has read."""
+    export: ExportResult = request.getfixturevalue(EXPORTS[model])
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 255, (48, 40, 3), np.uint8))
+    answers = []
+    for in_place in (False, True):
+        monkeypatch.setattr(OnnxRuntimeSession, "repeats", in_place)
+        with VisionLanguagePipeline.from_package(export.output, provider="cpu", num_threads=1) as pipeline:
+            lengths = lengths_of(pipeline.sessions["decoder_model_merged"])
+            requests = [(image, "what is it?"), ((), "a"), ((), "bcd")]
+            batch = pipeline.generate_batch(requests, max_new_tokens=24, stop=("e",))
+            chat = pipeline.chat()
+            turns = [chat.ask("what is it?", image, max_new_tokens=5), chat.ask("and?", max_new_tokens=20)]
+            answers.append([result.token_ids for result in (*batch, *turns)])
+        assert (len(set(lengths)) < len(lengths) / 2) == in_place
+    assert answers[0] == answers[1]
+
+
+def step(random: np.random.Generator) -> np.ndarray:
+    return random.normal(size=(1, 1, HIDDEN)).astype(np.float32)
+
+
+def test_caches_that_share_their_room_are_never_overwritten(session: Session) -> None:
+    """Two ways on from one cache, and a way on from its beginning, against the model in numpy."""
+    random, model, decoder = np.random.default_rng(2), FakeModel(), Decoder(session, in_place=True)
+
+    def read(embeds: np.ndarray, cache: Cache, told: list[np.ndarray]) -> tuple[Cache, list[np.ndarray]]:
+        told = [*told, *embeds[0]]
+        logits, cache = decoder.read(embeds, cache)
+        np.testing.assert_allclose(logits[0], model.logits(np.array(told)), rtol=1e-4, atol=1e-4)
+        return cache, told
+
+    trunk, told = read(random.normal(size=(1, 5, HIDDEN)).astype(np.float32), decoder.empty_cache(1), [])
+    trunk, told = read(step(random), trunk, told)
+    left, right, short = (trunk, told), (trunk, told), (trunk.truncated(4), told[:4])
+    for _ in range(4):
+        left, right, short = read(step(random), *left), read(step(random), *right), read(step(random), *short)
+    assert len({id(cache.tensors["past_key_values.0.key"]) for cache, _ in (left, right, short)}) == 3
+    assert left[0].tensors["past_key_values.0.key"] is trunk.tensors["past_key_values.0.key"]  # written in place
+
+
+def test_a_step_that_fails_leaves_the_cache_as_it_was(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    random, decoder = np.random.default_rng(3), Decoder(session, in_place=True)
+    _, cache = decoder.read(step(random), decoder.empty_cache(1))
+    _, cache = decoder.read(step(random), cache)
+    new = step(random)
+    expected, _ = Decoder(session).read(new, cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "_run", lambda inputs, keep: pytest.fail("no more memory"))
+        with pytest.raises(pytest.fail.Exception):
+            decoder.read(new, cache)
+    np.testing.assert_allclose(decoder.read(new, cache)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_room_ends_where_the_engine_ends(session: Session) -> None:
+    """The last positions have no room behind them, and are read as ever."""
+    session.limits = {"past_sequence_length": 20}
+    random, lengths = np.random.default_rng(4), lengths_of(session)
+    plain, fixed = Decoder(session), Decoder(session, in_place=True)
+    expected_cache, cache = plain.empty_cache(1), fixed.empty_cache(1)
+    for _ in range(21):
+        new = step(random)
+        expected, expected_cache = plain.read(new, expected_cache)
+        logits, cache = fixed.read(new, cache)
+        np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+    assert lengths[1::2] == [17] * 16 + [21] * 5
+
+
+@pytest.mark.parametrize(
+    ("text", "in_place"),
+    [
+        ({}, True),
+        ({"sliding_window": None}, True),
+        ({"sliding_window": 4096}, False),
+        ({"sliding_window": 4096, "use_sliding_window": False}, True),
+        ({"sliding_window": 4096, "layer_types": ["full_attention"] * 2}, True),
+        ({"sliding_window": 4096, "layer_types": ["full_attention", "sliding_attention"]}, False),
+    ],
+)
+def test_a_sliding_window_would_count_the_free_places(
+    session: Session, tmp_path: Path, text: dict[str, Any], in_place: bool
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": text}))
+    assert not steps_in_place(tmp_path, session)
+    session.repeats = True
+    assert steps_in_place(tmp_path, session) == in_place
+    assert any("its attention has a sliding window" in note for note in session.notes) != in_place
