@@ -52,8 +52,9 @@ def open_language_model(folder: Path, manifest: Manifest, config: RuntimeConfig)
     expect("embed_tokens' inputs", {*embed.inputs}, {"input_ids"})
     expect("embed_tokens' outputs", {*embed.outputs}, {"inputs_embeds"})
     if "inputs_embeds" in decoder.inputs:
-        hidden = decoder.inputs["inputs_embeds"].shape[-1]
-        expect("embed_tokens' size", embed.outputs["inputs_embeds"].shape[-1], hidden)
+        made, wanted = embed.outputs["inputs_embeds"], decoder.inputs["inputs_embeds"]
+        expect("embed_tokens' size", made.shape[-1], wanted.shape[-1])
+        expect("embed_tokens' dtype", made.dtype, wanted.dtype)
     return embed, decoder
 
 

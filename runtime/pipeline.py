@@ -245,7 +245,8 @@ class VisionLanguagePipeline:
     def _next_token(self, job: _Job, running: Sequence[int], cache: Cache) -> tuple[list[str], Cache]:
         """Read the last token of every running row and choose the next; return the new text of all rows."""
         tokens = np.array([job.rows[i].token_ids[-1:] for i in running], np.int64)
-        logits, cache = self._decoder.read(self._embedded(tokens), cache)
+        embeds = self._embed.run_keeping({"input_ids": tokens}, keep=["inputs_embeds"])["inputs_embeds"]
+        logits, cache = self._decoder.read(embeds, cache)
         job.memory.store(np.append(job.memory.ids, tokens[0]), cache)
         texts = [""] * len(job.rows)
         for i, row_logits in zip(running, logits, strict=True):
@@ -283,8 +284,7 @@ class VisionLanguagePipeline:
 
     def _embedded(self, ids: TokenIds) -> Array:
         """Return the embeddings of [batch, sequence] token ids: [batch, sequence, hidden]."""
-        embeds = self._embed.run({"input_ids": ids})["inputs_embeds"]
-        return embeds.astype(self._decoder.embeds_dtype, copy=False)
+        return self._embed.run({"input_ids": ids})["inputs_embeds"]
 
     def _placeholders(self, image: EncodedImage | PreparedImage) -> int:
         return len(image.image_features) if isinstance(image, EncodedImage) else image.num_placeholders

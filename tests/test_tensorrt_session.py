@@ -512,6 +512,14 @@ def test_a_whole_pipeline_runs_on_graphs(built: Path, device: FakeDevice) -> Non
         first = device.calls["launch"]
         assert [r.text for r in pipeline.generate_batch(requests, max_new_tokens=6)] == [r.text for r in results]
         assert device.calls["launch"] >= first + 4
+        uploads, downloaded = device.calls["upload"], device.downloaded
+        pipeline.generate((), "abc", max_new_tokens=1)
+        uploads, downloaded = device.calls["upload"] - uploads, device.downloaded - downloaded
+        before = device.calls["upload"], device.downloaded
+        pipeline.generate((), "abc", max_new_tokens=4, ignore_eos=True)
+        # Of every step: a token's number, its mask and position go up, its logits come down; its embedding stays.
+        assert device.calls["upload"] - before[0] == uploads + 3 * 3
+        assert device.downloaded - before[1] == downloaded + 3 * FakeModel().vocabulary * 4
     assert [result.token_ids for result in results] == [result.token_ids for result in expected]
     assert [loading.cuda_graphs for loading in device.loadings] == [False, True, True]  # embedding, decoder, vision
 
