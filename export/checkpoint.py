@@ -7,6 +7,7 @@ import importlib.resources
 import json
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 EMBEDDED_MODEL: Final = "embedded"
+HASHED_AT_ONCE: Final = 2  # files of a checkpoint
 # What a model's own folder may say about the selection: {"mu": ..., "tau": ...}, and the limits of the split.
 SELECTION_FILE: Final = "promprune_config.json"
 _SELECTION_KEYS: Final = frozenset({"mu", "tau", "saliency_ratio_min", "saliency_ratio_max"})
@@ -118,7 +120,9 @@ def load_checkpoint(name: str | None, *, dtype: torch.dtype = torch.float32) -> 
     family = family_of(folder)
     skeleton = build_skeleton(folder, family.model_class, dtype)
     processor = load_processor(folder)
-    digests = {file: sha256_of_file(file) for file in weight_files(folder)}
+    files = weight_files(folder)
+    with ThreadPoolExecutor(max_workers=HASHED_AT_ONCE) as pool:
+        digests = dict(zip(files, pool.map(sha256_of_file, files), strict=True))
     source = SourceRecord(
         model=EMBEDDED_MODEL if name is None else name if revision else folder.resolve().name,
         revision=revision,

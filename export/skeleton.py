@@ -147,8 +147,8 @@ def _link_all(model: nn.Module, found: Mapping[str, StoredTensor], folder: Path)
 def _refuse_different(tied: Sequence[StoredTensor]) -> None:
     first, *others = tied
     for other in others:
-        pairs = zip(first.chunks(torch.float32), other.chunks(torch.float32), strict=True)
-        if not all(torch.equal(a, b) for a, b in pairs):
+        pairs = zip(first.chunks(), other.chunks(), strict=True)
+        if not all(torch.equal(a.double(), b.double()) for a, b in pairs):
             raise UnsupportedModelError(
                 f"config.json ties {first.key} to {other.key}, but their values differ",
                 expected="one value for tied weights",

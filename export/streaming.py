@@ -6,6 +6,7 @@ transformers model whose modules read their weights from the checkpoint when the
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,8 +52,9 @@ class Argument:
 class PiecewiseSession:
     """An ONNX graph with the interface of ``onnxruntime.InferenceSession``, of which a piece at a time is in memory.
 
-    The graph is cut, in the order of its nodes, into pieces with at most ``PIECE_BYTES`` of weights. A graph in
-    bfloat16, which ONNX Runtime cannot run on a CPU, is computed in float32 on the same weights.
+    The graph is cut, in the order of its nodes, into pieces with at most ``PIECE_BYTES`` of weights; a product with a
+    larger matrix, such as the head of a language model, is computed for some columns at a time. A graph in bfloat16,
+    which ONNX Runtime cannot run on a CPU, is computed in float32 on the same weights.
 
     Args:
         path: the ``.onnx`` file; its weights lie beside it.
@@ -64,6 +66,7 @@ class PiecewiseSession:
         self._model = onnx.load(path, load_external_data=False)
         self._widen = _uses_bfloat16(self._model.graph)
         graph = self._model.graph
+        _slice_large_products(graph)
         self._initializers = {tensor.name: tensor for tensor in graph.initializer}
         self._inputs = [_argument(value) for value in graph.input if value.name not in self._initializers]
         self._outputs = [*(_argument(value) for value in graph.output), *(Argument(name, "", []) for name in outputs)]
@@ -94,26 +97,28 @@ class PiecewiseSession:
         weights: set[str] = set()
         for node in self._model.graph.node:
             added = weights | (_used([node]) & self._initializers.keys())
-            if piece and sum(map(self._nbytes, added)) > PIECE_BYTES and added != weights:
+            if piece and sum(_nbytes(self._initializers[name]) for name in added) > PIECE_BYTES and added != weights:
                 yield piece
                 piece, added = [], _used([node]) & self._initializers.keys()
             piece.append(node)
             weights = added
         yield piece
 
-    def _nbytes(self, name: str) -> int:
-        tensor = self._initializers[name]
-        item = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).itemsize
-        return int(np.prod(tensor.dims, dtype=np.int64)) * item
-
     def _run_piece(
         self, nodes: Sequence[onnx.NodeProto], leaving: Sequence[str], values: Mapping[str, Array]
     ) -> dict[str, Array]:
         used = _used(nodes)
         graph = onnx.GraphProto(name="piece", node=nodes)
-        for name in sorted(used & values.keys()):
-            dtype = onnx.helper.np_dtype_to_tensor_dtype(values[name].dtype)
-            graph.input.append(onnx.helper.make_tensor_value_info(name, dtype, [None] * values[name].ndim))
+        feeds = {name: values[name] for name in used & values.keys()}
+        for name in sorted(used & self._initializers.keys()):
+            tensor = self._initializers[name]
+            if tensor.data_type == onnx.TensorProto.BFLOAT16:
+                feeds[name] = self._widened_tensor(tensor)
+            else:
+                graph.initializer.append(tensor)
+        for name in sorted(feeds):
+            dtype = onnx.helper.np_dtype_to_tensor_dtype(feeds[name].dtype)
+            graph.input.append(onnx.helper.make_tensor_value_info(name, dtype, [None] * feeds[name].ndim))
         graph.output.extend(onnx.ValueInfoProto(name=name) for name in leaving)
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -123,34 +128,25 @@ class PiecewiseSession:
         options.enable_mem_pattern = False
         options.add_session_config_entry(WEIGHTS_FOLDER, os.fspath(self._folder))
         options.add_session_config_entry("session.disable_prepacking", "1")
-        for name in sorted(used & self._initializers.keys()):
-            graph.initializer.append(self._widened_tensor(self._initializers[name]))
         if self._widen:
             _widen_nodes(graph)
         model = onnx.ModelProto(
             ir_version=self._model.ir_version, opset_import=self._model.opset_import, graph=graph
         ).SerializeToString()
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        outputs = session.run(list(leaving), {name: values[name] for name in used & values.keys()})
+        outputs = session.run(list(leaving), feeds)
         return {name: np.asarray(value) for name, value in zip(leaving, outputs, strict=True)}
 
     def _widened(self, array: Array) -> Array:
         return array.astype(np.float32) if array.dtype == ml_dtypes.bfloat16 else array
 
-    def _widened_tensor(self, tensor: onnx.TensorProto) -> onnx.TensorProto:
-        if tensor.data_type != onnx.TensorProto.BFLOAT16:
-            return tensor
-        whole = onnx.TensorProto()
-        whole.CopyFrom(tensor)
-        if external_data_helper.uses_external_data(tensor):
-            info = external_data_helper.ExternalDataInfo(tensor)
-            with (self._folder / info.location).open("rb") as stream:
-                stream.seek(info.offset or 0)
-                whole.raw_data = stream.read(info.length)
-            whole.data_location = onnx.TensorProto.DEFAULT
-            del whole.external_data[:]
-        array = onnx.numpy_helper.to_array(whole).astype(np.float32)
-        return onnx.numpy_helper.from_array(array, tensor.name)
+    def _widened_tensor(self, tensor: onnx.TensorProto) -> Array:
+        if not external_data_helper.uses_external_data(tensor):
+            return onnx.numpy_helper.to_array(tensor).astype(np.float32)
+        info = external_data_helper.ExternalDataInfo(tensor)
+        count = math.prod(tensor.dims)
+        stored = np.fromfile(self._folder / info.location, ml_dtypes.bfloat16, count, offset=info.offset or 0)
+        return stored.astype(np.float32).reshape(tensor.dims)
 
 
 def stream_weights(model: nn.Module, *, rounded_to: torch.dtype) -> None:
@@ -219,6 +215,62 @@ def _used(nodes: Sequence[onnx.NodeProto]) -> set[str]:
         used |= names - made
         made |= set(node.output)
     return used
+
+
+def _slice_large_products(graph: onnx.GraphProto) -> None:
+    """Let ``MatMul(x, Transpose(w))`` with a ``w`` of more than ``PIECE_BYTES`` be several, over rows of ``w``."""
+    large = {tensor.name: tensor for tensor in graph.initializer if _nbytes(tensor) > PIECE_BYTES}
+    factors = {node.input[1] for node in graph.node if node.op_type == "MatMul"}
+    slices: dict[str, list[onnx.TensorProto]] = {}
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if node.op_type == "Transpose" and node.input[0] in large and node.output[0] in factors:
+            slices[node.output[0]] = _rows_of(large[node.input[0]])
+        elif node.op_type == "MatMul" and node.input[1] in slices:
+            graph.initializer.extend(slices[node.input[1]])
+            nodes += _product_in_parts(node, slices[node.input[1]])
+        else:
+            nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _rows_of(tensor: onnx.TensorProto) -> list[onnx.TensorProto]:
+    """Cut a matrix that lies in a file into rows of at most ``PIECE_BYTES`` together."""
+    info = external_data_helper.ExternalDataInfo(tensor)
+    rows, columns = tensor.dims
+    row_bytes = _nbytes(tensor) // rows
+    step = max(1, PIECE_BYTES // row_bytes)
+    parts = []
+    for begin in range(0, rows, step):
+        count = min(step, rows - begin)
+        part = onnx.TensorProto(
+            name=f"{tensor.name}[{begin}:]", data_type=tensor.data_type, dims=[count, columns], data_location="EXTERNAL"
+        )
+        place = {
+            "location": info.location,
+            "offset": (info.offset or 0) + begin * row_bytes,
+            "length": count * row_bytes,
+        }
+        part.external_data.extend(
+            onnx.StringStringEntryProto(key=key, value=str(value)) for key, value in place.items()
+        )
+        parts.append(part)
+    return parts
+
+
+def _product_in_parts(product: onnx.NodeProto, rows: Sequence[onnx.TensorProto]) -> list[onnx.NodeProto]:
+    nodes, made = [], []
+    for part in rows:
+        columns, product_of = f"{part.name}/transposed", f"{product.output[0]}/{part.name}"
+        nodes.append(onnx.helper.make_node("Transpose", [part.name], [columns], perm=[1, 0]))
+        nodes.append(onnx.helper.make_node("MatMul", [product.input[0], columns], [product_of]))
+        made.append(product_of)
+    return [*nodes, onnx.helper.make_node("Concat", made, product.output, axis=-1)]
+
+
+def _nbytes(tensor: onnx.TensorProto) -> int:
+    return math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
 
 
 def _uses_bfloat16(graph: onnx.GraphProto) -> bool:

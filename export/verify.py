@@ -84,6 +84,7 @@ LIMITS: Final = {
 # weights as the package has them, and the copy that ONNX Runtime makes of them.
 BYTES_PER_PARAMETER: Final = 12
 STREAMED_IMAGES: Final = 2
+STREAMED_TOKENS: Final = 24  # of a text
 FP16_MAX: Final = 65504.0
 FP16_WARNING: Final = 0.25  # share of FP16_MAX above which features are warned of
 
@@ -122,7 +123,7 @@ def verify_package(
         folder: the package, finished or still being made.
         manifest: its manifest, whose digests were compared or have just been made.
         checkpoint: the model it was made from, fp32.
-        num_images: images to compare on; at least one of each of the model's sample sizes is.
+        num_images: images to compare on; unless streamed, one of each of the model's sample sizes at least.
 
     Returns:
         Every check with what was measured; ``passed`` when all passed that are not advisory.
@@ -131,7 +132,8 @@ def verify_package(
     subject = Subject.of(folder, manifest, checkpoint, streamed=streamed)
     model, family, limits = subject.model, checkpoint.family, LIMITS[manifest.dtype]
     count = min(num_images, STREAMED_IMAGES) if streamed else num_images
-    samples = check_samples(max(count, len(model.sample_sizes)), sizes=model.sample_sizes)
+    least = 1 if streamed else len(model.sample_sizes)
+    samples = check_samples(max(count, least), sizes=model.sample_sizes)
     with torch.inference_mode():
         references = [family.reference(subject.source, checkpoint.processor, sample.image, model) for sample in samples]
         checks = [*check_structure(subject), *check_vision(subject, references, limits)]
@@ -365,7 +367,9 @@ def check_language(subject: Subject, samples: Sequence[Sample], limits: Limits) 
     """Token embeddings, logits after prefill, and logits of decoding with the KV cache; two left-padded rows."""
     model = subject.model
     input_ids, attention_mask = _padded_ids(
-        subject.checkpoint, [sample.question for sample in [*samples, *samples][:2]]
+        subject.checkpoint,
+        [sample.question for sample in [*samples, *samples][:2]],
+        most=STREAMED_TOKENS if subject.streamed else None,
     )
     embeds = _run(subject.open(EMBED_TOKENS), {"input_ids": input_ids.numpy()})[0]
     reference = model.embed_tokens(input_ids)
@@ -494,9 +498,12 @@ class _Decoder:
         return logits
 
 
-def _padded_ids(checkpoint: Checkpoint, questions: Sequence[str]) -> tuple[Tensor, Tensor]:
+def _padded_ids(checkpoint: Checkpoint, questions: Sequence[str], *, most: int | None) -> tuple[Tensor, Tensor]:
+    """Tokenize two texts of different lengths, of at most ``most`` tokens, padded on the left."""
     tokenizer = checkpoint.processor.tokenizer
     first, second = (tokenizer(text).input_ids for text in (questions[0], questions[1] + " " + questions[0]))
+    if most is not None:
+        first, second = first[: most * 2 // 3], second[:most]
     length = max(len(first), len(second))
     pad = tokenizer.pad_token_id or 0
     rows = [[pad] * (length - len(ids)) + ids for ids in (first, second)]

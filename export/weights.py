@@ -10,6 +10,7 @@ import math
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -103,41 +104,48 @@ class StoredTensor:
         """Number of its elements."""
         return math.prod(self.shape)
 
-    def chunks(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Yield its elements in order, flat, converted to ``dtype``, at most ``CHUNK_ELEMENTS`` at a time.
+    def chunks(self) -> Iterator[Tensor]:
+        """Yield its elements in order, flat, as stored, at most ``CHUNK_ELEMENTS`` at a time; each replaces the last.
+
+        Raises:
+            ModelError: the file became shorter.
+        """
+        buffer = torch.empty(min(CHUNK_ELEMENTS, self.size), dtype=self.torch_dtype)
+        with self.file.open("rb", buffering=0) as stream:
+            stream.seek(self.offset)
+            for begin in range(0, self.size, CHUNK_ELEMENTS):
+                values = buffer[: min(CHUNK_ELEMENTS, self.size - begin)]
+                _fill(stream, values.view(torch.uint8).numpy().data, self)
+                yield values
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """Read it whole, converted to ``dtype``.
 
         Raises:
             ModelError: it has finite values that ``dtype`` cannot hold, or the file became shorter.
         """
-        stored = self.torch_dtype
-        with self.file.open("rb") as stream:
-            stream.seek(self.offset)
-            for begin in range(0, self.size, CHUNK_ELEMENTS):
-                count = min(CHUNK_ELEMENTS, self.size - begin)
-                content = bytearray(count * stored.itemsize)
-                if stream.readinto(content) != len(content):
-                    raise ModelError(f"{self.file} ends within {self.key}", expected=_EXPECTED)
-                values = torch.frombuffer(content, dtype=stored)
-                converted = values.to(dtype)
-                if dtype.itemsize < stored.itemsize or (stored, dtype) == (torch.bfloat16, torch.float16):
-                    self._refuse_overflow(values, converted)
-                yield converted
-
-    def read(self, dtype: torch.dtype) -> Tensor:
-        """Read it whole, converted to ``dtype``."""
         whole = torch.empty(self.size, dtype=dtype)
         begin = 0
-        for chunk in self.chunks(dtype):
-            whole[begin : begin + len(chunk)] = chunk
+        for chunk in self.chunks():
+            part = whole[begin : begin + len(chunk)].copy_(chunk)
+            self._refuse_overflow(chunk, part)
             begin += len(chunk)
         return whole.view(self.shape)
 
     def write(self, stream: Writable, dtype: torch.dtype) -> None:
-        """Append its elements to a file, converted to ``dtype``."""
-        for chunk in self.chunks(dtype):
-            stream.write(chunk.view(torch.uint8).numpy().data)
+        """Append its elements to a file, converted to ``dtype``.
+
+        Raises:
+            ModelError: it has finite values that ``dtype`` cannot hold, or the file became shorter.
+        """
+        for chunk in self.chunks():
+            converted = chunk.to(dtype)
+            self._refuse_overflow(chunk, converted)
+            stream.write(converted.view(torch.uint8).numpy().data)
 
     def _refuse_overflow(self, values: Tensor, converted: Tensor) -> None:
+        if torch.finfo(converted.dtype).max >= torch.finfo(values.dtype).max:
+            return
         if bool((values.isfinite() & ~converted.isfinite()).any()):
             raise ModelError(
                 f"{self.key} has values up to {float(values.abs().max()):.3g}, which {converted.dtype} cannot hold",
@@ -253,6 +261,15 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     if lacking:
         raise ModelError(f"{wanted[lacking[0]]} has no tensor {lacking[0]}", expected="what its index says")
     return {key: tensors[key] for key in wanted}
+
+
+def _fill(stream: FileIO, content: memoryview, tensor: StoredTensor) -> None:
+    """Read until ``content`` is full; one call to the system gives at most 2 GiB, and may give less."""
+    while content:
+        count = stream.readinto(content)
+        if not count:
+            raise ModelError(f"{tensor.file} ends within {tensor.key}", expected=_EXPECTED)
+        content = content[count:]
 
 
 def _weight_map(index: Path) -> dict[str, str]:
