@@ -58,12 +58,12 @@ class DecoderWithCache(nn.Module):
 
 
 def embed_tokens_graph(model: AdaptedModel, *, opset: int) -> ir.Model:
-    """Export ``input_ids [batch, sequence_length]`` (int64) -> ``inputs_embeds [batch, sequence_length, D]``."""
+    """Export ``input_ids [batch_size, sequence_length]`` -> ``inputs_embeds [batch_size, sequence_length, D]``."""
     return graph_from_module(
         model.embed_tokens,
         (torch.zeros(2, 3, dtype=torch.int64),),
-        inputs={"input_ids": {0: "batch", 1: "sequence_length"}},
-        outputs={"inputs_embeds": {0: "batch", 1: "sequence_length"}},
+        inputs={"input_ids": {0: "batch_size", 1: "sequence_length"}},
+        outputs={"inputs_embeds": {0: "batch_size", 1: "sequence_length"}},
         opset=opset,
         dynamic_shapes=({0: Dim("batch", min=1), 1: Dim("sequence", min=1)},),
     )
@@ -90,7 +90,7 @@ def decoder_graph(model: AdaptedModel, *, opset: int) -> ir.Model:
         DecoderWithCache(stack, model.lm_head),
         args,
         inputs=_decoder_inputs(text.num_hidden_layers, len(model.position_axes)),
-        outputs={"logits": {0: "batch"}, **_cache_dims(PRESENT, text.num_hidden_layers, "total_sequence_length")},
+        outputs={"logits": {0: "batch_size"}, **_cache_dims(PRESENT, text.num_hidden_layers, "total_sequence_length")},
         opset=opset,
         dynamic_shapes=_decoder_dynamic_shapes(layers, len(model.position_axes)),
         repetition=repetition,
@@ -113,9 +113,9 @@ def _shallow(stack: Any) -> tuple[Any, Repetition | None]:
 
 def _decoder_inputs(layers: int, axes: int) -> dict[str, dict[int, str]]:
     return {
-        "inputs_embeds": {0: "batch", 1: "sequence_length"},
-        "attention_mask": {0: "batch", 1: "total_sequence_length"},
-        "position_ids": {axes: "batch", axes + 1: "sequence_length"},
+        "inputs_embeds": {0: "batch_size", 1: "sequence_length"},
+        "attention_mask": {0: "batch_size", 1: "total_sequence_length"},
+        "position_ids": {axes: "batch_size", axes + 1: "sequence_length"},
         **_cache_dims(PAST, layers, "past_sequence_length"),
     }
 
@@ -134,4 +134,4 @@ def _decoder_dynamic_shapes(layers: int, axes: int) -> tuple[Any, ...]:
 
 def _cache_dims(prefix: str, layers: int, length: str) -> dict[str, dict[int, str]]:
     names = (f"{prefix}.{layer}.{part}" for layer in range(layers) for part in ("key", "value"))
-    return {name: {0: "batch", 2: length} for name in names}
+    return {name: {0: "batch_size", 2: length} for name in names}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -36,6 +36,7 @@ from promprune.package import (
     EMBED_TOKENS,
     SCHEMA_VERSION,
     TOKEN_SELECTOR,
+    CropLayout,
     GraphRecord,
     ImageRecord,
     Manifest,
@@ -84,7 +85,7 @@ def export_package(config: ExportConfig, *, progress: Progress = NO_PROGRESS) ->
         placement = start_placement(folder, config, checkpoint)
         graphs = write_graphs(placement, config, model, selection, progress)
         with progress.step("write tokenizer and configuration"):
-            write_configs(folder, checkpoint)
+            write_configs(folder, checkpoint, model, selection)
             write_arrays(folder, config, checkpoint, model)
             manifest = build_manifest(folder, config, checkpoint, model, selection, graphs, placement)
             write_manifest(folder, manifest)
@@ -174,7 +175,7 @@ def selector(config: ExportConfig, model: AdaptedModel, vision: VisionGraph, sel
         vision.num_tokens,
         model.text_config.hidden_size,
         config.keep_tokens_of(vision.num_tokens),
-        batch_size="batch" if vision.is_batched else 1,
+        batch_size="batch_size" if vision.is_batched else 1,
         token_mask=vision.token_mask,
         dtype=_NUMPY_DTYPES[config.dtype],
         mu=selection.mu,
@@ -197,19 +198,39 @@ def write_arrays(folder: Path, config: ExportConfig, checkpoint: Checkpoint, mod
         np.save(folder / name, array.detach().numpy())
 
 
-def write_configs(folder: Path, checkpoint: Checkpoint) -> None:
+def write_configs(folder: Path, checkpoint: Checkpoint, model: AdaptedModel, selection: SelectionRecord) -> None:
     """Write tokenizer, chat template, preprocessing and model configuration, as other clients expect them."""
-    processor, model = checkpoint.processor, checkpoint.skeleton
-    processor.tokenizer.save_pretrained(folder)
+    processor, source = checkpoint.processor, checkpoint.skeleton
     template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
-    (folder / CHAT_TEMPLATE_FILE).unlink(missing_ok=True)
+    processor.tokenizer.chat_template = template
+    processor.tokenizer.save_pretrained(folder, save_jinja_files=False)  # transformers.js reads no others
     if isinstance(template, str):
         (folder / CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
     preprocessor = processor.image_processor.to_dict()
     preprocessor["image_processor_type"] = preprocessor["image_processor_type"].removesuffix("Pil").removesuffix("Fast")
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2, default=str) + "\n")
-    (folder / "config.json").write_text(model.config.to_json_string(use_diff=False))
-    (folder / "generation_config.json").write_text(model.generation_config.to_json_string())
+    if isinstance(model.layout, CropLayout):
+        preprocessor["processor_class"] = type(processor).__name__
+        _write_json(folder / "processor_config.json", _placeholders(checkpoint, model, model.layout, selection))
+    _write_json(folder / "preprocessor_config.json", preprocessor)
+    (folder / "config.json").write_text(source.config.to_json_string(use_diff=False))
+    (folder / "generation_config.json").write_text(source.generation_config.to_json_string())
+
+
+def _placeholders(
+    checkpoint: Checkpoint, model: AdaptedModel, layout: CropLayout, selection: SelectionRecord
+) -> dict[str, Any]:
+    """Let the processors of transformers and transformers.js, which count patches, write T placeholders an image."""
+    return {
+        "processor_class": type(checkpoint.processor).__name__,
+        "image_token": checkpoint.processor.tokenizer.convert_ids_to_tokens(model.image_token_id),
+        "patch_size": layout.height // layout.patch_rows,
+        "num_additional_image_tokens": selection.keep_tokens - selection.num_tokens,
+        "vision_feature_select_strategy": "full",  # "default" would take one off for a CLS token
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, default=str) + "\n")
 
 
 def build_manifest(

@@ -61,7 +61,7 @@ def build_selector(
     hidden_size: int,
     keep_tokens: int,
     *,
-    batch_size: int | Literal["batch"] = 1,
+    batch_size: int | str = 1,
     dtype: FeatureDtype = "float32",
     mu: float = SelectionConfig.mu,
     tau: float = SelectionConfig.tau,
@@ -87,7 +87,7 @@ def build_selector(
         num_tokens: N, tokens per image.
         hidden_size: D, features per token.
         keep_tokens: T, tokens to keep, 1 to N.
-        batch_size: B, or ``"batch"`` for a dynamic batch dimension of that name.
+        batch_size: B, or the name of a dynamic dimension.
         dtype: of the features; everything inside is float32.
         mu, tau, saliency_ratio_min, saliency_ratio_max, order, policy: see :class:`promprune.config.SelectionConfig`.
         opset: 18 or later.
@@ -140,8 +140,8 @@ def _check(sizes: Sizes, batch_size: int | str, dtype: str, opset: int, loop: st
         raise ConfigError(f"received num_tokens = {n}, hidden_size = {d}", expected="both at least 1")
     if not 1 <= t <= n:
         raise ConfigError(f"received keep_tokens = {t}", expected=f"1 to num_tokens = {n}")
-    if batch_size != "batch" and not (isinstance(batch_size, int) and batch_size >= 1):
-        raise ConfigError(f"received batch_size = {batch_size!r}", expected="a positive integer or 'batch'")
+    if not (batch_size.isidentifier() if isinstance(batch_size, str) else batch_size >= 1):
+        raise ConfigError(f"received batch_size = {batch_size!r}", expected="a positive integer, or a name")
     if dtype not in _ELEMENT_TYPES:
         raise ConfigError(f"received dtype = {dtype!r}", expected=f"one of {', '.join(_ELEMENT_TYPES)}")
     if opset < 18:

@@ -21,7 +21,7 @@ def vision_graph(vision: VisionGraph, *, opset: int) -> ir.Model:
     module, repetition = _shallow(vision.module)
     names = {name for value in vision.inputs.values() for name in value.dims.values()}
     dims = {name: Dim(name, min=1) for name in names}
-    batch = {0: "batch"} if vision.is_batched else {}
+    batch = {0: "batch_size"} if vision.is_batched else {}
     return graph_from_module(
         module,
         tuple(value.sample for value in vision.inputs.values()),

@@ -8,7 +8,7 @@ Layout (that of transformers.js and onnx-community, so that other clients can lo
       onnx/embed_tokens.onnx          input_ids -> inputs_embeds
       onnx/decoder_model_merged.onnx  inputs_embeds, attention_mask, position_ids, past_key_values.*
                                       -> logits, present.*
-      config.json  generation_config.json  preprocessor_config.json
+      config.json  generation_config.json  preprocessor_config.json  processor_config.json
       tokenizer.json  tokenizer_config.json  chat_template.jinja
 
 Weights lie beside each graph as ``<graph>.onnx_data``, or in the checkpoint's own files, linked into ``onnx/`` as

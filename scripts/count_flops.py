@@ -51,18 +51,18 @@ class Counter:
         self.encoder = ir.to_proto(vision_graph(models[0].vision_graphs[0], opset=OPSET))
 
     def prefill(self, tokens: int) -> int:
-        sizes = {"batch": 1, "sequence_length": tokens, "past_sequence_length": 0, "total_sequence_length": tokens}
+        sizes = {"batch_size": 1, "sequence_length": tokens, "past_sequence_length": 0, "total_sequence_length": tokens}
         one, two = (count_work(decoder, sizes).flops for decoder in self.decoders)
         return one + (self.layers - 1) * (two - one)
 
     def vision(self, crops: int) -> int:
-        return count_work(self.encoder, {"batch": crops}).flops
+        return count_work(self.encoder, {"batch_size": crops}).flops
 
     def selection(self, crops: int, tokens: int, keep: int) -> int:
         """Per crop, as the method is applied to images of several crops."""
         share = keep // crops
-        selector = build_selector(tokens, TEXTS["7b"]["hidden_size"], share, batch_size="batch")
-        return count_work(selector, {"batch": crops}, loop_trips=share).flops
+        selector = build_selector(tokens, TEXTS["7b"]["hidden_size"], share, batch_size="batch_size")
+        return count_work(selector, {"batch_size": crops}, loop_trips=share).flops
 
 
 def main() -> None:

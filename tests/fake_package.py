@@ -207,16 +207,16 @@ def _vision(model: FakeModel) -> onnx.ModelProto:
         ("Reshape", "pooled flat", "rows"),
         ("Transpose", "rows", "patches", {"perm": [0, 2, 1]}),
     ]
-    inputs = {"pixel_values": ("float32", ["batch", 3, SIDE, SIDE])}
-    outputs: dict[str, tuple[str, list[Any]]] = {"image_features": ("float32", ["batch", T, HIDDEN])}
+    inputs = {"pixel_values": ("float32", ["batch_size", 3, SIDE, SIDE])}
+    outputs: dict[str, tuple[str, list[Any]]] = {"image_features": ("float32", ["batch_size", T, HIDDEN])}
     constants = {"flat": np.array([0, 3, NUM_TOKENS]), "W": model.weights["vision"]}
     if T == NUM_TOKENS:
         return make_graph(inputs, outputs, constants, *pooled, ("MatMul", "patches W", "image_features"))
     outputs |= {
-        "token_indices": ("int64", ["batch", T]),
-        "saliency_mask": ("bool", ["batch", T]),
-        "saliency_count": ("int64", ["batch", 1]),
-        "spectral_entropy": ("float32", ["batch", 1]),
+        "token_indices": ("int64", ["batch_size", T]),
+        "saliency_mask": ("bool", ["batch_size", T]),
+        "saliency_count": ("int64", ["batch_size", 1]),
+        "spectral_entropy": ("float32", ["batch_size", 1]),
     }
     constants |= {"k": np.array([T]), "last": np.array([-1]), "one": np.array([1]), "two": np.array(2)}
     constants |= {"zero": np.array(0)}
@@ -244,25 +244,25 @@ def _vision(model: FakeModel) -> onnx.ModelProto:
 
 def _embed(model: FakeModel) -> onnx.ModelProto:
     return make_graph(
-        {"input_ids": ("int64", ["batch", "sequence_length"])},
-        {"inputs_embeds": ("float32", ["batch", "sequence_length", HIDDEN])},
+        {"input_ids": ("int64", ["batch_size", "sequence_length"])},
+        {"inputs_embeds": ("float32", ["batch_size", "sequence_length", HIDDEN])},
         {"table": model.weights["embed"]},
         ("Gather", "table input_ids", "inputs_embeds"),
     )
 
 
 def _decoder(model: FakeModel) -> onnx.ModelProto:
-    past, total = ["batch", 1, "past_sequence_length", HIDDEN], ["batch", 1, "total_sequence_length", HIDDEN]
+    past, total = ["batch_size", 1, "past_sequence_length", HIDDEN], ["batch_size", 1, "total_sequence_length", HIDDEN]
     names = ("0.key", "0.value")
     return make_graph(
         {
-            "inputs_embeds": ("float32", ["batch", "sequence_length", HIDDEN]),
-            "attention_mask": ("int64", ["batch", "total_sequence_length"]),
-            "position_ids": ("int64", ["batch", "sequence_length"]),
+            "inputs_embeds": ("float32", ["batch_size", "sequence_length", HIDDEN]),
+            "attention_mask": ("int64", ["batch_size", "total_sequence_length"]),
+            "position_ids": ("int64", ["batch_size", "sequence_length"]),
             **{f"past_key_values.{name}": ("float32", past) for name in names},
         },
         {
-            "logits": ("float32", ["batch", 1, model.vocabulary]),
+            "logits": ("float32", ["batch_size", 1, model.vocabulary]),
             **{f"present.{name}": ("float32", total) for name in names},
         },
         {

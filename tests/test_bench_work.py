@@ -123,7 +123,7 @@ def test_the_exported_graphs_count_what_pytorch_counts(tiny_llava: Path, tiny_fu
         hidden = language(inputs_embeds=torch.zeros(1, length, 48)).last_hidden_state
         model.lm_head(hidden[:, -1:])
     folder = tiny_full_export.output / "onnx"
-    sizes = {"batch": 1, "sequence_length": length, "past_sequence_length": 0, "total_sequence_length": length}
+    sizes = {"batch_size": 1, "sequence_length": length, "past_sequence_length": 0, "total_sequence_length": length}
     counted = count_work(load_graph(folder / "decoder_model_merged.onnx"), sizes).flops
     # The rotary angles are a product of one, which the exporter may write as a multiplication.
     angles = 2 * length * language.config.hidden_size // language.config.num_attention_heads // 2
@@ -133,7 +133,7 @@ def test_the_exported_graphs_count_what_pytorch_counts(tiny_llava: Path, tiny_fu
     with FlopCounterMode(display=False) as vision, sdpa_kernel(SDPBackend.MATH):
         features = tower(torch.zeros(1, 3, 56, 56)).last_hidden_state
         model.model.multi_modal_projector(features[:, 1:])
-    encoder = count_work(load_graph(folder / "vision_encoder.onnx"), {"batch": 1}).flops
+    encoder = count_work(load_graph(folder / "vision_encoder.onnx"), {"batch_size": 1}).flops
     assert encoder == vision.get_total_flops()
 
 
@@ -141,9 +141,11 @@ def test_the_selection_is_cut_out_whole(tiny_export: ExportResult) -> None:
     graph = load_graph(tiny_export.output / "onnx" / "vision_encoder.onnx")
     encoder, selection = cut_selection(graph)
     assert selection is not None
-    whole, before, after = (count_work(part, {"batch": 1}, loop_trips=4).flops for part in (graph, encoder, selection))
+    whole, before, after = (
+        count_work(part, {"batch_size": 1}, loop_trips=4).flops for part in (graph, encoder, selection)
+    )
     assert whole == before + after
-    alone = count_work(load_graph(tiny_export.output / "onnx" / "token_selector.onnx"), {"batch": 1}, loop_trips=4)
+    alone = count_work(load_graph(tiny_export.output / "onnx" / "token_selector.onnx"), {"batch_size": 1}, loop_trips=4)
     assert after == alone.flops > 0
 
 

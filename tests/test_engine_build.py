@@ -261,14 +261,14 @@ def test_an_operator_it_does_not_know_is_named_with_its_node_and_file(fake: Path
 
 def test_other_inputs_than_the_manifest_says_are_refused(fake: Path) -> None:
     graph = make_graph(
-        {"pixel_values": ("float32", ["batch", 3, 8, 8])},
-        {"image_features": ("float32", ["batch", 3, 8, 8])},
+        {"pixel_values": ("float32", ["batch_size", 3, 8, 8])},
+        {"image_features": ("float32", ["batch_size", 3, 8, 8])},
         {},
         ("Relu", "pixel_values", "image_features"),
     )
     replace_vision(fake, graph)
     with pytest.raises(
-        PackageError, match=r"input pixel_values: float32\[-1, 3, 8, 8\]; expected float32\[batch, 3, 32"
+        PackageError, match=r"input pixel_values: float32\[-1, 3, 8, 8\]; expected float32\[batch_size, 3, 32"
     ):
         build_engines(fake, EngineConfig(targets=("sm89",)))
 

@@ -387,9 +387,9 @@ def spoiled_vision(**spoiled: str) -> onnx.ModelProto:
     }
     constants = {f"c_{name}": (bad if name in spoiled else good)[name] for name in good}
     dtypes = {name: str(value.dtype) for name, value in good.items()}
-    shapes = {name: ["batch", *value.shape[1:]] for name, value in good.items()}
+    shapes = {name: ["batch_size", *value.shape[1:]] for name, value in good.items()}
     return make_graph(
-        {"pixel_values": ("float32", ["batch", 3, 32, 32])},
+        {"pixel_values": ("float32", ["batch_size", 3, 32, 32])},
         {name: (dtypes[name], shapes[name]) for name in good},
         constants,
         *[("Identity", f"c_{name}", name) for name in good],
@@ -430,10 +430,12 @@ def test_graphs_are_compared_with_the_manifest(tmp_path: Path) -> None:
     write_fake_package(tmp_path / "p")
     manifest = read_manifest(tmp_path / "p")
     vision = manifest.graphs["vision_encoder"]
-    features = msgspec.structs.replace(vision.outputs[0], shape=("batch", 5, HIDDEN))
+    features = msgspec.structs.replace(vision.outputs[0], shape=("batch_size", 5, HIDDEN))
     graph = msgspec.structs.replace(vision, outputs=(features, *vision.outputs[1:]))
     rewrite_manifest(tmp_path / "p", manifest, graphs={**manifest.graphs, "vision_encoder": graph})
-    with pytest.raises(PackageError, match=r"image_features: float32\[batch, 4, 16\].*float32\[batch, 5, 16\]"):
+    with pytest.raises(
+        PackageError, match=r"image_features: float32\[batch_size, 4, 16\].*float32\[batch_size, 5, 16\]"
+    ):
         VisionLanguagePipeline.from_package(tmp_path / "p")
 
 

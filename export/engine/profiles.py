@@ -31,7 +31,7 @@ def profiles_of(name: str, manifest: Manifest, config: EngineConfig) -> tuple[Pr
     total = min(longest + config.max_new_tokens, context)
     typical = min(manifest.max_image_tokens + TYPICAL_PROMPT_TOKENS, longest)
     crops = 1 if name in (EMBED_TOKENS, DECODER) else manifest.image.layout.max_crops
-    batch = {"batch": (1, crops, crops * config.max_batch)}
+    batch = {"batch_size": (1, crops, crops * config.max_batch)}
     lengths = {
         "prefill": {
             "sequence_length": (1, typical, longest),

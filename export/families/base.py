@@ -37,7 +37,7 @@ class VisionGraph:
     Attributes:
         module: takes ``inputs`` in their order; returns ``image_features [B, N, D]`` in the model's dtype and
             ``saliency [B, N]`` (fp32, at least 0, larger is more salient).
-        inputs: by name. B is the dynamic dimension ``batch`` where one is named so, else 1.
+        inputs: by name. B is the dynamic dimension ``batch_size`` where one is named so, else 1.
         num_tokens: N.
         token_mask: whether the selection takes ``token_mask [B, N]`` (bool, false for padding) as a further input of
             the graph; then padding is chosen only where there are fewer than T other tokens.
@@ -53,7 +53,7 @@ class VisionGraph:
     @property
     def is_batched(self) -> bool:
         """Whether B is dynamic."""
-        return any("batch" in value.dims.values() for value in self.inputs.values())
+        return any("batch_size" in value.dims.values() for value in self.inputs.values())
 
 
 @dataclass(frozen=True, kw_only=True)

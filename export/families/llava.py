@@ -28,7 +28,7 @@ def adapt(model: Any, processor: Any) -> AdaptedModel:
     _refuse_other_size(vision.image_size, processor)
     side, grid = vision.image_size, vision.image_size // vision.patch_size
     encoder = ClipVisionEncoder(model.model.vision_tower, model.model.multi_modal_projector, scored_layers(config))
-    pixel_values = SampleInput(sample=torch.zeros(2, 3, side, side), dims={0: "batch"})
+    pixel_values = SampleInput(sample=torch.zeros(2, 3, side, side), dims={0: "batch_size"})
     return AdaptedModel(
         vision_graphs=(VisionGraph(module=encoder, inputs={"pixel_values": pixel_values}, num_tokens=grid * grid),),
         embed_tokens=model.model.language_model.embed_tokens,

@@ -33,7 +33,7 @@ def adapt(model: Any, processor: Any) -> AdaptedModel:
     encoder = ClipVisionEncoder(model.model.vision_tower, model.model.multi_modal_projector, scored_layers(config))
     graph = VisionGraph(
         module=encoder,
-        inputs={"pixel_values": SampleInput(sample=torch.zeros(2, 3, side, side), dims={0: "batch"})},
+        inputs={"pixel_values": SampleInput(sample=torch.zeros(2, 3, side, side), dims={0: "batch_size"})},
         num_tokens=patches * patches,
         token_mask=True,
     )

@@ -232,7 +232,7 @@ def adapted_with_grids(
             inputs={
                 "pixel_values": SampleInput(
                     sample=torch.zeros(2, record.rows * record.columns * visual.spatial_merge_size**2, values),
-                    dims={0: "batch"},
+                    dims={0: "batch_size"},
                 )
             },
             num_tokens=record.rows * record.columns,

@@ -255,7 +255,7 @@ def package_work(
     work = {"vision": count_work(encoder, sizes)}
     if selection is not None:
         work["selection"] = count_work(selection, sizes, loop_trips=manifest.selection.keep_tokens)
-    work["splice"] = count_work(graphs[EMBED_TOKENS], {"batch": 1, "sequence_length": prompt_tokens})
+    work["splice"] = count_work(graphs[EMBED_TOKENS], {"batch_size": 1, "sequence_length": prompt_tokens})
     work["prefill"] = count_work(graphs[DECODER], _lengths(prompt_tokens, 0))
     work["decode"] = count_work(graphs[DECODER], _lengths(1, prompt_tokens))
     return work
@@ -272,7 +272,7 @@ def _sizes(graph: GraphRecord, prepared: PreparedImage) -> dict[str, int]:
 
 
 def _lengths(new: int, past: int) -> dict[str, int]:
-    return {"batch": 1, "sequence_length": new, "past_sequence_length": past, "total_sequence_length": past + new}
+    return {"batch_size": 1, "sequence_length": new, "past_sequence_length": past, "total_sequence_length": past + new}
 
 
 def _pipeline(folder: Path, opened: Sequence[PackageContender], config: RuntimeConfig) -> VisionLanguagePipeline:

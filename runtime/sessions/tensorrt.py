@@ -47,7 +47,7 @@ from promprune.trt_modules import ENGINE_MODULES
 __all__ = ["TensorRtSession", "choose_profile", "find_engines", "open_session"]
 
 _MOST_GRAPHS: Final = 16  # shapes of one engine that keep buffers and a CUDA graph of their own
-_BATCH: Final = "batch"
+_BATCH: Final = "batch_size"
 _PAST: Final = "past_sequence_length"
 
 
