@@ -157,8 +157,9 @@ def test_what_is_written_is_read_back(tmp_path: Path, identity: EngineIdentity) 
 
 def test_engines_inside_a_package_do_not_disturb_it(tmp_path: Path, identity: EngineIdentity) -> None:
     write_fake_package(tmp_path / "package")
+    before = read_manifest(tmp_path / "package")
     write_folder(engine_folder(tmp_path / "package", "tensorrt-rtx", "sm89"), identity)
-    read_manifest(tmp_path / "package", check_weights=True)
+    assert read_manifest(tmp_path / "package", check_weights=True) == before
 
 
 def test_no_engines(tmp_path: Path) -> None:
