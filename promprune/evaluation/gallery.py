@@ -13,10 +13,11 @@ from PIL import Image
 from promprune.evaluation.data import Picture, is_right
 from promprune.evaluation.runs import Run
 from promprune.runtime import draw_kept_tokens
+from promprune.runtime.overlay import COVERAGE_COLOUR, SALIENCY_COLOUR
 
 __all__ = ["gallery"]
 
-_SIDE: Final = 360  # pixels
+_SIDE: Final = 300  # pixels
 _TEMPLATE: Final = """\
 <!doctype html>
 <html lang="en">
@@ -25,30 +26,43 @@ _TEMPLATE: Final = """\
 <title>{{ title }}</title>
 <style>
   :root { color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif; }
-  body { margin: 2rem auto; max-width: 1100px; padding: 0 1rem; }
-  article { display: flex; flex-wrap: wrap; gap: 1rem; border-top: 1px solid #8886; padding: 1rem 0; }
-  article > div { flex: 1 1 420px; }
-  img { width: {{ side }}px; max-width: 100%; height: auto; border-radius: 4px; }
+  body { margin: 2rem auto; max-width: 1240px; padding: 0 1rem; overflow-wrap: break-word; }
+  h1 { font-size: 1.6rem; }
+  h2 { font-size: 1rem; margin: 0; }
+  article { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; border-top: 1px solid #8886; padding: 1rem 0; }
+  .pictures { display: flex; gap: .5rem; flex: 0 1 {{ 2 * side + 8 }}px; }
+  .pictures img { width: calc(50% - .25rem); height: auto; align-self: start; border-radius: 4px; }
+  .answers { flex: 1 1 400px; min-width: 0; }
+  p { margin: .2rem 0 .6rem; }
   table { border-collapse: collapse; width: 100%; }
-  th, td { text-align: left; padding: .2rem .6rem .2rem 0; vertical-align: top; }
+  th, td { text-align: left; padding: .2rem .6rem .2rem .3rem; vertical-align: top; }
   th { font-weight: 600; border-bottom: 1px solid #8886; }
-  .wrong { color: #d55e00; font-weight: 600; }
+  .lost { background: #d55e0024; }
+  .wrong { font-weight: 600; }
   .wrong::before { content: "✗ "; }
-  .muted { color: #888; }
+  .muted { opacity: .7; font-weight: 400; }
+  .frame { display: inline-block; width: .8em; height: .8em; border: 3px solid; vertical-align: -.1em; }
 </style>
 <h1>{{ title }}</h1>
-<p>{{ summary }} Orange frames: kept for their saliency; blue frames: kept for coverage; dark: dropped.</p>
+<p>{{ summary }}</p>
+<p>Left: what the model sees; right: what is kept of it.
+{%- for colour, meaning in colours %}
+<span class="frame" style="border-color: {{ colour }}"></span> {{ meaning }};
+{%- endfor %} dark: dropped. ✗ is a wrong answer; rows with a tint were right with all tokens.</p>
 {% for entry in entries %}
 <article>
-  <img alt="kept tokens of {{ entry.name }}" src="data:image/jpeg;base64,{{ entry.image }}">
-  <div>
-    <p><b>{{ entry.name }}</b> <span class="muted">{{ entry.groups }}</span><br>
-    entropy {{ entry.entropy }}, saliency {{ entry.salient }} of {{ entry.kept }} tokens,
-    lost by pruning {{ entry.lost }} of {{ entry.rows | length }} answers</p>
+  <div class="pictures">
+    <img alt="{{ entry.name }}" src="data:image/jpeg;base64,{{ entry.view }}">
+    <img alt="kept tokens of {{ entry.name }}" src="data:image/jpeg;base64,{{ entry.image }}">
+  </div>
+  <div class="answers">
+    <h2>{{ entry.name }} <span class="muted">{{ entry.groups }}</span></h2>
+    <p>Entropy {{ entry.entropy }}: {{ entry.salient }} tokens for saliency, {{ entry.kept - entry.salient }} for
+    coverage. Lost by pruning: {{ entry.lost }} of {{ entry.rows | length }} answers.</p>
     <table>
       <tr><th>question</th><th>right</th><th>all tokens</th><th>{{ entry.kept }} tokens</th></tr>
       {% for row in entry.rows %}
-      <tr><td>{{ row.question }}</td><td>{{ row.right }}</td>
+      <tr{{ ' class="lost"' | safe if row.lost }}><td>{{ row.question }}</td><td>{{ row.right }}</td>
         <td{{ ' class="wrong"' | safe if not row.full_right }}>{{ row.full }}</td>
         <td{{ ' class="wrong"' | safe if not row.pruned_right }}>{{ row.pruned }}</td></tr>
       {% endfor %}
@@ -74,8 +88,10 @@ def gallery(full: Run, pruned: Run, pictures: Sequence[Picture], *, limit: int) 
     shown = entries[:limit]
     for entry in shown:
         index = entry["index"]
-        drawn = draw_kept_tokens(full.views[index], pruned.selections[index])
-        entry["image"] = _encoded(drawn)
+        view = full.views[index]
+        drawn = draw_kept_tokens(view, pruned.selections[index])
+        without_legend = (0, 0, drawn.width, drawn.width * view.height // view.width)
+        entry["view"], entry["image"] = _encoded(view), _encoded(drawn.crop(without_legend))
     condition = pruned.condition
     lost = sum(entry["lost"] for entry in entries)
     return (
@@ -86,12 +102,13 @@ def gallery(full: Run, pruned: Run, pictures: Sequence[Picture], *, limit: int) 
             summary=f"{len(shown)} of {len(entries)} pictures, failures first; pruning lost {lost} answers in all.",
             entries=shown,
             side=_SIDE,
+            colours=[(_css(SALIENCY_COLOUR), "kept for saliency"), (_css(COVERAGE_COLOUR), "kept for coverage")],
         )
     )
 
 
 def _entry(full: Run, pruned: Run, index: int, picture: Picture) -> dict[str, Any]:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "question": question.text,
             "right": " / ".join(question.answers),
@@ -102,6 +119,9 @@ def _entry(full: Run, pruned: Run, index: int, picture: Picture) -> dict[str, An
         }
         for number, question in enumerate(picture.questions)
     ]
+    for row in rows:
+        row["lost"] = row["full_right"] and not row["pruned_right"]
+    rows.sort(key=lambda row: (not row["lost"], row["pruned_right"]))
     selection = pruned.selections[index]
     return {
         "index": index,
@@ -110,14 +130,19 @@ def _entry(full: Run, pruned: Run, index: int, picture: Picture) -> dict[str, An
         "entropy": f"{selection.spectral_entropy:.4f}",
         "salient": selection.saliency_count,
         "kept": selection.keep_tokens,
-        "lost": sum(row["full_right"] and not row["pruned_right"] for row in rows),
+        "lost": sum(row["lost"] for row in rows),
         "wrong": sum(not row["pruned_right"] for row in rows),
         "rows": rows,
     }
 
 
+def _css(colour: tuple[int, int, int]) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*colour)
+
+
 def _encoded(picture: Image.Image) -> str:
-    size = (_SIDE * 2, round(_SIDE * 2 * picture.height / picture.width))  # twice, for sharp screens
+    width = min(_SIDE * 2, picture.width)  # twice, for sharp screens
+    size = (width, round(width * picture.height / picture.width))
     stream = io.BytesIO()
     picture.resize(size, Image.Resampling.LANCZOS).save(stream, "JPEG", quality=82)
     return base64.b64encode(stream.getvalue()).decode()

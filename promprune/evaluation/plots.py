@@ -75,6 +75,7 @@ def plot_accuracy(scores: Sequence[Score], path: Path) -> None:
     axes.set_xticks(ticks, [f"{tick:.0f} %" for tick in ticks])
     axes.minorticks_off()
     axes.set(xlabel="visual tokens kept", ylabel="right answers, %")
+    axes.set_title("shaded: 95 % intervals", fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
@@ -85,16 +86,17 @@ def plot_split(run: Run, config: SelectionConfig, path: Path) -> None:
     figure = Figure(_SIZE, layout="constrained")
     axes = figure.subplots()
     entropies = [selection.spectral_entropy or 0.0 for selection in run.selections]
-    axes.scatter(
-        entropies, [selection.saliency_count or 0 for selection in run.selections], s=12, color=BLUE, alpha=0.5
-    )
+    counts = [selection.saliency_count or 0 for selection in run.selections]
+    axes.scatter(entropies, counts, s=12, color=BLUE, alpha=0.5, label="picture")
     line = torch.linspace(*_padded(tuple(entropies)), 200, dtype=torch.float64)
-    axes.plot(line, saliency_ratio(line, config) * run.condition.keep_tokens, color=ORANGE, linewidth=1)
-    axes.axvline(config.mu, color=GREY, linewidth=1, linestyle=":")
+    split = saliency_ratio(line, config) * run.condition.keep_tokens
+    axes.plot(line, split, color=ORANGE, linewidth=1, label="rule, before rounding")
+    axes.axvline(config.mu, color=GREY, linewidth=1, linestyle=":", label=f"mu = {config.mu:g}")
     axes.set(
         xlabel="normalised spectral entropy",
         ylabel=f"tokens for saliency, of {run.condition.keep_tokens}",
         ylim=(-0.5, run.condition.keep_tokens + 0.5),
     )
     axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
