@@ -1,0 +1,22 @@
+"""Print how well a model's CLS attention tells objects from background, on scenes that training never saw."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from embedded_model.evaluation import saliency_auc
+
+EMBEDDED = Path(__file__).resolve().parents[1] / "promprune" / "assets" / "embedded"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=EMBEDDED, help="checkpoint folder (%(default)s)")
+    parser.add_argument("--scenes", type=int, default=100, help="of the calibration split (%(default)s)")
+    args = parser.parse_args()
+    print(f"object against background patches: AUC {saliency_auc(args.model, args.scenes):.3f}")
+
+
+if __name__ == "__main__":
+    main()
