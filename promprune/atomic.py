@@ -18,6 +18,7 @@ __all__ = ["replace_file", "writing_folder"]
 
 # The operating system's ways of saying that writing, rather than anything else, went wrong.
 _WRITE_ERRORS: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
+_CAN_ASK: Final = os.name != "nt"  # on Windows, signal 0 is Ctrl-C
 _TAKEN: Final = frozenset({errno.ENOTEMPTY, errno.EEXIST})
 
 
@@ -26,8 +27,8 @@ def writing_folder(output: Path, *, replace: bool, fix: str) -> Iterator[Path]:
     """Yield an empty folder beside ``output`` that becomes ``output`` by one rename when the block succeeds.
 
     When the block fails, or the process is killed, ``output`` is as it was. What a killed process left behind
-    (``.NAME.partial-PID-*``) is removed by the next one that writes the same folder. Of two processes that replace
-    the same folder the later one stays, whole.
+    (``.NAME.partial-PID-*``) is removed by the next one that writes the same folder, but on Windows. Of two processes
+    that replace the same folder the later one stays, whole.
 
     Args:
         output: the folder.
@@ -119,6 +120,9 @@ def _remove_partials_of_dead_processes(output: Path) -> None:
 
 
 def _is_alive(pid: int) -> bool:
+    """Say whether a process may still run."""
+    if not _CAN_ASK:
+        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -117,7 +117,7 @@ class EngineOptions(_Record, frozen=True):
     max_batch: Count
     decode_profile: bool
     workspace_mib: Count | None
-    layer_details: bool  # kept in the engine for the inspector
+    keep_inspector_json: bool
     weight_streaming: bool = False
     strip_weights: bool = False
     recipe: Count = RECIPE
@@ -175,16 +175,7 @@ def identity_of(manifest: Manifest, config: EngineConfig, *, tool_version: str, 
         target=target,
         platform=engine_platform(),
         graphs=graph_digests(manifest),
-        options=EngineOptions(
-            max_prompt_tokens=config.max_prompt_tokens,
-            max_new_tokens=config.max_new_tokens,
-            max_batch=config.max_batch,
-            decode_profile=config.decode_profile,
-            workspace_mib=config.workspace_mib,
-            layer_details=config.keep_inspector_json,
-            weight_streaming=config.weight_streaming,
-            strip_weights=config.strip_weights,
-        ),
+        options=msgspec.convert(config, EngineOptions, from_attributes=True),
     )
 
 
