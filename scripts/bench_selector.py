@@ -1,6 +1,7 @@
 """How well the selector graph agrees with the float64 reference, and how fast it is.
 
     python scripts/bench_selector.py agreement --sets 500
+    python scripts/bench_selector.py agreement --sets 500 --hidden-size 1024 --dtypes float32 float16
     python scripts/bench_selector.py speed
     python scripts/bench_selector.py cuda
 
@@ -24,6 +25,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import torch
+from rich.console import Console
+from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -73,14 +76,14 @@ def to_tf32(x: Any) -> Any:
     return ((bits + 0xFFF + (bits >> 13 & 1)) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
-def agreement(sets: int, n: int, d: int, threads: int, tf32: bool) -> dict[str, Any]:
+def agreement(sets: int, n: int, d: int, threads: int, dtypes: Sequence[str], tf32: bool) -> dict[str, Any]:
     """Share of feature sets on which each contender keeps the tokens that the float64 reference keeps."""
     torch.set_num_threads(threads)
     full = {t: open_session(n, d, t, threads) for t in BUDGETS}
-    half = {t: open_session(n, d, t, threads, dtype="float16") for t in BUDGETS}
+    half = {t: open_session(n, d, t, threads, dtype="float16") for t in BUDGETS if "float16" in dtypes}
     tally: dict[tuple[str, int], Agreement] = defaultdict(Agreement)
     errors = []
-    for index in range(sets):
+    for index in track(range(sets), "feature sets", console=Console(stderr=True)):
         _, x, a = feature_set(index, n, d)
         for keep in BUDGETS:
             want = select_tokens(torch.from_numpy(x).double(), torch.from_numpy(a).double(), keep)
@@ -93,7 +96,8 @@ def agreement(sets: int, n: int, d: int, threads: int, tf32: bool) -> dict[str, 
             if tf32:
                 got, count, _ = full[keep].run(OUTPUTS, {"image_features": to_tf32(x)[None], "saliency": a[None]})
                 tally["graph, TF32 emulated", keep].add(got[0].tolist(), int(count[0, 0]), kept, want.saliency_count)
-            _compare_half(half[keep], x, a, keep, tally["graph, float16 features", keep])
+            if half:
+                _compare_half(half[keep], x, a, keep, tally["graph, float16 features", keep])
     report = {f"{name}, T = {keep}": entry.figures() for (name, keep), entry in sorted(tally.items())}
     print(f"{sets} feature sets of {len(KINDS)} kinds, N = {n}, D = {d}; yardstick: float64 reference\n")
     print("| | T | identical sets | same T_sal | T_sal off by at most | sets with a duplicate |")
@@ -184,11 +188,25 @@ def cuda(n: int, d: int, keep: int, repeats: int) -> dict[str, Any]:
     """On a GPU: the selection in microseconds, beside the encoder that it follows."""
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device")
+    report: dict[str, Any] = {"device": torch.cuda.get_device_name()}
+    print(f"{report['device']}: N = {n}, D = {d}, T = {keep}; median of {repeats} between CUDA events, microseconds\n")
+    print("| | B | µs | of eager |\n|---|---|---|---|")
+    encoder = _vision_encoder().to("cuda", torch.bfloat16)
+    for size in (1, 5):
+        contenders = device_contenders(size, n, d, keep, "cuda")
+        pixels = torch.randn(size, 3, 336, 336, device="cuda", dtype=torch.bfloat16)
+        contenders["ViT-L/14-336 forward, bf16"] = lambda pixels=pixels: encoder(pixels)
+        times = {name: device_us(contender, repeats) for name, contender in contenders.items()}
+        for name, microseconds in times.items():
+            print(f"| {name} | {size} | {microseconds:.0f} | {microseconds / times['authors, eager PyTorch']:.3f} |")
+            report[f"{name}, B = {size}, us"] = microseconds
+    return report
+
+
+def _vision_encoder() -> torch.nn.Module:
+    """CLIP ViT-L/14-336 with random weights, 577 tokens."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    report: dict[str, Any] = {"device": torch.cuda.get_device_name()}
-    print(f"{report['device']}: N = {n}, D = {d}, T = {keep}; median of {repeats}, microseconds\n")
-    print("| | B | µs |\n|---|---|---|")
     shape = CLIPVisionConfig(
         hidden_size=1024,
         intermediate_size=4096,
@@ -197,47 +215,55 @@ def cuda(n: int, d: int, keep: int, repeats: int) -> dict[str, Any]:
         image_size=336,
         patch_size=14,
     )
-    encoder = CLIPVisionModel(shape).to("cuda", torch.bfloat16).eval()
-    for size in (1, 5):
-        sets = [feature_set(index, n, d)[1:] for index in range(size)]
-        x = torch.from_numpy(np.stack([x for x, _ in sets])).cuda()
-        a = torch.from_numpy(np.stack([a for _, a in sets])).cuda()
-        pixels = torch.randn(size, 3, 336, 336, device="cuda", dtype=torch.bfloat16)
-        unit = x / x.norm(dim=-1, keepdim=True)
-        kernel, loss = unit @ unit.mT, torch.zeros(size, n, device="cuda")
-        count = torch.zeros(size, dtype=torch.int64, device="cuda")
-        contenders: dict[str, Callable[[], Any]] = {
-            "authors, eager PyTorch": lambda x=x, a=a: authors_select(x, a, keep),
-            "prune_tokens": lambda x=x, a=a: prune_tokens(x, a, keep),
-            "greedy stage, Triton kernel": lambda k=kernel, s=loss, c=count: coverage_picks(k, s, c, keep),
-            "greedy stage, PyTorch loop": lambda k=kernel, s=loss: _coverage_loop(k, s, keep),
-            "ViT-L/14-336 forward, bf16": lambda pixels=pixels: encoder(pixels),
-        }
-        for name, contender in contenders.items():
-            microseconds = _device_us(contender, repeats)
-            print(f"| {name} | {size} | {microseconds:.0f} |")
-            report[f"{name}, B = {size}, us"] = microseconds
-    return report
+    return CLIPVisionModel(shape).eval()
+
+
+def device_contenders(batch: int, n: int, d: int, keep: int, device: str) -> dict[str, Callable[[], Any]]:
+    """What the table for a device times, by name, with its inputs on that device."""
+    sets = [feature_set(index, n, d)[1:] for index in range(batch)]
+    x = torch.from_numpy(np.stack([x for x, _ in sets])).to(device)
+    a = torch.from_numpy(np.stack([a for _, a in sets])).to(device)
+    unit = x / x.norm(dim=-1, keepdim=True)
+    kernel, loss = unit @ unit.mT, torch.zeros(batch, n, device=device)
+    count = torch.zeros(batch, dtype=torch.int64, device=device)
+    return {
+        "authors, eager PyTorch": lambda: authors_select(x, a, keep),
+        "prune_tokens": lambda: prune_tokens(x, a, keep),
+        "greedy stage, Triton kernel": lambda: coverage_picks(kernel, loss, count, keep),
+        "greedy stage, PyTorch loop": lambda: _coverage_loop(kernel, loss, keep),
+    }
 
 
 @torch.inference_mode()
-def _device_us(contender: Callable[[], Any], repeats: int) -> float:
-    for _ in range(5):
+def device_us(contender: Callable[[], Any], repeats: int, warm_up: int = 10) -> float:
+    """Median time of a run on the current CUDA stream, in microseconds, after untimed runs that compile and allocate.
+
+    Nothing waits between runs, so that the host may queue work ahead of the device as a model does.
+    """
+    for _ in range(warm_up):
         contender()
-    times = []
+    events = []
     for _ in range(repeats):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
         contender()
-        torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) * 1e6)
-    return median(times)
+        end.record()
+        events.append((start, end))
+    torch.cuda.synchronize()
+    return median(start.elapsed_time(end) * 1e3 for start, end in events)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=["agreement", "speed", "cuda"])
     parser.add_argument("--sets", type=int, default=500, help="feature sets per row of the agreement table")
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        default=["float32"],
+        choices=["float32", "float16"],
+        help="of the graph's features in the agreement table; float32 is always there",
+    )
     parser.add_argument("--tf32", action="store_true", help="also with the Gram product's factors rounded to TF32")
     parser.add_argument("--num-tokens", type=int, default=576)
     parser.add_argument("--hidden-size", type=int, default=4096)
@@ -248,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     o = parser.parse_args(arguments)
     n, d, keep = o.num_tokens, o.hidden_size, o.keep_tokens
     if o.table == "agreement":
-        report = agreement(o.sets, n, d, o.threads, o.tf32)
+        report = agreement(o.sets, n, d, o.threads, o.dtypes, o.tf32)
     elif o.table == "speed":
         report = speed(n, d, keep, o.threads, o.rounds, o.repeats)
     else:
