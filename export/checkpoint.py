@@ -120,6 +120,7 @@ def load_checkpoint(name: str | None, *, dtype: torch.dtype = torch.float32) -> 
     family = family_of(folder)
     skeleton = build_skeleton(folder, family.model_class, dtype)
     processor = load_processor(folder)
+    _refuse_tokens_without_embedding(skeleton, processor.tokenizer, folder)
     files = weight_files(folder)
     with ThreadPoolExecutor(max_workers=HASHED_AT_ONCE) as pool:
         digests = dict(zip(files, pool.map(sha256_of_file, files), strict=True))
@@ -281,6 +282,19 @@ def _chat_template(folder: Path) -> str | None:
     """Return the chat template of a processor, where it has a file of its own; the tokenizer knows of others."""
     path = folder / "chat_template.json"
     return str(json.loads(path.read_bytes())["chat_template"]) if path.is_file() else None
+
+
+def _refuse_tokens_without_embedding(skeleton: Any, tokenizer: Any, folder: Path) -> None:
+    """Refuse tokens that were added to a tokenizer, but not to its model: nothing can be looked up for them."""
+    rows = skeleton.get_input_embeddings().weight.shape[0]
+    beyond = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= rows)
+    if beyond:
+        index, token = beyond[0]
+        raise ModelError(
+            f"the tokenizer of {folder.name} has {len(beyond)} tokens that its model lacks, as {token!r} (id {index})",
+            expected=f"ids below {rows}, the rows of the word embeddings",
+            fix="save the model again after transformers' resize_token_embeddings, or take the tokens out",
+        )
 
 
 def _digest_of(digests: Mapping[Path, str]) -> str:

@@ -333,6 +333,19 @@ def test_half_precision_with_nothing_removed(tiny_llava_next: Path, reference: R
         assert_close(logits[row], expected_logits, "fp16")
 
 
+@pytest.mark.slow
+def test_bf16_is_verified(tiny_llava_next: Path, tmp_path: Path) -> None:
+    """Computed in fp32 on the weights in bf16; whole and pruned, with padded crops."""
+    for ratio in (1.0, 0.12):
+        config = ExportConfig(model=str(tiny_llava_next), ratio=ratio, dtype="bf16", output=tmp_path / f"{ratio}")
+        verification = export_package(config).manifest.verification
+        assert verification is not None
+        assert verification.passed
+        assert {"image features, relative error", "decode logits, relative error"} <= {
+            c.name for c in verification.checks
+        }
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

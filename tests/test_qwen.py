@@ -235,6 +235,19 @@ def test_half_precision_reads_the_same(
                 check(pipeline, reference, requests, 5e-2, monkeypatch)
 
 
+@pytest.mark.slow
+def test_bf16_is_verified(tiny_qwen: Path, tmp_path: Path) -> None:
+    """Computed in fp32 on the weights in bf16; whole and pruned, both grids."""
+    for ratio in (1.0, 0.12):
+        result = exported(tiny_qwen, tmp_path / f"{ratio}", ratio=ratio, dtype="bf16")
+        verification = result.manifest.verification
+        assert verification is not None
+        assert verification.passed
+        assert {"image features, relative error", "decode logits, relative error"} <= {
+            c.name for c in verification.checks
+        }
+
+
 def test_the_positions_matter(
     whole: VisionLanguagePipeline, reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:

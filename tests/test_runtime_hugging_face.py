@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from promprune.export import ExportResult
+from promprune.config import ExportConfig
+from promprune.errors import ModelError
+from promprune.export import ExportResult, export_package
 from promprune.runtime import VisionLanguagePipeline
 
 DATA = Path(skimage.__file__).parent / "data"
@@ -124,3 +127,40 @@ def test_several_ends_of_sequence(pipeline: Any, reference: Reference, monkeypat
     options = {"max_new_tokens": 16, "eos_token_id": ends}
     assert list(result.token_ids) == reference.generate(PHOTOGRAPHS[:1], messages_of("What?", 1), kept, **options)
     assert result.finish_reason == "stop"
+
+
+def test_added_tokens_with_embeddings_of_their_own(tiny_llava: Path, tmp_path: Path) -> None:
+    """Tokens added to a tokenizer, with the embeddings resized and padded, as fine-tuned checkpoints have them."""
+    checkpoint = tmp_path / "checkpoint"
+    processor = AutoProcessor.from_pretrained(tiny_llava)
+    processor.tokenizer.add_tokens(["<left>", "colourful"])
+    model = LlavaForConditionalGeneration.from_pretrained(tiny_llava)
+    torch.manual_seed(0)
+    model.resize_token_embeddings(len(processor.tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+    for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
+        torch.nn.init.normal_(embeddings.weight[260:], std=0.5)
+    model.save_pretrained(checkpoint)
+    processor.save_pretrained(checkpoint)
+    result = export_package(ExportConfig(model=str(checkpoint), ratio=0.25, output=tmp_path / "out", verify=False))
+    question = "Is the <left> one colourful?"
+    reference = Reference(checkpoint)
+    with VisionLanguagePipeline.from_package(result.output, provider="cpu", num_threads=1) as pipeline:
+        answer = pipeline.generate([PHOTOGRAPHS[0]], question, max_new_tokens=24)
+        ids = pipeline.prompts.build(messages_of(question, 1), [4])
+    assert {260, 261} <= set(ids.tolist())
+    kept = [selection.token_indices for selection in answer.selection]
+    expected = reference.generate(PHOTOGRAPHS[:1], messages_of(question, 1), kept, max_new_tokens=24)
+    assert list(answer.token_ids) == expected
+    assert answer.text == reference.processor.decode(expected, skip_special_tokens=True)
+
+
+def test_added_tokens_without_embeddings_are_refused(tiny_llava: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(tiny_llava, tmp_path / "checkpoint"))
+    processor = AutoProcessor.from_pretrained(tiny_llava)
+    processor.tokenizer.add_tokens(["<left>", "<right>"])
+    processor.save_pretrained(checkpoint)
+    with pytest.raises(
+        ModelError, match=r"has 2 tokens that its model lacks, as '<left>' \(id 260\).*ids below 260.*resize"
+    ):
+        export_package(ExportConfig(model=str(checkpoint), output=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,121 @@
+"""What half precision costs PyTorch itself, beside what the verification of a package measures.
+
+    python scripts/measure_precision.py                 # tiny random models of every family
+    python scripts/measure_precision.py CHECKPOINT...
+
+For each model and dtype: the error of transformers' own model in that dtype, and of the exported package, both against
+transformers in fp32 (for bf16 with weights rounded to bf16, as the verification compares), as largest difference over
+the standard deviation of the reference. The last line on stdout is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from promprune.config import ExportConfig
+from promprune.export import export_package
+from promprune.export.checkpoint import Checkpoint, load_checkpoint
+from promprune.export.verify import check_samples, relative_error, verify_package
+from tests.tiny_models import save_tiny_llava, save_tiny_llava_next, save_tiny_qwen, tiny_qwen2_5_vl, tiny_qwen2_vl
+
+IMAGES: Final = 2
+DTYPES: Final = {"fp16": torch.float16, "bf16": torch.bfloat16}
+TINY: Final[Mapping[str, Callable[[Path, int], Any]]] = {
+    "LLaVA": lambda folder, seed: save_tiny_llava(folder, seed=seed),
+    "LLaVA-NeXT": lambda folder, seed: save_tiny_llava_next(folder, seed=seed),
+    "Qwen2.5-VL": lambda folder, seed: save_tiny_qwen(folder, tiny_qwen2_5_vl(seed=seed)),
+    "Qwen2-VL": lambda folder, seed: save_tiny_qwen(folder, tiny_qwen2_vl(seed=seed)),
+}
+
+
+@torch.inference_mode()
+def values(checkpoint: Checkpoint, model: Any, texts: Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
+    """Features of some images, and logits behind some texts, in the model's dtype."""
+    family, processor = checkpoint.family, checkpoint.processor
+    adapted = family.adapted(model, processor)
+    samples = check_samples(IMAGES, sizes=adapted.sample_sizes)
+    features = [family.reference(model, processor, sample.image, adapted).features for sample in samples]
+    logits = []
+    for text in texts:
+        embeds = adapted.embed_tokens(torch.tensor([processor.tokenizer(text).input_ids]))
+        hidden = adapted.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        logits.append(adapted.lm_head(hidden[:, -1]))
+    return features, logits
+
+
+def torch_errors(checkpoint: Checkpoint, dtype: str) -> dict[str, float]:
+    """What the dtype costs transformers' own model."""
+    model_class = getattr(transformers, checkpoint.family.model_class)
+    texts = [sample.question for sample in check_samples(IMAGES, sizes=((64, 64),))]
+    model = model_class.from_pretrained(checkpoint.folder, dtype=DTYPES[dtype]).eval()
+    got = values(checkpoint, model, texts)
+    if dtype == "fp16":
+        model = model_class.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
+    want = values(checkpoint, model.float(), texts)
+    return {
+        name: max(relative_error(g.float().numpy(), w.numpy()) for g, w in zip(some, exact, strict=True))
+        for name, some, exact in zip(("features", "logits"), got, want, strict=True)
+    }
+
+
+def package_errors(checkpoint: Checkpoint, dtype: Any, folder: Path) -> dict[str, float]:
+    """What the verification measures on a package."""
+    config = ExportConfig(
+        model=str(checkpoint.folder), dtype=dtype, ratio=0.25, verify=False, output=folder / "package", force=True
+    )
+    result = export_package(config)
+    record = verify_package(result.output, result.manifest, checkpoint, num_images=IMAGES)
+    found = {check.name.split(",")[0]: check.measured for check in record.checks if "relative error" in check.name}
+    return {
+        "features": found["image features"],
+        "logits": max(found["prefill logits"], found["decode logits"]),
+        "saliency": found["saliency"],
+    }
+
+
+def measure(folder: Path, work: Path) -> dict[str, dict[str, dict[str, float]]]:
+    checkpoint = load_checkpoint(str(folder))
+    return {
+        dtype: {"torch": torch_errors(checkpoint, dtype), "package": package_errors(checkpoint, dtype, work)}
+        for dtype in DTYPES
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", type=Path, nargs="*", help="tiny random ones if none is given")
+    parser.add_argument("--seeds", type=int, default=2, help="tiny models of every family (%(default)s)")
+    given = parser.parse_args()
+    report = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        folders = {path.name: path for path in given.checkpoints}
+        if not folders:
+            for name, save in TINY.items():
+                for seed in range(given.seeds):
+                    folders[f"{name} {seed}"] = save(work / f"{name}-{seed}", seed)
+        print("| model | dtype | features: torch | package | logits: torch | package | saliency: package |")
+        print("|---|---|---|---|---|---|---|")
+        for name, folder in folders.items():
+            report[name] = measure(folder, work)
+            for dtype, errors in report[name].items():
+                ours, theirs = errors["package"], errors["torch"]
+                pairs = [theirs["features"], ours["features"], theirs["logits"], ours["logits"], ours["saliency"]]
+                print(f"| {name} | {dtype} | {' | '.join(f'{error:.1e}' for error in pairs)} |", flush=True)
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
