@@ -204,6 +204,13 @@ def test_the_page_needs_nothing_from_elsewhere() -> None:
     assert to_html(report) == page
 
 
+def test_a_busy_machine_is_named() -> None:
+    report = report_of({"pruned": [25, 50, 75], "full": [100, 200, 300]})
+    assert "idle machine" not in to_html(report)
+    busy = msgspec.structs.replace(report.machine, other_cpu_fraction=(0.1, 0.6, 0.7))
+    assert "60.0%, at most 70.0%; measure again" in to_html(msgspec.structs.replace(report, machine=busy))
+
+
 def test_csv_and_markdown_say_the_same() -> None:
     report = report_of({"pruned": [25, 50, 75], "full": [100, 200, 300]})
     rows = [line.split(",") for line in to_csv(report).splitlines()]

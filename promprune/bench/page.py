@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import re
+from datetime import UTC, datetime
 from typing import Any, Final
 
 import matplotlib
@@ -12,7 +13,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from promprune.bench.report import FIRST_TOKEN_STAGES, Gain, Report, gains
-from promprune.bench.tables import Grid, grids, machine_lines
+from promprune.bench.tables import GAINS, Grid, grids, machine_lines
 
 __all__ = ["figures", "to_html"]
 
@@ -25,11 +26,12 @@ _COLOURS: Final = {
     "rest": "#dfe3e8",
 }
 _KIND_COLOURS: Final = {"package": "#2f6db5", "hugging_face": "#b5432f", "authors": "#e07b1a", "peer": "#6b4fa0"}
+_LEGIBLE: Final = 0.7  # of a plot's own width
 _STYLE: Final = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c232b; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin: 2rem 0 .3rem }
 ul { padding-left: 1.1rem; color: #4a5560 } p { color: #4a5560; margin: .2rem 0 .6rem }
-figure { margin: 1.5rem 0 } svg { max-width: 100%; height: auto }
+figure { margin: 1.5rem 0; overflow-x: auto } svg { max-width: 100%; height: auto }
 div { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #e3e7eb; white-space: nowrap }
 th:first-child, td:first-child { text-align: left } th { font-weight: 600 } code { overflow-wrap: anywhere }
@@ -40,11 +42,12 @@ def to_html(report: Report) -> str:
     """Return the page."""
     facts = "".join(f"<li>{_inline(line)}</li>" for line in machine_lines(report))
     plots = "".join(f"<figure>{_svg(figure)}</figure>" for figure in figures(report).values())
-    tables = "".join(map(_table, grids(report)))
-    title = f"Benchmark of {html.escape(report.created)}"
+    outcome, others = _outcome_first(grids(report))
+    title = f"Benchmark of {_date(report.created)}"
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{_STYLE}</style></head><body><h1>{title}</h1><ul>{facts}</ul>{plots}{tables}</body></html>\n"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{_STYLE}</style></head><body><h1>{title}</h1>{outcome}<ul>{facts}</ul>{plots}{others}</body></html>\n"
     )
 
 
@@ -79,8 +82,10 @@ def _stages_figure(report: Report) -> Figure:
     whole = [case.stages["first_token"].median_ms for _, case in alone]
     rest = [max(total - start, 0.0) for total, start in zip(whole, left, strict=True)]
     axes.barh(names, rest, left=left, color=_COLOURS["rest"], label="rest", height=0.62)
-    for row, total in enumerate(whole):
-        axes.annotate(f"{total:,.0f} ms", (total, row), (4, 0), textcoords="offset points", va="center", fontsize=9)
+    for row, (total, parts) in enumerate(zip(whole, left, strict=True)):  # the parts' medians may add up to more
+        axes.annotate(
+            f"{total:,.0f} ms", (max(total, parts), row), (4, 0), textcoords="offset points", va="center", fontsize=9
+        )
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_xlabel("time to first token, ms (medians)")
@@ -160,7 +165,19 @@ def _svg(figure: Figure) -> str:
     body = stream.getvalue()
     body = body[body.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    return re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", body)
+    body = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", body)
+    legible = f"min-width: {_LEGIBLE * figure.get_figwidth():.1f}in"  # narrower than this, it scrolls
+    return body.replace("<svg", f'<svg style="{legible}"', 1)
+
+
+def _outcome_first(tables: list[Grid]) -> tuple[str, str]:
+    """Lay out the tables: what a reader looks for first, and the rest."""
+    first = [grid for grid in tables if grid.title == GAINS]
+    return "".join(map(_table, first)), "".join(_table(grid) for grid in tables if grid not in first)
+
+
+def _date(created: str) -> str:
+    return f"{datetime.fromisoformat(created).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def _table(grid: Grid) -> str:

@@ -9,8 +9,10 @@ from typing import Final, NamedTuple
 
 from promprune.bench.report import STAGES, Case, Contender, Report, gains
 
-__all__ = ["Grid", "grids", "machine_lines", "to_csv", "to_markdown"]
+__all__ = ["GAINS", "Grid", "grids", "machine_lines", "to_csv", "to_markdown"]
 
+GAINS: Final = "Gains"
+_BUSY: Final = 0.25  # of the CPU; above it, times say more about the others
 _STAGE_TITLES: Final = {"first_token": "first token", "decode": "decode, per token"}
 
 
@@ -85,7 +87,8 @@ def machine_lines(report: Report) -> list[str]:
     if machine.other_cpu_fraction:
         shares = sorted(machine.other_cpu_fraction)
         middle = shares[len(shares) // 2]
-        lines.append(f"CPU used by others during a round: {_percent(middle)}, at most {_percent(shares[-1])}")
+        note = "; measure again on an idle machine" if middle > _BUSY else ""
+        lines.append(f"CPU used by others during a round: {_percent(middle)}, at most {_percent(shares[-1])}{note}")
     return [*lines, f"`{settings.command}`"]
 
 
@@ -130,7 +133,7 @@ def _gains(report: Report) -> Grid:
             )
         )
     header = ("", "against", "first token faster (95 % interval)", "time", "FLOPs", "of what FLOPs allow")
-    return Grid("Gains", "Medians over rounds of the ratio within a round; FLOPs up to the first token.", header, rows)
+    return Grid(GAINS, "Medians over rounds of the ratio within a round; FLOPs up to the first token.", header, rows)
 
 
 def _work(report: Report) -> Grid:
