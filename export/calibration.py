@@ -23,6 +23,7 @@ from promprune.atomic import replace_file
 from promprune.config import SelectionConfig
 from promprune.errors import ConfigError, ImageError
 from promprune.export.checkpoint import SELECTION_FILE, Checkpoint, read_constants
+from promprune.export.families import Grids
 from promprune.prominence import saliency_ratio, spectral_entropy
 from promprune.runtime import load_image
 
@@ -71,16 +72,22 @@ def calibrate(entropies: Sequence[float]) -> Calibration:
 
 
 @torch.inference_mode()
-def image_entropies(checkpoint: Checkpoint, images: Iterable[Image.Image]) -> Iterator[list[float]]:
+def image_entropies(checkpoint: Checkpoint, images: Iterable[Image.Image], grids: Grids = ()) -> Iterator[list[float]]:
     """Entropies of each image's visual tokens, in float64; several where the model cuts it into crops.
 
+    Args:
+        checkpoint: the model.
+        images: RGB.
+        grids: sizes of images as (rows, columns) of visual tokens, for families that take any; else the default one.
+
     Raises:
-        UnsupportedModelError: the model is not one that can be exported.
+        ConfigError: sizes were chosen, and this family takes none.
+        UnsupportedModelError: the model, or a size, is not one that can be exported.
     """
     family = checkpoint.family
-    adapted = family.adapt(checkpoint.model, checkpoint.processor)
+    adapted = family.adapted(checkpoint.model, checkpoint.processor, grids)
     for image in images:
-        reference = family.reference(checkpoint.model, checkpoint.processor, image, adapted)
+        reference = family.reference(checkpoint.model, checkpoint.processor, adapted.sized(image), adapted)
         features = reference.features.double()
         mask = reference.feeds.get("token_mask", torch.ones(features.shape[:2], dtype=torch.bool))
         yield [float(spectral_entropy(row[valid])) for row, valid in zip(features, mask, strict=True) if valid.any()]

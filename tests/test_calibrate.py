@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from promprune.cli import calibrate as calibrate_command
@@ -61,10 +62,27 @@ def test_entropies_are_those_of_transformers_features(tiny_llava: Path) -> None:
     for picture, entropies in zip(pictures, found, strict=True):
         pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"]
         features = model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output[0].detach().numpy()
-        unit = features.astype(np.float64) / np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
-        p = np.linalg.svd(unit - unit.mean(0), compute_uv=False) ** 2
-        p = p[p > 1e-14] / p.sum()
-        assert entropies == [pytest.approx(-(p * np.log(p)).sum() / np.log(16), abs=1e-6)]
+        assert entropies == [pytest.approx(_entropy(features), abs=1e-6)]
+
+
+def _entropy(features: np.ndarray) -> float:
+    unit = features.astype(np.float64) / np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
+    p = np.linalg.svd(unit - unit.mean(0), compute_uv=False) ** 2
+    p = p[p > 1e-14] / p.sum()
+    return float(-(p * np.log(p)).sum() / np.log(len(features)))
+
+
+def test_images_of_any_size_take_the_closest_grid(tiny_qwen: Path) -> None:
+    picture = next(calibration_scenes(1, 70)).resize((130, 70))
+    checkpoint = load_checkpoint(str(tiny_qwen))
+    found = list(image_entropies(checkpoint, [picture], ((6, 6), (4, 7))))
+    side = checkpoint.processor.image_processor.patch_size * checkpoint.processor.image_processor.merge_size
+    wide = picture.resize((7 * side, 4 * side), Image.Resampling.BICUBIC)
+    inputs = checkpoint.processor.image_processor([wide], return_tensors="pt")
+    assert inputs["image_grid_thw"].prod() == 4 * 7 * checkpoint.processor.image_processor.merge_size**2
+    with torch.inference_mode():
+        features = checkpoint.model.get_image_features(**inputs, return_dict=True).pooler_output[0].numpy()
+    assert found == [[pytest.approx(_entropy(features), abs=1e-6)]]
 
 
 def test_images_are_found_in_subfolders_and_drawn_evenly(photos: Path) -> None:

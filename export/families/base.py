@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from PIL.Image import Image, Resampling
 from torch import Tensor, nn
 
 from promprune.errors import ConfigError
 from promprune.package import VISION_ENCODER, AnyresLayout, CropLayout, GridLayout, ImageRecord
+from promprune.runtime.patches import closest_shape
 
 __all__ = ["AdaptedModel", "Family", "Grids", "SampleInput", "VisionGraph", "VisionReference", "grids_of"]
 
@@ -85,6 +87,16 @@ class AdaptedModel:
     image_token_id: int
     arrays: Mapping[str, Tensor] = field(default_factory=dict)
     position_axes: tuple[int, ...] = ()
+
+    def sized(self, image: Image) -> Image:
+        """Return an image in the size that it is to have for ``Family.reference``: that of the grid closest to it.
+
+        As it is, where the model's own preprocessing takes images of any size.
+        """
+        if not isinstance(self.layout, GridLayout):
+            return image
+        height, width = self.sample_sizes[closest_shape(image.height, image.width, self.sample_sizes)]
+        return image.resize((width, height), resample=Resampling.BICUBIC)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from promprune.cli.common import (
     progress_over,
     run_command,
 )
+from promprune.cli.export import parse_grids
 from promprune.cli.options import Version
 from promprune.errors import ConfigError
 
@@ -47,6 +48,14 @@ def calibrate(
             help="Most images to look at.", parser=option_type(int, "a whole number of images"), metavar="COUNT"
         ),
     ] = DEFAULT_IMAGES,
+    image_grid: Annotated[
+        str | None,
+        typer.Option(
+            help="Sizes of images to calibrate for, as promprune-export takes them.",
+            show_default="as promprune-export",
+            metavar="GRIDS",
+        ),
+    ] = None,
     write: Annotated[
         bool, typer.Option("--write", help="Write promprune_config.json into MODEL's folder, for promprune-export.")
     ] = False,
@@ -77,7 +86,9 @@ def calibrate(
     else:
         paths = calibration_module.folder_images(images, limit)
         count, pictures = len(paths), calibration_module.load_images(paths)
-    found = progress_over(calibration_module.image_entropies(checkpoint, pictures), count, "read the images")
+    grids = () if image_grid is None else parse_grids(image_grid)
+    entropies = calibration_module.image_entropies(checkpoint, pictures, grids)
+    found = progress_over(entropies, count, "read the images")
     fitted = calibration_module.calibrate([entropy for row in found for entropy in row])
     written = calibration_module.write_calibration(Path(model), fitted) if write and model is not None else None
     if plot is not None:
