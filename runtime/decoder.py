@@ -152,7 +152,7 @@ class Decoder:
         """Read more positions: a prompt, the rest of one, or one token per row.
 
         Args:
-            embeds: ``embeds_dtype`` [batch, sequence, hidden]; one that is on the device is read in one run.
+            embeds: ``embeds_dtype`` [batch, sequence, hidden].
             cache: what was read before.
             mask: int64 [batch, sequence], 0 where a row is padded; ``None``: nowhere.
             positions: rotary positions of a model that gives every token three; ``None``: one after the other.
@@ -167,9 +167,11 @@ class Decoder:
         if positions is None:
             positions = self._following(cache, new)
         cache = replace(cache, rope_delta=positions.rope_delta)
-        if not isinstance(embeds, np.ndarray):
+        chunks = self._chunks(embeds.shape[1])
+        if len(chunks) == 1:
             return self._run(embeds, cache, new, positions.ids)
-        for part in self._chunks(embeds.shape[1]):
+        embeds = _on_host(embeds)
+        for part in chunks:
             logits, cache = self._run(embeds[:, part], cache, new[:, part], positions.ids[:, :, part])
         return logits, cache
 

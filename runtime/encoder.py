@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeAlias, Unpack
@@ -123,10 +124,21 @@ class ImageEncoder:
         known = self._cache.get(image.digest)
         if known is not None:
             return known, False
-        encoded = self.layout.pack(self.sessions[image.graph].run(image.feeds), image)
+        encoded = self._run(image)
         encoded.image_features.flags.writeable = False
         self._cache.put(image.digest, encoded)
         return encoded, True
+
+    def _run(self, image: PreparedImage) -> EncodedImage:
+        session = self.sessions[image.graph]
+        if not session.joins:
+            return self.layout.pack(session.run(image.feeds), image)
+        outputs = session.run_keeping(image.feeds, keep=["image_features"])
+        features = outputs["image_features"]
+        encoded = self.layout.pack({name: output.numpy() for name, output in outputs.items()}, image)
+        # A layout may have put them in another order, with others between.
+        as_they_are = np.shares_memory(encoded.image_features, features.numpy())
+        return replace(encoded, on_device=features) if as_they_are and features.shape[0] == 1 else encoded
 
     @property
     def notes(self) -> tuple[str, ...]:

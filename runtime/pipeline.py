@@ -35,7 +35,7 @@ from promprune.runtime.loading import open_language_model, same_language_model, 
 from promprune.runtime.positions import ImagePositions, PromptPositions, prompt_positions
 from promprune.runtime.prompt import Message, PromptBuilder, TokenIds, as_messages, read_json
 from promprune.runtime.results import EncodedImage, Result, Stopwatch, Timings
-from promprune.runtime.sessions import Array, Session
+from promprune.runtime.sessions import Rows, Session, Value
 
 __all__ = ["AnswerStream", "Chat", "Images", "Prompt", "VisionLanguagePipeline"]
 
@@ -245,8 +245,7 @@ class VisionLanguagePipeline:
     def _next_token(self, job: _Job, running: Sequence[int], cache: Cache) -> tuple[list[str], Cache]:
         """Read the last token of every running row and choose the next; return the new text of all rows."""
         tokens = np.array([job.rows[i].token_ids[-1:] for i in running], np.int64)
-        embeds = self._embed.run_keeping({"input_ids": tokens}, keep=["inputs_embeds"])["inputs_embeds"]
-        logits, cache = self._decoder.read(embeds, cache)
+        logits, cache = self._decoder.read(self._embedded(tokens), cache)
         job.memory.store(np.append(job.memory.ids, tokens[0]), cache)
         texts = [""] * len(job.rows)
         for i, row_logits in zip(running, logits, strict=True):
@@ -255,24 +254,24 @@ class VisionLanguagePipeline:
 
     def _spliced(
         self, prompts: Sequence[TokenIds], images: Sequence[Sequence[EncodedImage]], reused: int
-    ) -> tuple[Array, npt.NDArray[np.int64]]:
+    ) -> tuple[Value, npt.NDArray[np.int64]]:
         """Return the embeddings of the prompts from position ``reused`` on, with the image features in place.
 
         Returns:
             ``[batch, longest, hidden]``, shorter prompts padded on the left, and the mask [batch, longest].
         """
         longest = max(len(prompt) for prompt in prompts) - reused
-        embeds = np.zeros((len(prompts), longest, self._decoder.hidden_size), self._decoder.embeds_dtype)
         mask = np.zeros((len(prompts), longest), np.int64)
+        parts: list[Rows] = []
         for row, (prompt, encoded) in enumerate(zip(prompts, images, strict=True)):
-            new = self._embedded(prompt[None, reused:])[0]
+            new = prompt[reused:]
+            begin = (row + 1) * longest - len(new)
+            parts.append(Rows(self._embedded(new[None]), 0, len(new), begin))
             places = np.flatnonzero(prompt == self.prompts.image_token_id) - reused
-            if encoded:
-                features = np.concatenate([image.image_features for image in encoded])
-                new[places[places >= 0]] = features[places >= 0]
-            embeds[row, longest - len(new) :] = new
+            parts += _feature_rows(encoded, places, begin)
             mask[row, longest - len(new) :] = 1
-        return embeds, mask
+        shape = (len(prompts), longest, self._decoder.hidden_size)
+        return self._decoder.session.joined(shape, self._decoder.embeds_dtype.name, parts), mask
 
     def _positions(self, job: _Job, reused: int) -> PromptPositions | None:
         """Return the rotary positions of the prompts from position ``reused`` on, where the model has several each."""
@@ -282,9 +281,9 @@ class VisionLanguagePipeline:
         images = [[_placed(image) for image in encoded] for encoded in job.encoded]
         return prompt_positions(is_image, images, begin=reused)
 
-    def _embedded(self, ids: TokenIds) -> Array:
-        """Return the embeddings of [batch, sequence] token ids: [batch, sequence, hidden]."""
-        return self._embed.run({"input_ids": ids})["inputs_embeds"]
+    def _embedded(self, ids: TokenIds) -> Value:
+        """Return the embeddings of [batch, sequence] token ids: [batch, sequence, hidden], where they were computed."""
+        return self._embed.run_keeping({"input_ids": ids}, keep=["inputs_embeds"])["inputs_embeds"]
 
     def _placeholders(self, image: EncodedImage | PreparedImage) -> int:
         return len(image.image_features) if isinstance(image, EncodedImage) else image.num_placeholders
@@ -430,6 +429,25 @@ class _Job:
 
 def _listed(images: Images) -> list[ImageSource]:
     return list(images) if isinstance(images, (list, tuple)) else [images]  # type: ignore[list-item]
+
+
+def _feature_rows(images: Sequence[EncodedImage], places: npt.NDArray[np.int64], begin: int) -> Iterator[Rows]:
+    """Yield the features of some images, stretch by stretch, at the places of their placeholders.
+
+    Args:
+        images: of one prompt.
+        places: of all their placeholders; below 0 what was read before.
+        begin: the row of place 0.
+    """
+    done = 0
+    for image in images:
+        own = places[done : done + len(image.image_features)]
+        done += len(own)
+        source = image.image_features if image.on_device is None else image.on_device
+        for stretch in np.split(np.arange(len(own)), np.flatnonzero(np.diff(own) != 1) + 1):
+            new = stretch[own[stretch] >= 0]
+            if len(new):
+                yield Rows(source, int(new[0]), len(new), begin + int(own[new[0]]))
 
 
 def _placed(image: EncodedImage) -> ImagePositions:

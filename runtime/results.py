@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from promprune.config import SelectionPolicy
 from promprune.runtime.generation import FinishReason
 from promprune.runtime.positions import ImagePositions
-from promprune.runtime.sessions import Array
+from promprune.runtime.sessions import Array, DeviceTensor
 
 __all__ = ["EncodedImage", "Result", "Stopwatch", "Timings", "TokenGrid", "TokenSelection"]
 
@@ -112,11 +112,13 @@ class EncodedImage:
             read-only. Most often one for each kept token, T in all.
         selection: which tokens they are.
         positions: where they lie, for a language model with several rotary positions per token; else ``None``.
+        on_device: the same features as [1, T, D], where the vision encoder left them; ``None``: on the host only.
     """
 
     image_features: Array
     selection: TokenSelection
     positions: ImagePositions | None = None
+    on_device: DeviceTensor | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,8 @@ from promprune.errors import BackendError, ConfigError, ImageError, PackageError
 from promprune.package import read_manifest
 from promprune.runtime import EncodedImage, ImageEncoder, VisionLanguagePipeline, draw_kept_tokens
 from promprune.runtime.decoder import Decoder
+from promprune.runtime.pipeline import _feature_rows
+from promprune.runtime.results import TokenSelection
 from tests.fake_package import (
     HIDDEN,
     NUM_TOKENS,
@@ -526,3 +528,14 @@ def test_the_runtime_needs_no_torch(folder: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert done.stderr == ""
+
+
+def test_features_go_to_the_places_of_their_image_stretch_by_stretch() -> None:
+    """Worked by hand: two images of 4 and 3 tokens, the first interrupted, its first two tokens read before."""
+    features = [np.zeros((4, 2)), np.zeros((3, 2))]
+    images = [EncodedImage(array, TokenSelection((), np.arange(len(array)))) for array in features]
+    places = np.array([-2, -1, 0, 3, 4, 5, 6])
+    rows = list(_feature_rows(images, places, begin=10))
+    assert [(part.start, part.count, part.at) for part in rows] == [(2, 1, 10), (3, 1, 13), (0, 3, 14)]
+    assert [part.source is features[0] for part in rows] == [True, True, False]
+    assert list(_feature_rows([], np.zeros(0, np.int64), begin=0)) == []

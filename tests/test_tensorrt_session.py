@@ -38,7 +38,8 @@ from promprune.package import DECODER, read_manifest, sha256_of_file
 from promprune.runtime import VisionLanguagePipeline
 from promprune.runtime import decoder as decoder_module
 from promprune.runtime.decoder import Cache, Decoder
-from promprune.runtime.sessions import SessionOptions, open_session
+from promprune.runtime.results import EncodedImage
+from promprune.runtime.sessions import Rows, SessionOptions, open_session
 from promprune.runtime.sessions import cuda as cuda_module
 from promprune.runtime.sessions import tensorrt as module
 from promprune.runtime.sessions.cuda import CudaDevice
@@ -125,6 +126,7 @@ class FakeDevice:
         self.calls: Counter[str] = Counter()
         self.profiles: list[int] = []
         self.downloaded = 0
+        self.uploaded = 0
         self.pending: list[tuple[np.ndarray, np.ndarray]] = []
         self.lock = threading.Lock()
 
@@ -149,6 +151,7 @@ class FakeDevice:
     def upload(self, array: np.ndarray, address: int) -> None:
         assert array.flags.c_contiguous
         self.memory[address][: array.nbytes] = np.frombuffer(array.tobytes(), np.uint8)
+        self.uploaded += array.nbytes
         self.calls["upload"] += 1
 
     def download(self, address: int, array: np.ndarray) -> None:
@@ -161,7 +164,8 @@ class FakeDevice:
         self.bytes_at(address, nbytes)[:] = 0
 
     def copy(self, source: Pitched, target: Pitched, width: int, height: int) -> None:
-        assert width <= min(source.pitch, target.pitch) or height == 1
+        assert 0 < width <= min(source.pitch, target.pitch)
+        assert height > 0
         for row in range(height):
             content = self.bytes_at(source.address + row * source.pitch, width)
             self.bytes_at(target.address + row * target.pitch, width)[:] = content
@@ -522,6 +526,58 @@ def test_a_whole_pipeline_runs_on_graphs(built: Path, device: FakeDevice) -> Non
         assert device.downloaded - before[1] == downloaded + 3 * FakeModel().vocabulary * 4
     assert [result.token_ids for result in results] == [result.token_ids for result in expected]
     assert [loading.cuda_graphs for loading in device.loadings] == [False, True, True]  # embedding, decoder, vision
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_features_and_embeddings_stay_on_the_device(built: Path, device: FakeDevice, cuda_graphs: bool) -> None:
+    """Up go pixels, token numbers, masks and positions; down come the features, once, for whoever wants them."""
+    image = Image.fromarray(np.random.default_rng(2).integers(0, 255, (32, 32, 3), np.uint8))
+    model, options = FakeModel(), {"max_new_tokens": 1}
+    with VisionLanguagePipeline.from_package(built, provider="cpu") as pipeline:
+        expected = pipeline.generate([image, image], "what is it?", **options)
+    with VisionLanguagePipeline.from_package(built, backend="tensorrt", cuda_graphs=cuda_graphs) as pipeline:
+        result = pipeline.generate([image, image], "what is it?", **options)
+        numbers = 3 * 8 * result.timings.prompt_tokens
+        assert device.uploaded == 3 * 32 * 32 * 4 + numbers
+        selection = sum(value.nbytes for name, value in encoded_outputs(built, image).items())
+        assert device.downloaded == selection + model.vocabulary * 4
+        again = pipeline.generate([image], "and now?", **options)  # an image that was encoded before
+        assert device.uploaded == 3 * 32 * 32 * 4 + numbers + 3 * 8 * again.timings.prompt_tokens
+        encoded = pipeline.encode_image(image)
+        pipeline.generate(EncodedImage(encoded.image_features, encoded.selection), "and now?", **options)
+        assert device.uploaded == 3 * 32 * 32 * 4 + numbers + 6 * 8 * again.timings.prompt_tokens + 4 * HIDDEN * 4
+    assert result.token_ids == expected.token_ids
+
+
+def encoded_outputs(package: Path, image: Image.Image) -> dict[str, np.ndarray]:
+    with VisionLanguagePipeline.from_package(package, provider="cpu") as pipeline:
+        prepared: Any = pipeline.encoder.prepare(image)
+        return pipeline.sessions["vision_encoder"].run(prepared.feeds)
+
+
+def test_rows_are_joined_as_on_the_host(built: Path, device: FakeDevice) -> None:
+    random = np.random.default_rng(5)
+    table = FakeModel().weights["embed"]
+    reference = open_session(built / "onnx" / "embed_tokens.onnx", SessionOptions())
+    with opened(built, "embed_tokens") as session, reference:
+        ids = random.integers(0, len(table), (1, 7))
+        kept = session.run_keeping({"input_ids": ids}, keep=["inputs_embeds"])["inputs_embeds"]
+        half = random.normal(size=(3, HIDDEN)).astype(np.float16)
+        parts = [Rows(kept, 1, 5, 2), Rows(half, 1, 2, 4), Rows(table, 9, 1, 11), Rows(kept, 6, 1, 0)]
+        device.downloaded = 0
+        joined = session.joined((2, 6, HIDDEN), "float32", parts)
+        assert device.downloaded == 0
+        expected = np.zeros((12, HIDDEN), np.float32)
+        expected[2:7], expected[4:6], expected[11], expected[0] = (
+            table[ids[0, 1:6]],
+            half[1:],
+            table[9],
+            table[ids[0, 6]],
+        )
+        np.testing.assert_array_equal(joined.numpy(), expected.reshape(2, 6, HIDDEN))  # type: ignore[union-attr]
+        np.testing.assert_array_equal(
+            reference.joined((2, 6, HIDDEN), "float32", parts), expected.reshape(2, 6, HIDDEN)
+        )
 
 
 def test_the_time_of_every_layer(built: Path, device: FakeDevice) -> None:

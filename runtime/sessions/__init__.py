@@ -11,12 +11,13 @@ from types import MappingProxyType
 from typing import Final
 
 from promprune.errors import ConfigError
-from promprune.runtime.sessions.base import Array, DeviceTensor, Session, SessionOptions, TensorSpec, Value
+from promprune.runtime.sessions.base import Array, DeviceTensor, Rows, Session, SessionOptions, TensorSpec, Value
 
 __all__ = [
     "BACKENDS",
     "Array",
     "DeviceTensor",
+    "Rows",
     "Session",
     "SessionOptions",
     "TensorSpec",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from promprune.errors import BackendError, PackageError
 from promprune.package import GraphRecord, TensorRecord
 
-__all__ = ["Array", "DeviceTensor", "Session", "SessionOptions", "TensorSpec", "Value"]
+__all__ = ["Array", "DeviceTensor", "Rows", "Session", "SessionOptions", "TensorSpec", "Value"]
 
 Array = npt.NDArray[Any]
 
@@ -43,6 +43,23 @@ class DeviceTensor(Protocol):
 
 
 Value = Array | DeviceTensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Some rows of a tensor, and their place in another; both are seen as rows along their last axis.
+
+    Attributes:
+        source: the tensor.
+        start: the first of its rows.
+        count: how many.
+        at: the place of the first, in the other tensor.
+    """
+
+    source: Value
+    start: int
+    count: int
+    at: int
 
 
 @dataclass(frozen=True)
@@ -83,6 +100,7 @@ class Session(ABC):
         device: where it runs, as a short word: ``"CPU"``, ``"CUDA"``.
         notes: why it runs there and so, in words.
         limits: the largest sizes of dynamic dimensions, by name, as far as the backend has any.
+        joins: whether :meth:`joined` takes tensors on the device as they are.
         repeats: whether runs are recorded and replayed, so that steps of one shape are worth padding for.
         on_run: called with the inputs of every run before it begins.
     """
@@ -94,6 +112,7 @@ class Session(ABC):
     notes: tuple[str, ...] = ()
     limits: Mapping[str, int] = MappingProxyType({})
     repeats: bool = False
+    joins: bool = False
     on_run: Callable[[Mapping[str, Value]], None] | None = None
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -115,6 +134,16 @@ class Session(ABC):
         """
         self._begin(inputs)
         return self._run(inputs, keep=keep)
+
+    def joined(self, shape: tuple[int, ...], dtype: str, parts: Sequence[Rows]) -> Value:
+        """Return a tensor of zeros with rows of other tensors in it, later ones over earlier; where this computes."""
+        whole = np.zeros(shape, dtype)
+        rows = whole.reshape(-1, shape[-1])
+        for part in parts:
+            array = part.source if isinstance(part.source, np.ndarray) else part.source.numpy()
+            found = array.reshape(-1, shape[-1])[part.start : part.start + part.count]
+            rows[part.at : part.at + part.count] = found
+        return whole
 
     def resized(self, tensor: Value, length: int, capacity: int) -> Value:
         """Return a copy of a tensor [a, b, size, d] as [a, b, capacity, d]: the first ``length`` entries, then zeros.

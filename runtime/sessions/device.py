@@ -101,7 +101,7 @@ class Device(Protocol):
         """Begin to fill memory with zeros."""
 
     def copy(self, source: Pitched, target: Pitched, width: int, height: int) -> None:
-        """Begin to copy ``height`` rows of ``width`` bytes each from one place on the device to another."""
+        """Begin to copy ``height`` rows of ``width`` bytes each, at most a pitch, from one place to another."""
 
     def synchronize(self) -> None:
         """Wait for all work enqueued so far."""
@@ -233,10 +233,11 @@ class DeviceArray:
         self._host = None
         inner = math.prod(self.shape[axis + 1 :]) * np.dtype(self.dtype).itemsize
         rows = math.prod(self.shape[:axis])
-        if rows * count * inner:
-            there = Pitched(source.address + start * inner, source.shape[axis] * inner)
-            here = Pitched(self.address + at * inner, self.shape[axis] * inner)
-            self.device.copy(there, here, count * inner, rows)
+        width = count * inner
+        if rows * width:
+            pitches = (source.shape[axis] * inner, self.shape[axis] * inner) if rows > 1 else (width, width)
+            there, here = source.address + start * inner, self.address + at * inner
+            self.device.copy(Pitched(there, pitches[0]), Pitched(here, pitches[1]), width, rows)
 
     def fetch(self) -> Array:
         """Begin to copy it to the host; the array is complete once the device was synchronised."""

@@ -10,7 +10,7 @@ import functools
 import math
 import statistics
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -30,7 +30,7 @@ from promprune.engines import (
 )
 from promprune.errors import BackendError, PackageError
 from promprune.package import read_manifest
-from promprune.runtime.sessions.base import Array, DeviceTensor, Session, SessionOptions, TensorSpec, Value
+from promprune.runtime.sessions.base import Array, DeviceTensor, Rows, Session, SessionOptions, TensorSpec, Value
 from promprune.runtime.sessions.cuda import CudaDevice, import_module
 from promprune.runtime.sessions.device import (
     BufferPool,
@@ -171,6 +171,8 @@ class TensorRtSession(Session):
         BackendError: the engine does not load, or has other inputs and outputs than its record.
     """
 
+    joins = True
+
     def __init__(
         self, folder: Path, record: EngineRecord, device: Device, trt: Any, loading: EngineLoading | None = None
     ) -> None:
@@ -223,6 +225,17 @@ class TensorRtSession(Session):
                     times.setdefault(layer, []).append(milliseconds)
         return {layer: statistics.median(found) for layer, found in times.items()}
 
+    def joined(self, shape: tuple[int, ...], dtype: str, parts: Sequence[Rows]) -> Value:
+        """Return a tensor with rows of others in it, on the device; see :meth:`Session.joined`."""
+        whole = DeviceArray(self._device, shape, dtype)
+        whole.clear()
+        rows = DeviceArray(self._device, (math.prod(shape[:-1]), shape[-1]), dtype, memory=whole)
+        sources = [self._on_device(_as(dtype, part.source)) for part in parts]
+        for part, source in zip(parts, sources, strict=True):
+            rows.paste(source, axis=0, start=part.start, at=part.at, count=part.count)
+        self._device.synchronize()
+        return whole
+
     def resized(self, tensor: Value, length: int, capacity: int) -> Value:
         """Return a copy of a tensor, with room; see :meth:`Session.resized`."""
         source = self._on_device(tensor)
@@ -247,10 +260,11 @@ class TensorRtSession(Session):
             return self._fetched(replay, replay.outputs.keys() - grown.keys())
 
     def _run(self, inputs: Mapping[str, Value], keep: Collection[str]) -> dict[str, DeviceTensor]:
-        if self._static and not keep:
+        if self._static:
             with self._lock:  # the buffers are shared by all runs of these shapes
                 replay = self._replay(inputs, {})
-                return self._fetched(replay, replay.outputs.keys())
+                kept = {name: self._copied(replay.outputs[name]) for name in keep}
+                return {**self._fetched(replay, replay.outputs.keys() - kept.keys()), **kept}
         with self._lock:  # the context holds shapes and addresses
             engine = self._opened()
             tensors, outputs = self._prepared(engine, inputs)
@@ -328,6 +342,11 @@ class TensorRtSession(Session):
         self._device.synchronize()
         return dict(found)
 
+    def _copied(self, tensor: DeviceArray) -> DeviceArray:
+        copy = DeviceArray(self._device, tensor.shape, tensor.dtype)
+        _copy(tensor, copy)
+        return copy
+
     def _opened(self) -> DeviceEngine:
         if self._engine is None:
             raise BackendError(f"{self.name} was closed", fix="load the package again")
@@ -394,6 +413,13 @@ class _Fetched:
 
 def _addresses(tensors: Mapping[str, DeviceArray | BorrowedTensor]) -> dict[str, int]:
     return {name: tensor.address for name, tensor in tensors.items()}
+
+
+def _as(dtype: str, value: Value) -> Value:
+    """Return a tensor of another dtype; such a one comes back to the host."""
+    if str(value.dtype) == dtype:
+        return value
+    return (value if isinstance(value, np.ndarray) else value.numpy()).astype(dtype)
 
 
 def _copy(value: Value, target: DeviceArray) -> None:
