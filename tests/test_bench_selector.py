@@ -43,9 +43,10 @@ def test_agreement(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(report[f"graph, float32, T = {t}"]["sets_with_duplicates"] == 0 for t in (64, 69, 128, 192))
 
 
-def test_speed(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("clock", ["wall", "processor"])
+def test_speed(clock: str, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--num-tokens", "64", "--hidden-size", "32", "--keep-tokens", "9"]
-    main(["speed", *sizes, "--threads", "1", "--rounds", "1", "--repeats", "2"])
+    main(["speed", *sizes, "--threads", "1", "--rounds", "1", "--repeats", "2", "--clock", clock])
     report = last_line(capsys)
     for size in (1, 5):
         loop, eager = (report[f"{name}, B = {size}"] for name in ("graph, loop", "authors, eager PyTorch"))
