@@ -200,6 +200,7 @@ def test_packages_are_exported_once(tiny_llava: Path, tmp_path: Path) -> None:
         (["a", "--batch", "1,x"], 2, "received --batch '1,x'; expected whole numbers"),
         (["a", "--concurrency", "0"], 1, "received concurrencies = (0,); expected numbers of at least 1"),
         (["a", "--image", "nothing.png"], 1, "received image nothing.png, which is no file"),
+        (["a", "--cuda-graphs"], 1, "received cuda_graphs = True; expected the backend 'tensorrt' with it"),
         (["a", "--provider", "abacus"], 1, "received provider = 'abacus'"),
         (["a/b", "c/b"], 1, "received packages of the same name"),
         (["--ratios", "some"], 2, "received --ratios 'some'; expected fractions"),

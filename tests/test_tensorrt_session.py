@@ -1091,9 +1091,10 @@ def test_engines_of_this_gpu_answer_as_onnx_runtime_does(tmp_path: Path) -> None
     np.testing.assert_array_equal(found["token_indices"][0], indices)
     np.testing.assert_allclose(found["image_features"][0], features, atol=1e-4)
     embeds = np.random.default_rng(1).normal(size=(1, 9, HIDDEN)).astype(np.float32)
-    with opened(tmp_path / "package", DECODER) as session:
-        decoder = Decoder(session)
-        cache = decoder.empty_cache(1)
-        for start, end in ((0, 7), (7, 8), (8, 9)):
-            logits, cache = decoder.read(embeds[:, start:end], cache)
-            np.testing.assert_allclose(logits[0], model.logits(embeds[0, :end]), rtol=1e-3, atol=1e-3)
+    with open_stepping(tmp_path / "package") as session:
+        for in_place in (False, True):
+            decoder = Decoder(session, in_place=in_place)
+            cache = decoder.empty_cache(1)
+            for start, end in ((0, 7), (7, 8), (8, 9)):
+                logits, cache = decoder.read(embeds[:, start:end], cache)
+                np.testing.assert_allclose(logits[0], model.logits(embeds[0, :end]), rtol=1e-3, atol=1e-3)

@@ -25,7 +25,7 @@ from promprune.cli.common import (
     print_json,
     run_command,
 )
-from promprune.cli.options import Backend, NumThreads, Provider, Version
+from promprune.cli.options import Backend, CudaGraphs, NumThreads, Provider, Version
 from promprune.config import DTYPES, POLICIES
 from promprune.errors import ConfigError, OutputError
 from promprune.runtime.config import RuntimeConfig
@@ -108,6 +108,7 @@ def bench(
     backend: Backend = RuntimeConfig.backend,
     provider: Provider = RuntimeConfig.provider,
     num_threads: NumThreads = RuntimeConfig.num_threads,
+    cuda_graphs: CudaGraphs = RuntimeConfig.cuda_graphs,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="Folder for report.json, .csv, .md and .html.", metavar="OUT"),
@@ -153,7 +154,12 @@ def bench(
         "baselines": tuple(name for name in named if name not in POLICIES),
         "model": model,
         "openvino": _openvino(peer),
-        "runtime": RuntimeConfig(backend=backend, provider=provider, num_threads=num_threads),  # type: ignore[arg-type]
+        "runtime": RuntimeConfig(
+            backend=backend,
+            provider=provider,  # type: ignore[arg-type]  # it is checked there
+            num_threads=num_threads,
+            cuda_graphs=cuda_graphs,
+        ),
         "command": shlex.join(["promprune-bench", *sys.argv[1:]]),
     }
     given = {_name(folder): folder for folder in packages or []}

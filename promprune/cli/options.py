@@ -8,7 +8,7 @@ import typer
 
 from promprune.cli.common import option_type, version_callback
 
-__all__ = ["Backend", "NumThreads", "Provider", "Version"]
+__all__ = ["Backend", "CudaGraphs", "NumThreads", "Provider", "Version"]
 
 Backend: TypeAlias = Annotated[str, typer.Option(help="onnxruntime, or another one that is installed.", metavar="NAME")]
 Provider: TypeAlias = Annotated[
@@ -26,6 +26,10 @@ NumThreads: TypeAlias = Annotated[
         show_default="as many as this process may use",
         metavar="COUNT",
     ),
+]
+CudaGraphs: TypeAlias = Annotated[
+    bool,
+    typer.Option("--cuda-graphs", help="Of engines: replay vision encoder and decoding steps as CUDA graphs."),
 ]
 Version: TypeAlias = Annotated[
     bool, typer.Option("--version", help="Print the version.", callback=version_callback, is_eager=True)

@@ -25,7 +25,7 @@ from promprune.cli.common import (
     print_json,
     run_command,
 )
-from promprune.cli.options import Backend, NumThreads, Provider, Version
+from promprune.cli.options import Backend, CudaGraphs, NumThreads, Provider, Version
 from promprune.errors import ConfigError, OutputError, PrompruneError
 from promprune.runtime.config import DEFAULT_NEW_TOKENS, GenerationConfig, RuntimeConfig
 
@@ -118,10 +118,7 @@ def run(
             metavar="COUNT",
         ),
     ] = RuntimeConfig.prefill_chunk,
-    cuda_graphs: Annotated[
-        bool,
-        typer.Option("--cuda-graphs", help="Of engines: replay vision encoder and decoding steps as CUDA graphs."),
-    ] = RuntimeConfig.cuda_graphs,
+    cuda_graphs: CudaGraphs = RuntimeConfig.cuda_graphs,
     weight_budget_mib: Annotated[
         int | None,
         typer.Option(
