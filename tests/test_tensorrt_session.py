@@ -54,7 +54,7 @@ TOOL = SimpleNamespace(__name__="tensorrt_rtx", __version__="1.7")
 
 
 class FakeEngine:
-    """Runs an ONNX graph on the fake's memory; remembers the profile of every run."""
+    """An ONNX graph that is run on the fake's memory."""
 
     def __init__(self, device: FakeDevice, path: str) -> None:
         self.device = device
@@ -62,6 +62,20 @@ class FakeEngine:
         names = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(bool)": "bool"}
         nodes = (*self.session.get_inputs(), *self.session.get_outputs())
         self.dtypes = {node.name: names[node.type] for node in nodes}
+
+    def context(self, *, recorded: bool = False) -> FakeContext:
+        self.device.calls["recorded context" if recorded else "context"] += 1
+        return FakeContext(self)
+
+    def close(self) -> None:
+        self.device.calls["close"] += 1
+
+
+class FakeContext:
+    """Remembers the profile of every change of shapes."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self.device, self.session, self.dtypes = engine.device, engine.session, engine.dtypes
         self.shapes: dict[str, tuple[int, ...]] = {}
 
     def prepare(self, profile: int, inputs: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
@@ -86,27 +100,23 @@ class FakeEngine:
         if self.device.refuses_capture:
             raise BackendError("cudaStreamEndCapture failed on the GPU (cudaErrorStreamCaptureUnsupported)")
         self.device.calls["capture"] += 1
-        return FakeGraph(self, dict(self.shapes), dict(addresses)) if self.device.captures else None
+        return FakeGraph(self, dict(addresses)) if self.device.captures else None
 
     def layer_times(self, addresses: Mapping[str, int]) -> list[tuple[str, float]]:
         self.enqueue(addresses)
         return [("first", 1.0 + self.device.calls["enqueue"]), ("second", 0.5)]
 
-    def close(self) -> None:
-        self.device.calls["close"] += 1
-
 
 class FakeGraph:
-    """Runs an engine at the shapes and addresses it was recorded with, whatever the engine did since."""
+    """Runs a context at the addresses it was recorded with; as with TensorRT, of no use once its shapes changed."""
 
-    def __init__(self, engine: FakeEngine, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
-        self.engine, self.shapes, self.addresses = engine, shapes, addresses
+    def __init__(self, context: FakeContext, addresses: dict[str, int]) -> None:
+        self.context, self.shapes, self.addresses = context, context.shapes, addresses
 
     def launch(self) -> None:
-        now, self.engine.shapes = self.engine.shapes, self.shapes
-        self.engine.enqueue(self.addresses)
-        self.engine.shapes = now
-        self.engine.device.calls["launch"] += 1
+        assert self.context.shapes is self.shapes
+        self.context.enqueue(self.addresses)
+        self.context.device.calls["launch"] += 1
 
 
 class FakeDevice:
@@ -946,6 +956,7 @@ def test_the_thin_layer_calls_what_the_real_module_has() -> None:
         trt.ICudaEngine: [
             "create_execution_context",
             "create_runtime_config",
+            "device_memory_size_v2",
             "streamable_weights_size",
             "weight_streaming_budget_v2",
             "get_tensor_dtype",
@@ -959,12 +970,19 @@ def test_the_thin_layer_calls_what_the_real_module_has() -> None:
             "profiler",
             "get_tensor_shape",
             "infer_shapes",
+            "set_device_memory",
             "set_input_shape",
             "set_optimization_profile_async",
             "set_tensor_address",
         ],
         trt.TensorIOMode: ["OUTPUT"],
-        trt.IRuntimeConfig: ["create_runtime_cache", "set_runtime_cache", "cuda_graph_strategy"],
+        trt.ExecutionContextAllocationStrategy: ["USER_MANAGED"],
+        trt.IRuntimeConfig: [
+            "create_runtime_cache",
+            "cuda_graph_strategy",
+            "set_execution_context_allocation_strategy",
+            "set_runtime_cache",
+        ],
         trt.IRuntimeCache: ["serialize", "deserialize"],
         trt.CudaGraphStrategy: ["WHOLE_GRAPH_CAPTURE"],
         trt.Refitter: ["refit_cuda_engine"],
@@ -983,6 +1001,7 @@ class StandIn:
 
     streamable_weights_size = 1000
     num_io_tensors = 0
+    device_memory_size_v2 = 640
 
     def __init__(self, done: list[Any], cached: bytes = b"new kernels") -> None:
         object.__setattr__(self, "done", done)
@@ -999,17 +1018,21 @@ class StandIn:
         return call
 
 
+MEMBERS = ("CudaGraphStrategy", "ExecutionContextAllocationStrategy", "ILogger", "IRuntimeCache", "TensorIOMode")
+
+
 @pytest.fixture
 def stand_in() -> tuple[Any, list[Any]]:
     trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed (Linux x86-64 only)")
     done: list[Any] = []
-    members = {name: getattr(trt, name) for name in ("ILogger", "IRuntimeCache", "CudaGraphStrategy", "TensorIOMode")}
+    members = {name: getattr(trt, name) for name in MEMBERS}
     makers = {name: lambda *arguments: StandIn(done) for name in ("Runtime", "Refitter", "OnnxParserRefitter")}
     return SimpleNamespace(**members, **makers), done
 
 
 def load_with(trt: Any, loading: EngineLoading) -> Any:
-    return cuda_module._CudaEngine(b"plan", trt, SimpleNamespace(stream=7), loading)  # type: ignore[arg-type]
+    memory = SimpleNamespace(stream=7, allocate=lambda nbytes: 4096 + nbytes, free=lambda address: None)
+    return cuda_module._CudaEngine(b"plan", trt, memory, loading)  # type: ignore[arg-type]
 
 
 def test_compiled_kernels_are_kept_beside_the_engine(stand_in: tuple[Any, list[Any]], tmp_path: Path) -> None:
@@ -1020,7 +1043,7 @@ def test_compiled_kernels_are_kept_beside_the_engine(stand_in: tuple[Any, list[A
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
     file.write_bytes(b"kernels of last time")
     done.clear()
-    load_with(trt, EngineLoading(runtime_cache=file))
+    load_with(trt, EngineLoading(runtime_cache=file)).context()
     names = [name for name, *_ in done]
     assert ("deserialize", b"kernels of last time") in done
     assert names.index("deserialize") < names.index("set_runtime_cache") < names.index("create_execution_context")
@@ -1034,7 +1057,7 @@ def test_a_package_that_cannot_be_written_runs_all_the_same(stand_in: tuple[Any,
 def test_weights_and_their_budget_are_set_before_the_context(stand_in: tuple[Any, list[Any]], tmp_path: Path) -> None:
     trt, done = stand_in
     path = tmp_path / "decoder.onnx"
-    load_with(trt, EngineLoading(weights_from=path, weight_budget=4000, cuda_graphs=True))
+    load_with(trt, EngineLoading(weights_from=path, weight_budget=4000)).context(recorded=True)
     assert ("refit_from_file", str(path)) in done
     assert ("weight_streaming_budget_v2", 1000) in done  # no more than there is
     assert ("cuda_graph_strategy", trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE) in done
@@ -1043,10 +1066,24 @@ def test_weights_and_their_budget_are_set_before_the_context(stand_in: tuple[Any
     assert sorted(order, key=names.index) == order
 
 
+def test_contexts_share_scratch_memory_and_record_where_asked(stand_in: tuple[Any, list[Any]]) -> None:
+    trt, done = stand_in
+    engine = load_with(trt, EngineLoading())
+    done.clear()
+    made = [engine.context(), engine.context(recorded=True)]
+    names = [name for name, *_ in done]
+    assert len(made) == names.count("create_execution_context") == 2
+    assert names.count("set_execution_context_allocation_strategy") == 2
+    assert names.count("cuda_graph_strategy") == 1
+    assert [entry for entry in done if entry[0] == "set_device_memory"] == [("set_device_memory", 4096 + 640, 640)] * 2
+
+
 def test_tensorrt_has_no_settings_of_tensorrt_for_rtx(stand_in: tuple[Any, list[Any]], tmp_path: Path) -> None:
     trt, done = stand_in
     del trt.IRuntimeCache
-    load_with(trt, EngineLoading(runtime_cache=tmp_path / "decoder.runtime-cache", cuda_graphs=True)).close()
+    engine = load_with(trt, EngineLoading(runtime_cache=tmp_path / "decoder.runtime-cache", cuda_graphs=True))
+    engine.context(recorded=True)
+    engine.close()
     assert "create_runtime_config" not in [name for name, *_ in done]
     assert list(tmp_path.iterdir()) == []
 

@@ -127,72 +127,106 @@ class _CudaEngine:
         self._runtime = trt.Runtime(self._log)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
-            raise self._error("the engine does not load on this GPU")
+            raise self.error("the engine does not load on this GPU")
         if loading.weights_from is not None:
             self._refit(loading.weights_from)
         if loading.weight_budget is not None:
             self._engine.weight_streaming_budget_v2 = min(loading.weight_budget, self._engine.streamable_weights_size)
-        self._records_itself = False
         self._cache_file = loading.runtime_cache
-        self._cache: Any = None
-        self._context: Any = self._engine.create_execution_context(*self._runtime_config(loading))
-        if self._context is None:
-            raise self._error("the engine does not load on this GPU")
-        self._stream, self._profile = device.stream, 0
+        self._cache = self._runtime_cache() if hasattr(trt, "IRuntimeCache") else None
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         kinds = {name: self._engine.get_tensor_dtype(name).name for name in names}
         self.dtypes = {name: TENSOR_DTYPES.get(kind, kind) for name, kind in kinds.items()}
-        self._outputs = [n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT]
+        self.outputs = [n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT]
+        self._scratch_bytes = max(int(self._engine.device_memory_size_v2), 1)
+        self._scratch = device.allocate(self._scratch_bytes)
+        weakref.finalize(self, device.free, self._scratch).atexit = False
+
+    def context(self, *, recorded: bool = False) -> _CudaContext:
+        """Return a new way of running it; see :class:`DeviceEngine`."""
+        settings = managed = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self._cache is not None:  # TensorRT for RTX, which records by itself
+            settings = self._engine.create_runtime_config()
+            settings.set_runtime_cache(self._cache)
+            settings.set_execution_context_allocation_strategy(managed)
+            if recorded:
+                settings.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        context = self._engine.create_execution_context(settings)
+        if context is None:
+            raise self.error("the engine does not load on this GPU")
+        context.set_device_memory(self._scratch, self._scratch_bytes)
+        return _CudaContext(self, context, self._trt, self._device)
+
+    @property
+    def records_itself(self) -> bool:
+        """Whether TensorRT records runs that come again."""
+        return self._cache is not None
 
     def _refit(self, path: Path) -> None:
         """Put the weights of an ONNX file into an engine that was built without."""
         refitter = self._trt.Refitter(self._engine, self._log)
         parser = self._trt.OnnxParserRefitter(refitter, self._log)
         if not parser.refit_from_file(str(path)) or not refitter.refit_cuda_engine():
-            raise self._error(f"the weights of {path} cannot be put into the engine")
+            raise self.error(f"the weights of {path} cannot be put into the engine")
 
-    def _runtime_config(self, loading: EngineLoading) -> tuple[Any, ...]:
-        """Return the settings that only TensorRT for RTX has: its compiled kernels, and its own CUDA graphs."""
-        if not hasattr(self._trt, "IRuntimeCache"):
-            return ()
-        config = self._engine.create_runtime_config()
-        self._cache = config.create_runtime_cache()
+    def _runtime_cache(self) -> Any:
+        """Return the kernels that TensorRT for RTX compiled before, as far as there are any."""
+        cache = self._engine.create_runtime_config().create_runtime_cache()
         with contextlib.suppress(OSError):
             if self._cache_file is not None:
-                self._cache.deserialize(self._cache_file.read_bytes())  # refused, and then left empty, if foreign
-        config.set_runtime_cache(self._cache)
-        if loading.cuda_graphs:
-            config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-            self._records_itself = True
-        return (config,)
+                cache.deserialize(self._cache_file.read_bytes())  # refused, and then left empty, if foreign
+        return cache
+
+    def close(self) -> None:
+        """Keep the compiled kernels beside the engine, where that can be written; see :class:`DeviceEngine`."""
+        content = b"" if self._cache is None else bytes(memoryview(self._cache.serialize()))
+        with contextlib.suppress(OSError):
+            if content and self._cache_file is not None:
+                replace_file(self._cache_file, content)
+
+    def error(self, what: str) -> BackendError:
+        """Return the error of something that failed, with TensorRT's reason."""
+        reason = trimmed(self._log.errors[-1]) if self._log.errors else "no reason given"
+        self._log.errors.clear()
+        if "driver version is insufficient" in reason.lower():
+            return BackendError(f"{what} ({reason})", fix=_fix("cudaErrorInsufficientDriver"))
+        return BackendError(f"{what} ({reason})", fix="build the engines again on this machine, or use ONNX Runtime")
+
+
+class _CudaContext:
+    """An execution context of TensorRT; satisfies :class:`DeviceContext`."""
+
+    def __init__(self, engine: _CudaEngine, context: Any, trt: Any, device: CudaDevice) -> None:
+        self._engine, self._context, self._trt, self._device = engine, context, trt, device
+        self._stream, self._profile = device.stream, -1
 
     def prepare(self, profile: int, inputs: Shapes) -> Shapes:
-        """Choose a profile and set the input shapes; see :class:`DeviceEngine`."""
+        """Choose a profile and set the input shapes; see :class:`DeviceContext`."""
         context = self._context
         if profile != self._profile:
             if not context.set_optimization_profile_async(profile, self._stream):
-                raise self._error(f"profile {profile} cannot be chosen")
+                raise self._engine.error(f"profile {profile} cannot be chosen")
             self._profile = profile
         if not all(context.set_input_shape(name, shape) for name, shape in inputs.items()) or context.infer_shapes():
-            raise self._error(f"the engine refuses the shapes {dict(inputs)}")
-        return {name: tuple(context.get_tensor_shape(name)) for name in self._outputs}
+            raise self._engine.error(f"the engine refuses the shapes {dict(inputs)}")
+        return {name: tuple(context.get_tensor_shape(name)) for name in self._engine.outputs}
 
     def enqueue(self, addresses: Mapping[str, int]) -> None:
-        """Run at these addresses; see :class:`DeviceEngine`."""
+        """Run at these addresses; see :class:`DeviceContext`."""
         for name, address in addresses.items():
             self._context.set_tensor_address(name, address)
         self._execute(self._stream)
 
     def capture(self, addresses: Mapping[str, int]) -> DeviceGraph | None:
-        """Record a run at these addresses; see :class:`DeviceEngine`."""
-        if self._records_itself:
+        """Record a run at these addresses; see :class:`DeviceContext`."""
+        if self._engine.records_itself:
             return None
         for name, address in addresses.items():
             self._context.set_tensor_address(name, address)
         return self._device.graph_of(self._execute)
 
     def layer_times(self, addresses: Mapping[str, int]) -> list[tuple[str, float]]:
-        """Run once under TensorRT's profiler; see :class:`DeviceEngine`."""
+        """Run once under TensorRT's profiler; see :class:`DeviceContext`."""
         times: list[tuple[str, float]] = []
 
         class Profiler(self._trt.IProfiler):  # type: ignore[misc, name-defined]  # the module is chosen at run time
@@ -208,23 +242,9 @@ class _CudaEngine:
             self._context.enqueue_emits_profile = False
         return times
 
-    def close(self) -> None:
-        """Keep the compiled kernels beside the engine, where that can be written; see :class:`DeviceEngine`."""
-        content = b"" if self._cache is None else bytes(memoryview(self._cache.serialize()))
-        with contextlib.suppress(OSError):
-            if content and self._cache_file is not None:
-                replace_file(self._cache_file, content)
-
     def _execute(self, stream: int) -> None:
         if not self._context.execute_async_v3(stream):
-            raise self._error("the engine failed while running")
-
-    def _error(self, what: str) -> BackendError:
-        reason = trimmed(self._log.errors[-1]) if self._log.errors else "no reason given"
-        self._log.errors.clear()
-        if "driver version is insufficient" in reason.lower():
-            return BackendError(f"{what} ({reason})", fix=_fix("cudaErrorInsufficientDriver"))
-        return BackendError(f"{what} ({reason})", fix="build the engines again on this machine, or use ONNX Runtime")
+            raise self._engine.error("the engine failed while running")
 
 
 def _fix(error: str) -> str:

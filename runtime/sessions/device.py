@@ -16,7 +16,17 @@ import numpy as np
 from promprune.runtime.sessions.base import Array
 from promprune.runtime.sessions.dlpack import capsule_of
 
-__all__ = ["BufferPool", "Device", "DeviceArray", "DeviceEngine", "DeviceGraph", "EngineLoading", "Pitched", "Shapes"]
+__all__ = [
+    "BufferPool",
+    "Device",
+    "DeviceArray",
+    "DeviceContext",
+    "DeviceEngine",
+    "DeviceGraph",
+    "EngineLoading",
+    "Pitched",
+    "Shapes",
+]
 
 _SMALLEST: Final = 1  # bytes; an empty tensor needs an address too
 
@@ -48,12 +58,12 @@ class DeviceGraph(Protocol):
         """Run again on the device's stream; returns before it is done."""
 
 
-class DeviceEngine(Protocol):
-    """One engine on the device, with one execution context. Not safe to use from two threads at once."""
+class DeviceContext(Protocol):
+    """A way of running an engine, with shapes of its own. Not safe to use from two threads at once.
 
-    @property
-    def dtypes(self) -> Mapping[str, str]:
-        """Numpy's name of the element type of every input and output."""
+    What is recorded of it holds until its shapes change. All contexts of an engine share its scratch memory, so that
+    one of them runs at a time.
+    """
 
     def prepare(self, profile: int, inputs: Shapes) -> Shapes:
         """Choose a profile, set the input shapes, and return the shapes of the outputs."""
@@ -66,6 +76,17 @@ class DeviceEngine(Protocol):
 
     def layer_times(self, addresses: Mapping[str, int]) -> list[tuple[str, float]]:
         """Run once, and return every layer's name and time, in milliseconds."""
+
+
+class DeviceEngine(Protocol):
+    """One engine on the device."""
+
+    @property
+    def dtypes(self) -> Mapping[str, str]:
+        """Numpy's name of the element type of every input and output."""
+
+    def context(self, *, recorded: bool = False) -> DeviceContext:
+        """Return a new way of running it, to be recorded or not."""
 
     def close(self) -> None:
         """Keep what the next load can use, such as compiled kernels."""

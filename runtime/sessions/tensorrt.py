@@ -36,6 +36,7 @@ from promprune.runtime.sessions.device import (
     BufferPool,
     Device,
     DeviceArray,
+    DeviceContext,
     DeviceEngine,
     DeviceGraph,
     EngineLoading,
@@ -192,14 +193,15 @@ class TensorRtSession(Session):
         self.repeats = loading.cuda_graphs
         self._static = loading.cuda_graphs and _is_static(record)
         self._replays: dict[tuple[int, ...], _Replay] = {}
-        self._engine: DeviceEngine | None = device.load((folder / record.file).read_bytes(), trt, loading)
+        engine = device.load((folder / record.file).read_bytes(), trt, loading)
         stated = {name: spec.dtype for name, spec in {**self.inputs, **self.outputs}.items()}
-        if dict(self._engine.dtypes) != stated:
+        if dict(engine.dtypes) != stated:
             raise BackendError(
-                f"{folder / record.file} has the tensors {dict(self._engine.dtypes)}",
+                f"{folder / record.file} has the tensors {dict(engine.dtypes)}",
                 expected=f"{stated}, as its record says",
                 fix="run promprune-build with --rebuild",
             )
+        self._opened: _Opened | None = _Opened(engine, engine.context())
 
     def from_dlpack(self, tensor: Any) -> DeviceTensor:
         """Return a tensor of another library on this device as an input, without a copy: ``torch.Tensor``, ...
@@ -218,10 +220,10 @@ class TensorRtSession(Session):
         self._check(inputs)
         times: dict[str, list[float]] = {}
         with self._lock:
-            engine = self._opened()
-            tensors, outputs = self._prepared(engine, inputs)
+            context = self._required().context
+            tensors, outputs = self._prepared(context, inputs)
             for _ in range(runs):
-                for layer, milliseconds in engine.layer_times(_addresses({**tensors, **outputs})):
+                for layer, milliseconds in context.layer_times(_addresses({**tensors, **outputs})):
                     times.setdefault(layer, []).append(milliseconds)
         return {layer: statistics.median(found) for layer, found in times.items()}
 
@@ -266,9 +268,9 @@ class TensorRtSession(Session):
                 kept = {name: self._copied(replay.outputs[name]) for name in keep}
                 return {**self._fetched(replay, replay.outputs.keys() - kept.keys()), **kept}
         with self._lock:  # the context holds shapes and addresses
-            engine = self._opened()
-            tensors, outputs = self._prepared(engine, inputs)
-            engine.enqueue(_addresses({**tensors, **outputs}))
+            context = self._required().context
+            tensors, outputs = self._prepared(context, inputs)
+            context.enqueue(_addresses({**tensors, **outputs}))
         for name, tensor in outputs.items():
             if name not in keep:
                 tensor.fetch()
@@ -276,12 +278,12 @@ class TensorRtSession(Session):
         return dict(outputs)
 
     def _prepared(
-        self, engine: DeviceEngine, inputs: Mapping[str, Value], *, in_place: bool = False
+        self, context: DeviceContext, inputs: Mapping[str, Value], *, in_place: bool = False
     ) -> tuple[dict[str, DeviceArray | BorrowedTensor], dict[str, DeviceArray]]:
         """Bring the inputs to the device, tell the engine their shapes, and make room for its outputs."""
         profile = choose_profile(self._record, {name: tuple(value.shape) for name, value in inputs.items()})
         tensors = {name: self._on_device(value) for name, value in inputs.items()}
-        shapes = engine.prepare(profile, {name: tensor.shape for name, tensor in tensors.items()})
+        shapes = context.prepare(profile, {name: tensor.shape for name, tensor in tensors.items()})
         memory = self._shared_outputs() if in_place else {}
         outputs = {
             name: DeviceArray(self._device, shapes[name], spec.dtype, self._pools.get(name), memory=memory.get(name))
@@ -303,7 +305,7 @@ class TensorRtSession(Session):
             inputs: all of them.
             fixed: those that are read where they lie; the others are copied.
         """
-        engine = self._opened()
+        engine = self._required().engine
         shapes = (size for name in self.inputs for size in inputs[name].shape)
         key = (*shapes, *(tensor.address for tensor in fixed.values()))
         replay = self._replays.pop(key, None)
@@ -312,26 +314,25 @@ class TensorRtSession(Session):
         else:
             for name, tensor in replay.inputs.items():
                 _copy(inputs[name], tensor)
-            replay.run(engine)
+            replay.run()
         while len(self._replays) >= _MOST_GRAPHS:
             self._replays.pop(next(iter(self._replays)))
         self._replays[key] = replay  # last, as the latest used
         return replay
 
     def _recorded(self, engine: DeviceEngine, inputs: Mapping[str, Value], fixed: Mapping[str, DeviceArray]) -> _Replay:
-        """Run as ever, which lets TensorRT prepare itself, and then record a run."""
+        """Run as ever, which lets TensorRT prepare itself, and then record a run, in a context that is kept for it."""
+        context = engine.context(recorded=True)
         owned = {}
         for name, value in inputs.items():
             if name not in fixed:
                 owned[name] = DeviceArray(self._device, tuple(value.shape), str(value.dtype))
                 _copy(value, owned[name])
-        tensors, outputs = self._prepared(engine, {**owned, **fixed}, in_place=bool(fixed))
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        addresses = _addresses({**tensors, **outputs})
-        replay = _Replay(choose_profile(self._record, shapes), shapes, addresses, owned, outputs)
-        replay.run(engine)
+        tensors, outputs = self._prepared(context, {**owned, **fixed}, in_place=bool(fixed))
+        replay = _Replay(context, _addresses({**tensors, **outputs}), owned, outputs)
+        replay.run()
         try:
-            replay.graph = engine.capture(addresses)
+            replay.graph = context.capture(replay.addresses)
         except BackendError as error:  # such as of a loop whose length the device decides
             note = f"{self.name} runs without a CUDA graph: {error}"
             self.notes = tuple(dict.fromkeys((*self.notes, note)))
@@ -347,10 +348,10 @@ class TensorRtSession(Session):
         _copy(tensor, copy)
         return copy
 
-    def _opened(self) -> DeviceEngine:
-        if self._engine is None:
+    def _required(self) -> _Opened:
+        if self._opened is None:
             raise BackendError(f"{self.name} was closed", fix="load the package again")
-        return self._engine
+        return self._opened
 
     def _on_device(self, value: Value) -> DeviceArray | BorrowedTensor:
         if isinstance(value, BorrowedTensor) or (isinstance(value, DeviceArray) and value.device is self._device):
@@ -363,13 +364,21 @@ class TensorRtSession(Session):
     def close(self) -> None:
         """Free the engine; running it afterwards is a BackendError."""
         with self._lock:
-            engine, self._engine = self._engine, None
+            opened, self._opened = self._opened, None
             self._replays.clear()
             self._scratch.clear()
-        if engine is not None:
-            engine.close()
+        if opened is not None:
+            opened.engine.close()
             for pool in (*self._pools.values(), self._roomy):
                 pool.close()
+
+
+@dataclass(frozen=True, eq=False)
+class _Opened:
+    """An engine, and the context of all runs that are not recorded."""
+
+    engine: DeviceEngine
+    context: DeviceContext
 
 
 @dataclass(eq=False)
@@ -377,26 +386,25 @@ class _Replay:
     """The buffers of the runs of one engine that have the same shapes, and their CUDA graph.
 
     Attributes:
-        profile, shapes, addresses: of the runs; the tensors of some addresses are not held here.
+        context: for these runs alone: a graph is of no use once the shapes of its context have changed.
+        addresses: of the runs; the tensors of some of them are not held here.
         inputs: what a run reads, but for those tensors.
         outputs: what it writes.
         graph: a recorded run; ``None``: there is none, or the engine has recorded it itself.
     """
 
-    profile: int
-    shapes: Shapes
+    context: DeviceContext
     addresses: Mapping[str, int]
     inputs: Mapping[str, DeviceArray]
     outputs: Mapping[str, DeviceArray]
     graph: DeviceGraph | None = None
 
-    def run(self, engine: DeviceEngine) -> None:
+    def run(self) -> None:
         """Run on what the input buffers hold now."""
         if self.graph is not None:
             self.graph.launch()
-            return
-        engine.prepare(self.profile, self.shapes)
-        engine.enqueue(self.addresses)
+        else:
+            self.context.enqueue(self.addresses)
 
 
 class _Fetched:
