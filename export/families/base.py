@@ -121,25 +121,26 @@ class Family:
     Attributes:
         model_type: as in ``config.json``.
         model_class: name of the class in ``transformers`` that loads it.
-        adapt: ``(model, processor)``: takes a loaded model apart; raises ``UnsupportedModelError``, with the reason,
-            on whatever is not exported.
+        adapt: ``(model, processor, grids)``: takes a loaded model apart, for images of these sizes where the family
+            has ``default_grids`` (else there are none); raises ``UnsupportedModelError``, with the reason, on
+            whatever is not exported.
         reference: ``(model, processor, image, adapted)``, ``adapted`` being what ``adapt`` made of this model: one
             RGB image on transformers' own path. The exported graph is verified against it.
         kept_features: ``(model, reference, token_indices)``: ``[placeholders, D]``, what takes the place of an
             image's placeholders when only some tokens are kept. The indices are those of
             ``promprune.runtime.TokenSelection``.
-        adapt_to_grids: ``(model, processor, grids)``: like ``adapt``, for images of the sizes that the user chose;
-            ``None`` where the model takes one size, or chooses itself.
+        default_grids: ``(processor)``: the sizes of images where the user chooses none; ``None`` where the model
+            takes one size, or chooses itself.
         position_ids: ``(model, adapted, input_ids, reference)``: ``[*position_axes, 1, S]``, as transformers places
             the tokens of one prompt whose image has all its placeholders; ``None`` where it simply counts.
     """
 
     model_type: str
     model_class: str
-    adapt: Callable[[Any, Any], AdaptedModel]
+    adapt: Callable[[Any, Any, Grids], AdaptedModel]
     reference: Callable[[Any, Any, Any, AdaptedModel], VisionReference]
     kept_features: Callable[[Any, VisionReference, Tensor], Tensor]
-    adapt_to_grids: Callable[[Any, Any, Grids], AdaptedModel] | None = None
+    default_grids: Callable[[Any], Grids] | None = None
     position_ids: Callable[[Any, AdaptedModel, Tensor, VisionReference], Tensor] | None = None
 
     def adapted(self, model: Any, processor: Any, grids: Grids = ()) -> AdaptedModel:
@@ -149,15 +150,15 @@ class Family:
             ConfigError: sizes were chosen, and this family takes none.
             UnsupportedModelError: the model, or a size, is not exported.
         """
-        if not grids:
-            return self.adapt(model, processor)
-        if self.adapt_to_grids is None:
+        if self.default_grids is not None:
+            return self.adapt(model, processor, grids or self.default_grids(processor))
+        if grids:
             raise ConfigError(
                 f"received --image-grid for a model of the family {self.model_type!r}",
                 expected="none: its images have one size, or choose theirs",
                 fix="leave it out",
             )
-        return self.adapt_to_grids(model, processor, grids)
+        return self.adapt(model, processor, ())
 
 
 def grids_of(image: ImageRecord) -> Grids:

@@ -9,15 +9,15 @@ from PIL import Image
 from torch import Tensor
 
 from promprune.errors import UnsupportedModelError
-from promprune.export.families.base import AdaptedModel, SampleInput, VisionGraph, VisionReference
+from promprune.export.families.base import AdaptedModel, Grids, SampleInput, VisionGraph, VisionReference
 from promprune.export.families.clip import ClipVisionEncoder, refuse_unsupported, scored_layers
 from promprune.package import CropLayout
 
 __all__ = ["adapt", "kept_features", "reference"]
 
 
-def adapt(model: Any, processor: Any) -> AdaptedModel:
-    """Take a ``LlavaForConditionalGeneration`` apart.
+def adapt(model: Any, processor: Any, grids: Grids = ()) -> AdaptedModel:
+    """Take a ``LlavaForConditionalGeneration`` apart; there are no grids to choose from.
 
     Raises:
         UnsupportedModelError: the vision tower is not CLIP, or its features are read in a way not exported yet.

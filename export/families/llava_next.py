@@ -11,15 +11,15 @@ from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from promprune.errors import UnsupportedModelError
-from promprune.export.families.base import AdaptedModel, SampleInput, VisionGraph, VisionReference
+from promprune.export.families.base import AdaptedModel, Grids, SampleInput, VisionGraph, VisionReference
 from promprune.export.families.clip import ClipVisionEncoder, refuse_unsupported, scored_layers
 from promprune.package import IMAGE_NEWLINE_FILE, AnyresLayout
 
 __all__ = ["adapt", "kept_features", "reference"]
 
 
-def adapt(model: Any, processor: Any) -> AdaptedModel:
-    """Take a ``LlavaNextForConditionalGeneration`` apart.
+def adapt(model: Any, processor: Any, grids: Grids = ()) -> AdaptedModel:
+    """Take a ``LlavaNextForConditionalGeneration`` apart; there are no grids to choose from.
 
     Raises:
         UnsupportedModelError: the vision tower is not CLIP, its features are read in a way not exported yet, or the

@@ -23,7 +23,6 @@ from promprune.package import VISION_ENCODER, GridLayout, GridRecord
 __all__ = [
     "GridVisionEncoder",
     "adapt",
-    "adapt_to_grids",
     "adapted_with_grids",
     "default_grids",
     "kept_features",
@@ -179,16 +178,7 @@ def _rotary_tables(visual: Any, rows: int, columns: int) -> tuple[Tensor, Tensor
     return tuple(rotary.recomposition_frequencies(table * scaling) for table in (angles.cos(), angles.sin()))
 
 
-def adapt(model: Any, processor: Any) -> AdaptedModel:
-    """Take a ``Qwen2_5_VLForConditionalGeneration`` apart, for images of one square size.
-
-    Raises:
-        UnsupportedModelError: its language model attends within a sliding window.
-    """
-    return adapt_to_grids(model, processor, default_grids(processor))
-
-
-def adapt_to_grids(model: Any, processor: Any, grids: Grids) -> AdaptedModel:
+def adapt(model: Any, processor: Any, grids: Grids) -> AdaptedModel:
     """Take a ``Qwen2_5_VLForConditionalGeneration`` apart, for images of some sizes.
 
     Raises:
@@ -206,7 +196,7 @@ def adapted_with_grids(
     """Take a Qwen2-VL or Qwen2.5-VL apart; see :class:`GridVisionEncoder` for ``window`` and ``full_blocks``.
 
     Raises:
-        UnsupportedModelError: as in :func:`adapt_to_grids`.
+        UnsupportedModelError: as in :func:`adapt`.
     """
     text, visual = model.config.text_config, model.model.visual
     if "sliding_attention" in text.layer_types:

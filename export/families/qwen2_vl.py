@@ -13,19 +13,10 @@ from promprune.export.families.qwen2_5_vl import (
     reference,
 )
 
-__all__ = ["adapt", "adapt_to_grids", "kept_features", "position_ids", "reference"]
+__all__ = ["adapt", "default_grids", "kept_features", "position_ids", "reference"]
 
 
-def adapt(model: Any, processor: Any) -> AdaptedModel:
-    """Take a ``Qwen2VLForConditionalGeneration`` apart, for images of one square size.
-
-    Raises:
-        UnsupportedModelError: its language model attends within a sliding window.
-    """
-    return adapt_to_grids(model, processor, default_grids(processor))
-
-
-def adapt_to_grids(model: Any, processor: Any, grids: Grids) -> AdaptedModel:
+def adapt(model: Any, processor: Any, grids: Grids) -> AdaptedModel:
     """Take a ``Qwen2VLForConditionalGeneration`` apart, for images of some sizes.
 
     Raises:

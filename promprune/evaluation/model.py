@@ -60,7 +60,7 @@ class TorchModel:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self.model = checkpoint.family.adapt(checkpoint.model, checkpoint.processor)
+        self.model = checkpoint.family.adapted(checkpoint.model, checkpoint.processor)
         layout = self.model.layout
         vision = self.model.vision_graphs[0]
         if not isinstance(layout, CropLayout) or vision.token_mask or self.model.position_axes:
