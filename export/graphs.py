@@ -9,14 +9,15 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Final
 
 import onnx
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import NameFixPass
-from onnxscript.optimizer import optimize_ir
-from onnxscript.rewriter import onnx_fusions
+from onnx_ir.passes import common as passes
+from onnxscript import rewriter
+from onnxscript.optimizer import fold_constants_ir
+from onnxscript.rewriter import RewritePass, onnx_fusions
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -28,6 +29,9 @@ from promprune.export.weights import CheckpointTensor, initializer, linked, tens
 from promprune.package import GraphRecord, TensorRecord
 
 __all__ = ["append_graph", "graph_from_module", "graph_record", "save_graph"]
+
+# All rules of torch.onnx but one, which looks at every pair of nodes: most of the time in a deep graph.
+_RULES: Final = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule.name != "SlicesSplit"]
 
 
 def graph_from_module(
@@ -120,7 +124,7 @@ def append_graph(first: ir.Model, second: ir.Model, *, connect: Mapping[str, str
     taken = set(connect.values())
     kept = [value for value in first.graph.outputs if value.name not in taken]
     first.graph.outputs[:] = kept + outputs
-    NameFixPass()(first)
+    passes.NameFixPass()(first)
     return first
 
 
@@ -187,7 +191,8 @@ def _link_initializers(model: ir.Model, module: nn.Module) -> None:
 
 
 def _optimize(model: ir.Model) -> None:
-    """Fold and simplify as ``torch.onnx`` does, but never compute with a checkpoint's weights.
+    """Fold and simplify as ``torch.onnx`` does (``onnxscript.optimizer.optimize_ir``), but never compute with a
+    checkpoint's weights.
 
     A folded Transpose of a weight would be another tensor than the one on disk.
     """
@@ -196,7 +201,22 @@ def _optimize(model: ir.Model) -> None:
         values = (value.const_value for value in node.inputs if value is not None)
         return False if any(isinstance(value, CheckpointTensor) for value in values) else None
 
-    optimize_ir(model, should_fold=may_fold)
+    passes.InlinePass()(model)
+    for _ in range(2):
+        fold_constants_ir(model, onnx_shape_inference=True, should_fold=may_fold)
+        RewritePass(_RULES)(model)
+        passes.RemoveUnusedNodesPass()(model)
+    for step in (
+        passes.RemoveUnusedFunctionsPass(),
+        passes.RemoveUnusedOpsetsPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.LiftSubgraphInitializersToMainGraphPass(),
+        passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.OutputFixPass(),
+        passes.NameFixPass(),
+    ):
+        step(model)
     onnx_fusions.fuse(model)
     drop_nan_guards(model)
 
