@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 # Nothing in the tests may look for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -30,6 +31,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="takes minutes: pytest -m slow"))
 
 
+def exported(folders: pytest.TempPathFactory, name: str, **options: Any) -> ExportResult:
+    return export_package(ExportConfig(output=folders.mktemp("packages") / name, **options))
+
+
 @pytest.fixture(scope="session")
 def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random LLaVA of 16 visual tokens per image."""
@@ -39,28 +44,13 @@ def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_export(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
     """It, exported and verified: 4 of 16 visual tokens."""
-    output = tmp_path_factory.mktemp("packages") / "tiny"
-    return export_package(ExportConfig(model=str(tiny_llava), ratio=0.25, output=output, split_selector=True))
+    return exported(tmp_path_factory, "tiny", model=str(tiny_llava), ratio=0.25, split_selector=True)
 
 
 @pytest.fixture(scope="session")
 def tiny_full_export(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
     """The unpruned baseline of the same model."""
-    output = tmp_path_factory.mktemp("packages") / "tiny-full"
-    return export_package(ExportConfig(model=str(tiny_llava), ratio=1.0, output=output))
-
-
-@pytest.fixture(scope="session")
-def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen2.5-VL."""
-    return save_tiny_qwen(tmp_path_factory.mktemp("checkpoints") / "tiny-qwen", tiny_qwen2_5_vl())
-
-
-@pytest.fixture(scope="session")
-def tiny_qwen_export(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
-    """It, exported and verified for images of 6 x 6 and of 4 x 7 tokens; the default ratio."""
-    output = tmp_path_factory.mktemp("packages") / "tiny-qwen"
-    return export_package(ExportConfig(model=str(tiny_qwen), image_grids=((6, 6), (4, 7)), output=output))
+    return exported(tmp_path_factory, "tiny-full", model=str(tiny_llava), ratio=1.0)
 
 
 @pytest.fixture(scope="session")
@@ -72,26 +62,40 @@ def tiny_llava_next(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def next_export(tiny_llava_next: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
     """It, exported and verified: 2 of 16 visual tokens per crop."""
-    output = tmp_path_factory.mktemp("packages") / "next"
-    return export_package(ExportConfig(model=str(tiny_llava_next), ratio=0.12, output=output))
+    return exported(tmp_path_factory, "next", model=str(tiny_llava_next), ratio=0.12)
 
 
 @pytest.fixture(scope="session")
 def next_full_export(tiny_llava_next: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
     """The unpruned baseline of the same model."""
-    output = tmp_path_factory.mktemp("packages") / "next-full"
-    return export_package(ExportConfig(model=str(tiny_llava_next), ratio=1.0, output=output))
+    return exported(tmp_path_factory, "next-full", model=str(tiny_llava_next), ratio=1.0)
 
 
 @pytest.fixture(scope="session")
-def tiny_qwen2_export(tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
-    """A random Qwen2-VL, exported and verified for images of 4 x 6 tokens; the default ratio."""
-    checkpoint = save_tiny_qwen(tmp_path_factory.mktemp("checkpoints") / "tiny-qwen2", tiny_qwen2_vl())
-    output = tmp_path_factory.mktemp("packages") / "tiny-qwen2"
-    return export_package(ExportConfig(model=str(checkpoint), image_grids=((4, 6),), output=output))
+def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2.5-VL."""
+    return save_tiny_qwen(tmp_path_factory.mktemp("checkpoints") / "tiny-qwen", tiny_qwen2_5_vl())
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen_export(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+    """It, exported and verified for images of 6 x 6 and of 4 x 7 tokens; the default ratio."""
+    return exported(tmp_path_factory, "tiny-qwen", model=str(tiny_qwen), image_grids=((6, 6), (4, 7)))
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2-VL."""
+    return save_tiny_qwen(tmp_path_factory.mktemp("checkpoints") / "tiny-qwen2", tiny_qwen2_vl())
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2_export(tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+    """It, exported and verified for images of 4 x 6 tokens; the default ratio."""
+    return exported(tmp_path_factory, "tiny-qwen2", model=str(tiny_qwen2), image_grids=((4, 6),))
 
 
 @pytest.fixture(scope="session")
 def embedded_export(tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
     """The embedded model at the default ratio, exported and verified."""
-    return export_package(ExportConfig(output=tmp_path_factory.mktemp("packages") / "embedded"))
+    return exported(tmp_path_factory, "embedded")

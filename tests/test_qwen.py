@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +30,7 @@ from tests.tiny_models import QWEN_IMAGE, save_tiny_qwen, tiny_qwen2_5_vl
 GRIDS = ((6, 6), (4, 7))
 TOKEN_PIXELS, IMAGE_TOKEN_ID = 28, 3
 NEW_TOKENS = 12
+RATIO = ExportConfig.ratio
 Request = tuple[list[Image.Image], str]
 
 
@@ -84,9 +85,15 @@ class Reference:
         text = f"<|im_start|>user\n{image}{question}<|im_end|>\n<|im_start|>assistant\n"
         return Prompt(self.tokenizer(text, return_tensors="pt").input_ids, values.get("pixel_values"), grids)
 
+    def logits(self, request: Request) -> np.ndarray:
+        return self._last_logits(self.prompt(request).inputs)
+
+    def pruned_logits(self, request: Request) -> np.ndarray:
+        return self._last_logits(self.pruned(self.prompt(request))[0])
+
     @torch.no_grad()
-    def logits(self, prompt: Prompt) -> np.ndarray:
-        return self.model(**prompt.inputs).logits[0, -1].numpy()
+    def _last_logits(self, inputs: dict[str, Any]) -> np.ndarray:
+        return self.model(**inputs).logits[0, -1].numpy()
 
     def answer(self, **inputs: Any) -> list[int]:
         given = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
@@ -100,7 +107,7 @@ class Reference:
         return tokens[0, given:].tolist()
 
     @torch.no_grad()
-    def pruned(self, prompt: Prompt, ratio: float) -> tuple[dict[str, torch.Tensor], list[list[int]]]:
+    def pruned(self, prompt: Prompt) -> tuple[dict[str, torch.Tensor], list[list[int]]]:
         """Embeddings and positions of a prompt with the tokens that the float64 method keeps, and which these are."""
         embeds = self.model.get_input_embeddings()(prompt.input_ids)
         stays, chosen = prompt.input_ids[0] != IMAGE_TOKEN_ID, []
@@ -114,7 +121,7 @@ class Reference:
             patches = prompt.pixel_values.split(prompt.grids.prod(dim=1).tolist())
             for row, values, grid in zip(features, patches, prompt.grids.tolist(), strict=True):
                 kept = select_tokens(
-                    row.double(), self.saliency(values, grid).double(), round(ratio * len(row)), SelectionConfig()
+                    row.double(), self.saliency(values, grid).double(), round(RATIO * len(row)), SelectionConfig()
                 ).token_indices
                 stays[places[: len(row)][kept]] = True
                 chosen.append(sorted(kept.tolist()))
@@ -170,31 +177,16 @@ def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.abs(found - wanted).max() / wanted.std())
 
 
-def check_whole(
+def check_logits(
     pipeline: VisionLanguagePipeline,
-    reference: Reference,
+    wanted: Callable[[Request], np.ndarray],
     requests: list[Request],
     limit: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     logits = first_logits(pipeline, requests, monkeypatch)
     for row, request in zip(logits, requests, strict=True):
-        assert relative_error(row, reference.logits(reference.prompt(request))) < limit
-
-
-def check_pruned(
-    pipeline: VisionLanguagePipeline,
-    reference: Reference,
-    requests: list[Request],
-    limit: float,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    logits = first_logits(pipeline, requests, monkeypatch)
-    for row, request in zip(logits, requests, strict=True):
-        inputs, _ = reference.pruned(reference.prompt(request), ratio=0.12)
-        with torch.no_grad():
-            wanted = reference.model(**inputs).logits[0, -1].numpy()
-        assert relative_error(row, wanted) < limit
+        assert relative_error(row, wanted(request)) < limit
 
 
 @pytest.mark.parametrize("case", REQUESTS)
@@ -202,7 +194,7 @@ def test_whole_images_are_read_as_transformers_reads_them(
     whole: VisionLanguagePipeline, reference: Reference, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = REQUESTS[case]
-    check_whole(whole, reference, requests, 1e-4, monkeypatch)
+    check_logits(whole, reference.logits, requests, 1e-4, monkeypatch)
     results = whole.generate_batch(requests, max_new_tokens=NEW_TOKENS)
     for result, request in zip(results, requests, strict=True):
         assert list(result.token_ids) == reference.answer(**reference.prompt(request).inputs)
@@ -214,10 +206,10 @@ def test_kept_tokens_are_read_where_they_were(
 ) -> None:
     """As transformers reads the tokens that the float64 method keeps, at their positions in the whole image."""
     requests = REQUESTS[case]
-    check_pruned(pruned, reference, requests, 1e-4, monkeypatch)
+    check_logits(pruned, reference.pruned_logits, requests, 1e-4, monkeypatch)
     results = pruned.generate_batch(requests, max_new_tokens=NEW_TOKENS)
     for result, request in zip(results, requests, strict=True):
-        inputs, chosen = reference.pruned(reference.prompt(request), ratio=0.12)
+        inputs, chosen = reference.pruned(reference.prompt(request))
         assert [sorted(image.token_indices.tolist()) for image in result.selection] == chosen
         assert list(result.token_ids) == reference.answer(**inputs)
 
@@ -229,10 +221,10 @@ def test_half_precision_reads_the_same(
 ) -> None:
     whole = exported(tiny_qwen, tmp_path / "whole", ratio=1.0, dtype=dtype)
     pruned = exported(tiny_qwen, tmp_path / "pruned", dtype=dtype)
-    for result, check in ((whole, check_whole), (pruned, check_pruned)):
+    for result, wanted in ((whole, reference.logits), (pruned, reference.pruned_logits)):
         with VisionLanguagePipeline.from_package(result.output) as pipeline:
             for requests in REQUESTS.values():
-                check(pipeline, reference, requests, 5e-2, monkeypatch)
+                check_logits(pipeline, wanted, requests, 5e-2, monkeypatch)
 
 
 @pytest.mark.slow
@@ -254,7 +246,7 @@ def test_the_positions_matter(
     """Counted one after the other, as in other families, the same tokens make other logits."""
     monkeypatch.setattr(whole, "_positions", lambda job, reused: None)
     logits = first_logits(whole, REQUESTS["one prompt"], monkeypatch)
-    wanted = reference.logits(reference.prompt(REQUESTS["one prompt"][0]))
+    wanted = reference.logits(REQUESTS["one prompt"][0])
     assert relative_error(logits[0], wanted) > 1e-2
 
 
