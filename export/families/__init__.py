@@ -13,22 +13,22 @@ from promprune.export.families.base import AdaptedModel, Family, Grids, VisionGr
 
 __all__ = ["FAMILIES", "AdaptedModel", "Family", "Grids", "VisionGraph", "VisionReference", "grids_of"]
 
-FAMILIES: Final[dict[str, Family]] = {
-    "llava": Family(
+_ROWS: Final = (
+    Family(
         model_type="llava",
         model_class="LlavaForConditionalGeneration",
         adapt=llava.adapt,
         reference=llava.reference,
         kept_features=llava.kept_features,
     ),
-    "llava_next": Family(
+    Family(
         model_type="llava_next",
         model_class="LlavaNextForConditionalGeneration",
         adapt=llava_next.adapt,
         reference=llava_next.reference,
         kept_features=llava_next.kept_features,
     ),
-    "qwen2_5_vl": Family(
+    Family(
         model_type="qwen2_5_vl",
         model_class="Qwen2_5_VLForConditionalGeneration",
         adapt=qwen2_5_vl.adapt,
@@ -37,7 +37,7 @@ FAMILIES: Final[dict[str, Family]] = {
         kept_features=qwen2_5_vl.kept_features,
         position_ids=qwen2_5_vl.position_ids,
     ),
-    "qwen2_vl": Family(
+    Family(
         model_type="qwen2_vl",
         model_class="Qwen2VLForConditionalGeneration",
         adapt=qwen2_vl.adapt,
@@ -46,4 +46,6 @@ FAMILIES: Final[dict[str, Family]] = {
         kept_features=qwen2_vl.kept_features,
         position_ids=qwen2_vl.position_ids,
     ),
-}
+)
+
+FAMILIES: Final[dict[str, Family]] = {row.model_type: row for row in _ROWS}
