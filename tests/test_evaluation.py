@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from PIL.Image import Image
 
 from promprune.cli import eval as command
 from promprune.config import SelectionConfig
 from promprune.evaluation.data import Picture, Question, is_right, load_data
 from promprune.evaluation.model import TorchModel
-from promprune.evaluation.runs import ALL, Condition, Run, ask_torch, conditions
+from promprune.evaluation.runs import ALL, Condition, Run, ask_package, ask_torch, conditions
 from promprune.evaluation.scores import difference, scores
+from promprune.export import ExportResult
 from promprune.export.checkpoint import load_checkpoint
-from promprune.export.verify import torch_answer
+from promprune.export.verify import MAX_NEW_TOKENS, kept_position_ids, torch_answer
+from promprune.runtime import draw_kept_tokens
 from promprune.scenes import questions, render_scene
 from tests.command_line import run
 
@@ -34,11 +38,11 @@ def test_answers_are_those_of_generate() -> None:
     """Many questions behind one prefix, padded and cached, answer as one question at a time does in transformers."""
     checkpoint = load_checkpoint(None)
     model, pictures = TorchModel(checkpoint), load_data("embedded", limit=3)
-    wanted = conditions(model.grid.num_tokens, [0.12], ["coverage"])
+    wanted = conditions(model.num_tokens, [0.12], ["coverage"])
     runs = ask_torch(model, pictures, wanted, SelectionConfig(), max_new_tokens=6, done=lambda _: None)
     tokenizer = checkpoint.processor.tokenizer
     for index, picture in enumerate(pictures):
-        features = model.encode(picture.load()).features
+        features = model.encode(picture.load()).features[0]
         for one in runs:
             chosen = one.selections[index].token_indices if one.selections else range(256)
             kept = features[torch.as_tensor(list(chosen))]
@@ -46,6 +50,50 @@ def test_answers_are_those_of_generate() -> None:
                 with torch.inference_mode():
                     ids = torch_answer(checkpoint, model.model, question.text, kept)
                 assert answer == tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def _scenes() -> list[Picture]:
+    """Square, wide and tall, with questions of different lengths."""
+    asked = (Question("Is it red?", ("yes",), "t"), Question("What is at the top left of it?", ("a",), "t"))
+    images = [render_scene(seed, image_size=96).image.resize(size) for seed, size in enumerate(((96, 96), (130, 70)))]
+    return [Picture(str(number), partial(Image.copy, image), asked) for number, image in enumerate(images)]
+
+
+@pytest.mark.parametrize("family", ["tiny_llava_next", "tiny_qwen"])
+def test_crops_and_rotary_positions_answer_as_generate_does(family: str, request: pytest.FixtureRequest) -> None:
+    checkpoint = load_checkpoint(str(request.getfixturevalue(family)))
+    model, pictures = TorchModel(checkpoint), _scenes()
+    wanted = conditions(model.num_tokens, [0.25], ["promprune", "none"])
+    full, none, pruned = ask_torch(
+        model, pictures, wanted, SelectionConfig(), max_new_tokens=MAX_NEW_TOKENS, done=lambda _: None
+    )
+    assert full.answers != pruned.answers != none.answers
+    for index, picture in enumerate(pictures):
+        tokens = model.encode(picture.load())
+        draw_kept_tokens(full.views[index], pruned.selections[index])  # refuses a view of another size
+        for one in (full, pruned):
+            chosen = one.selections[index].token_indices if one.selections else range(tokens.num_tokens)
+            indices = torch.as_tensor(list(chosen))
+            for question, answer in zip(picture.questions, one.answers[index], strict=True):
+                with torch.inference_mode():
+                    kept = checkpoint.family.kept_features(checkpoint.model, tokens.reference, indices)
+                    places = kept_position_ids(checkpoint, model.model, question.text, tokens.reference, indices)
+                    ids = torch_answer(checkpoint, model.model, question.text, kept, places)
+                assert answer == checkpoint.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def test_crops_are_chosen_from_as_in_a_package(tiny_llava_next: Path, next_export: ExportResult) -> None:
+    pictures, record = _scenes(), next_export.manifest.selection
+    condition = Condition("torch", "promprune", record.keep_tokens, record.num_tokens)
+    config = SelectionConfig(mu=record.mu, tau=record.tau)
+    model = TorchModel(load_checkpoint(str(tiny_llava_next)))
+    ours = ask_torch(model, pictures, [condition], config, max_new_tokens=4, done=lambda _: None)[0]
+    package = ask_package(next_export.output, pictures, max_new_tokens=4, done=lambda _: None)
+    assert ours.answers == package.answers
+    for one, other in zip(ours.selections, package.selections, strict=True):
+        assert one.grids == other.grids
+        assert one.token_indices.tolist() == other.token_indices.tolist()
+        assert one.saliency_mask.tolist() == other.saliency_mask.tolist()  # type: ignore[union-attr]
 
 
 def _asked(name: str, *answers: str) -> Picture:

@@ -176,7 +176,7 @@ def _ask_model(
 
     checkpoint = load_checkpoint(None if name == EMBEDDED else name)
     subject = TorchModel(checkpoint)
-    wanted = conditions(subject.grid.num_tokens, ratios, policies)
+    wanted = conditions(subject.num_tokens, ratios, policies)
     config, _ = selection_config(checkpoint.folder, ExportConfig())
     done = progress(f"PyTorch, {len(wanted)} conditions", len(pictures))
     return checkpoint.folder, ask_torch(subject, pictures, wanted, config, max_new_tokens=max_new_tokens, done=done)
@@ -259,7 +259,8 @@ def _write(
         with missing_extra("eval"):
             from promprune.evaluation.plots import plot_accuracy, plot_split
         plot_accuracy(found, output / "accuracy.png")
-        plot_split(smallest, config, output / "split.png")
+        if all(len(selection.spectral_entropies) == 1 for selection in smallest.selections):  # one split per picture
+            plot_split(smallest, config, output / "split.png")
     console.print(f"wrote {output}", soft_wrap=True)
 
 

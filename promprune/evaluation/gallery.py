@@ -93,12 +93,13 @@ def gallery(full: Run, pruned: Run, pictures: Sequence[Picture], *, limit: int) 
         without_legend = (0, 0, drawn.width, drawn.width * view.height // view.width)
         entry["view"], entry["image"] = _encoded(view), _encoded(drawn.crop(without_legend))
     condition = pruned.condition
+    each = " of each crop" if any(len(selection.spectral_entropies) > 1 for selection in pruned.selections) else ""
     lost = sum(entry["lost"] for entry in entries)
     return (
         Environment(autoescape=True)
         .from_string(_TEMPLATE)
         .render(
-            title=f"What {condition.policy} keeps: {condition.keep_tokens} of {condition.num_tokens} tokens",
+            title=f"What {condition.policy} keeps: {condition.keep_tokens} of {condition.num_tokens} tokens{each}",
             summary=f"{len(shown)} of {len(entries)} pictures, failures first; pruning lost {lost} answers in all.",
             entries=shown,
             side=_SIDE,

@@ -12,21 +12,19 @@ there are, in torch only:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Final, cast
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from promprune.config import POLICIES, SelectionConfig, SelectionPolicy
 from promprune.errors import ConfigError
 from promprune.evaluation.data import Picture
-from promprune.evaluation.model import TorchModel, VisualTokens
+from promprune.evaluation.model import KeptTokens, TorchModel, VisualTokens
 from promprune.package import Manifest
 from promprune.pruning import PrunedTokens, prune_tokens
 from promprune.runtime import TokenSelection, VisionLanguagePipeline
@@ -136,37 +134,62 @@ def select(
     tokens: Sequence[VisualTokens],
     condition: Condition,
     config: SelectionConfig,
-) -> tuple[list[Tensor | None], list[TokenSelection]]:
-    """The features that are kept of each image, and what was selected."""
+) -> tuple[list[KeptTokens | None], list[TokenSelection]]:
+    """What is kept of each image, and what was selected."""
     if condition.policy == NONE:
         return [None] * len(tokens), []
     if condition.policy == ALL:
-        return [one.features for one in tokens], []
-    features = torch.stack([one.features for one in tokens])
+        return [model.keep(one, torch.arange(one.num_tokens)) for one in tokens], []
     if condition.policy == ORACLE:
-        pruned = [
-            _oracle(picture, row[None], condition.keep_tokens) for picture, row in zip(pictures, features, strict=True)
-        ]
+        pruned = [_oracle(picture, one, condition.keep_tokens) for picture, one in zip(pictures, tokens, strict=True)]
     else:
-        saliency = torch.stack([one.saliency for one in tokens])
         policy = replace(config, policy=condition.policy)  # type: ignore[arg-type]  # one of POLICIES
-        pruned = [prune_tokens(features, saliency, condition.keep_tokens, config=policy)]
+        pruned = list(_pruned(tokens, condition.keep_tokens, policy))
     named = cast("SelectionPolicy", condition.policy if condition.policy in POLICIES else "promprune")
-    chosen = [
-        TokenSelection((model.grid,), indices.numpy(), mask.numpy(), (float(entropy),), named)
-        for batch in pruned
-        for indices, mask, entropy in zip(batch.token_indices, batch.saliency_mask, batch.spectral_entropy, strict=True)
-    ]
-    return [row for batch in pruned for row in batch.features], chosen
+    chosen = [_selection(one, crops, named, config.order) for one, crops in zip(tokens, pruned, strict=True)]
+    kept = [model.keep(one, torch.from_numpy(found.token_indices)) for one, found in zip(tokens, chosen, strict=True)]
+    return list(kept), chosen
 
 
-def _oracle(picture: Picture, features: Tensor, keep_tokens: int) -> PrunedTokens:
+def _pruned(tokens: Sequence[VisualTokens], keep_tokens: int, config: SelectionConfig) -> Iterator[PrunedTokens]:
+    """What is chosen from the crops of each image; those of all images at once."""
+    mask = torch.cat([one.token_mask for one in tokens])
+    pruned = prune_tokens(
+        torch.cat([one.features for one in tokens]),
+        torch.cat([one.saliency for one in tokens]),
+        keep_tokens,
+        config=config,
+        token_mask=None if mask.all() else mask,
+    )
+    sizes = [len(one.places) for one in tokens]
+    parts = zip(*(getattr(pruned, field.name).split(sizes) for field in fields(pruned)), strict=True)
+    yield from (PrunedTokens(*part) for part in parts)
+
+
+def _selection(tokens: VisualTokens, crops: PrunedTokens, policy: SelectionPolicy, order: str) -> TokenSelection:
+    """Put together what was chosen from the crops of one image, without padding."""
+    places = tokens.places.gather(1, crops.token_indices)
+    real = places >= 0
+    indices, salient = places[real], crops.saliency_mask[real]
+    ranks = indices.argsort() if order == "spatial" else torch.arange(len(indices))
+    entropies = tuple(crops.spectral_entropy.tolist())
+    return TokenSelection(tokens.grids, indices[ranks].numpy(), salient[ranks].numpy(), entropies, policy)
+
+
+def _oracle(picture: Picture, tokens: VisualTokens, keep_tokens: int) -> PrunedTokens:
     if picture.scene is None:
         raise ConfigError("received policy = 'oracle'", expected="it with --data embedded only: it must know the scene")
-    wanted = oracle_saliency(picture.scene(), math.isqrt(features.shape[1]))
+    grid = tokens.grids[0]
+    if len(tokens.grids) > 1 or grid.rows != grid.columns:
+        raise ConfigError(
+            "received policy = 'oracle' for a model that sees images in several grids of tokens",
+            expected="a model that sees them in a square one",
+            fix=f"choose from --policies {','.join(POLICIES)},{NONE}",
+        )
+    wanted = oracle_saliency(picture.scene(), grid.rows)
     share = min(int((wanted > 0).sum()), keep_tokens) / keep_tokens
     config = SelectionConfig(saliency_ratio_min=share, saliency_ratio_max=share)
-    return prune_tokens(features, torch.from_numpy(wanted)[None], keep_tokens, config=config)
+    return prune_tokens(tokens.features, torch.from_numpy(wanted)[None], keep_tokens, config=config)
 
 
 def oracle_saliency(scene: Scene, side: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:

@@ -29,7 +29,7 @@ from promprune.runtime.sessions import Array, Session
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Anyres", "PreparedCrops", "token_places"]
+__all__ = ["Anyres", "PreparedCrops", "token_grids", "token_places", "view_of"]
 
 _PADDING: Final = -1
 _GAP: Final = 16  # pixels between the two grids in a view
@@ -78,17 +78,10 @@ class Anyres(ImageLayout):
 
     def view(self, image: Image) -> Image:
         """Return the whole crop, and at its right what the other crops show besides padding."""
-        from PIL import Image as PILImage
 
         placement = place(image.height, image.width, self._layout)
-        whole, *shown = self._grids(placement)
-        view = PILImage.new("RGB", _size_of((whole, *shown)), _BACKGROUND)
-        view.paste(self.preprocessor.whole(image), (0, 0))
-        for grid in shown:
-            top, left = (self._pixels(tokens.start) for tokens in (placement.rows, placement.columns))
-            canvas = self.preprocessor.canvas(image, placement)
-            view.paste(canvas.crop((left, top, left + grid.width, top + grid.height)), (grid.left, grid.top))
-        return view
+        whole, canvas = self.preprocessor.whole(image), self.preprocessor.canvas(image, placement)
+        return view_of(whole, canvas, placement, self._layout)
 
     def prepare(self, image: Image) -> PreparedCrops:
         """Return the crops that show something of the image, and which of their tokens do."""
@@ -112,7 +105,7 @@ class Anyres(ImageLayout):
             digest=digest.digest(),
             num_placeholders=placeholders,
             places=places[used],
-            grids=self._grids(placement),
+            grids=token_grids(placement, self._layout),
         )
 
     def pack(self, outputs: Mapping[str, Array], prepared: PreparedImage) -> EncodedImage:
@@ -154,24 +147,39 @@ class Anyres(ImageLayout):
             parts.append(np.concatenate([rows, newlines], axis=1).reshape(-1, features.shape[1]))
         return np.concatenate(parts)
 
-    def _grids(self, placement: Placement) -> tuple[TokenGrid, ...]:
-        """The grids in which the tokens are counted, placed side by side; the second only where it has rows."""
-        side, patches = self._layout.side, self._layout.patches
-        whole = TokenGrid(rows=patches, columns=patches, left=0, top=0, width=side, height=side)
-        if not placement.rows:
-            return (whole,)
-        shown = TokenGrid(
-            rows=len(placement.rows),
-            columns=len(placement.columns),
-            left=side + _GAP,
-            top=0,
-            width=self._pixels(len(placement.columns)),
-            height=self._pixels(len(placement.rows)),
-        )
-        return whole, shown
 
-    def _pixels(self, tokens: int) -> int:
-        return tokens * self._layout.side // self._layout.patches
+def token_grids(placement: Placement, layout: AnyresLayout) -> tuple[TokenGrid, ...]:
+    """Return the grids in which an image's tokens are counted, placed side by side; the second where it has rows."""
+    side, patches = layout.side, layout.patches
+    whole = TokenGrid(rows=patches, columns=patches, left=0, top=0, width=side, height=side)
+    if not placement.rows:
+        return (whole,)
+    shown = TokenGrid(
+        rows=len(placement.rows),
+        columns=len(placement.columns),
+        left=side + _GAP,
+        top=0,
+        width=_pixels(len(placement.columns), layout),
+        height=_pixels(len(placement.rows), layout),
+    )
+    return whole, shown
+
+
+def view_of(whole: Image, canvas: Image, placement: Placement, layout: AnyresLayout) -> Image:
+    """Return the crop that shows an image whole, and at its right what its canvas shows besides padding."""
+    from PIL import Image as PILImage
+
+    grids = token_grids(placement, layout)
+    view = PILImage.new("RGB", _size_of(grids), _BACKGROUND)
+    view.paste(whole, (0, 0))
+    for grid in grids[1:]:
+        top, left = (_pixels(tokens.start, layout) for tokens in (placement.rows, placement.columns))
+        view.paste(canvas.crop((left, top, left + grid.width, top + grid.height)), (grid.left, grid.top))
+    return view
+
+
+def _pixels(tokens: int, layout: AnyresLayout) -> int:
+    return tokens * layout.side // layout.patches
 
 
 def token_places(placement: Placement, layout: AnyresLayout) -> npt.NDArray[np.int64]:

@@ -41,10 +41,11 @@ def packed_accuracy(trainer: Trainer, scenes: int) -> str:
 def saliency_auc(folder: Path, scenes: int = 100) -> float:
     """How often a patch of an object gets more CLS attention than a patch of the background."""
     model = TorchModel(load_checkpoint(str(folder)))
+    side = model.checkpoint.skeleton.config.vision_config.image_size
     shares = []
     for seed in CALIBRATION_SEEDS[:scenes]:
-        scene = render_scene(seed, image_size=model.grid.width)
-        saliency = model.encode(scene.image).saliency
+        scene = render_scene(seed, image_size=side)
+        saliency = model.encode(scene.image).saliency[0]
         is_object = torch.from_numpy(patch_labels(scene)[0][:, 0] > 0)
         higher = saliency[is_object][:, None] > saliency[~is_object][None, :]
         shares.append(higher.float().mean().item())
