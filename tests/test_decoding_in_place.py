@@ -78,7 +78,7 @@ def test_logits_are_those_of_a_cache_that_grows(model: str, request: pytest.Fixt
 
 @pytest.mark.parametrize("model", EXPORTS)
 def test_answers_are_the_same(model: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch whose rows end at different times, and a conversation that goes back to what it has read."""
+    """A batch, and a conversation that goes back to what it has read."""
     export: ExportResult = request.getfixturevalue(EXPORTS[model])
     image = Image.fromarray(np.random.default_rng(1).integers(0, 255, (48, 40, 3), np.uint8))
     answers = []
@@ -87,12 +87,27 @@ def test_answers_are_the_same(model: str, request: pytest.FixtureRequest, monkey
         with VisionLanguagePipeline.from_package(export.output, provider="cpu", num_threads=1) as pipeline:
             lengths = lengths_of(pipeline.sessions["decoder_model_merged"])
             requests = [(image, "what is it?"), ((), "a"), ((), "bcd")]
-            batch = pipeline.generate_batch(requests, max_new_tokens=24, stop=("e",))
+            batch = pipeline.generate_batch(requests, max_new_tokens=24, ignore_eos=True)
             chat = pipeline.chat()
-            turns = [chat.ask("what is it?", image, max_new_tokens=5), chat.ask("and?", max_new_tokens=20)]
+            turns = [chat.ask("what is it?", image, max_new_tokens=5)]
+            turns += [chat.ask("and?", max_new_tokens=20, ignore_eos=True)]
             answers.append([result.token_ids for result in (*batch, *turns)])
         assert (len(set(lengths)) < len(lengths) / 2) == in_place
     assert answers[0] == answers[1]
+
+
+def test_rows_of_a_batch_that_finish_early_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_fake_package(tmp_path / "package")
+    prompts = ("abc", "defgh", "i")
+    with VisionLanguagePipeline.from_package(tmp_path / "package") as plain:
+        alone = [plain.generate((), text, max_new_tokens=40).text for text in prompts]
+        stop = (alone[0][5:7], alone[2][1:3])
+        expected = [plain.generate((), text, max_new_tokens=40, stop=stop).token_ids for text in prompts]
+    monkeypatch.setattr(OnnxRuntimeSession, "repeats", True)
+    with VisionLanguagePipeline.from_package(tmp_path / "package") as pipeline:
+        batch = pipeline.generate_batch([((), text) for text in prompts], max_new_tokens=40, stop=stop)
+    assert [row.token_ids for row in batch] == expected
+    assert len({len(ids) for ids in expected}) > 1
 
 
 def step(random: np.random.Generator) -> np.ndarray:
