@@ -121,6 +121,7 @@ def test_the_command_on_a_folder(tmp_path: Path, tiny_llava: Path) -> None:
     page, out = tmp_path / "page.html", tmp_path / "out"
     options = ["--ratios", "0.5", "--max-new-tokens", "2", "-o", str(out), "--gallery", str(page), "--json"]
     outcome = run(command.main, str(tiny_llava), "--data", str(tmp_path), *options, "--runtime", "fp32")
+    assert outcome.exit_code == 0, outcome.stderr
     found = json.loads(outcome.stdout)["runs"]
     assert [(row["by"], row["policy"]) for row in found][-2:] == [
         ("runtime, fp32", "all"),
