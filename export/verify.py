@@ -277,7 +277,7 @@ def _run_vision(subject: Subject, vision: VisionGraph, references: Sequence[Visi
     """Run a vision graph in ONNX Runtime and in torch, on a few images at a time where it takes several."""
     pruned = any(value.name == "token_indices" for value in subject.manifest.graphs[vision.name].outputs)
     session = subject.open(vision.name, CHOSEN_FROM if pruned else ())
-    size = BATCH_SIZE if vision.is_batched else 1
+    size = BATCH_SIZE if vision.is_batched and not subject.streamed else 1
     for begin in range(0, len(references), size):
         group = references[begin : begin + size]
         feeds = {name: torch.cat([reference.feeds[name] for reference in group]) for name in group[0].feeds}
