@@ -78,7 +78,6 @@ class Anyres(ImageLayout):
 
     def view(self, image: Image) -> Image:
         """Return the whole crop, and at its right what the other crops show besides padding."""
-
         placement = place(image.height, image.width, self._layout)
         whole, canvas = self.preprocessor.whole(image), self.preprocessor.canvas(image, placement)
         return view_of(whole, canvas, placement, self._layout)
