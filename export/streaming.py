@@ -6,8 +6,10 @@ transformers model whose modules read their weights from the checkpoint when the
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +32,7 @@ Array = NDArray[Any]
 
 # ORT's name for where the weights of a graph lie that is not read from a file.
 WEIGHTS_FOLDER: Final = "session.model_external_initializers_file_folder_path"
-PIECE_BYTES: Final = 128 * 1024 * 1024  # of weights in one session
+PIECE_BYTES: Final = 64 * 1024 * 1024  # of weights in one session
 KEPT_BYTES: Final = 1024 * 1024  # a module with less than this in weights keeps them
 
 _MEMORY_INFO: Final = Path("/proc/meminfo")
@@ -89,6 +91,7 @@ class PiecewiseSession:
             made = [name for node in piece for name in node.output if name]
             leaving = [name for name in made if name in wanted or last_use.get(name, -1) > index]
             values.update(self._run_piece(piece, leaving, values))
+            _give_back_memory()
             values = {name: array for name, array in values.items() if name in wanted or last_use.get(name, -1) > index}
         return [values[value.name] for value in self._outputs]
 
@@ -184,6 +187,7 @@ class _Forget:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         module._parameters.update(self.links)
+        _give_back_memory()
 
 
 def available_memory() -> int:
@@ -198,6 +202,12 @@ def available_memory() -> int:
     if not found:
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return max(0, min(found))
+
+
+def _give_back_memory() -> None:
+    """Give what was freed back to the system: glibc keeps it otherwise, in pieces that the next part does not fit."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def _used(nodes: Sequence[onnx.NodeProto]) -> set[str]:

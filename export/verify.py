@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
@@ -277,6 +277,8 @@ def _run_vision(subject: Subject, vision: VisionGraph, references: Sequence[Visi
     """Run a vision graph in ONNX Runtime and in torch, on a few images at a time where it takes several."""
     pruned = any(value.name == "token_indices" for value in subject.manifest.graphs[vision.name].outputs)
     session = subject.open(vision.name, CHOSEN_FROM if pruned else ())
+    if subject.streamed and vision.is_batched:
+        references = [row for reference in references for row in _rows(reference)]
     size = BATCH_SIZE if vision.is_batched and not subject.streamed else 1
     for begin in range(0, len(references), size):
         group = references[begin : begin + size]
@@ -291,6 +293,13 @@ def _run_vision(subject: Subject, vision: VisionGraph, references: Sequence[Visi
             saliency=vision.module(*(feeds[name] for name in vision.inputs))[1].numpy(),
             token_mask=mask.numpy(),
         )
+
+
+def _rows(reference: VisionReference) -> Iterator[VisionReference]:
+    """Yield the rows of a batch, such as the crops of an image, one by one."""
+    for row in range(len(reference.features)):
+        feeds = {name: value[row : row + 1] for name, value in reference.feeds.items()}
+        yield replace(reference, feeds=feeds, features=reference.features[row : row + 1])
 
 
 def check_selection(manifest: Manifest, runs: Sequence[VisionRun], limits: Limits) -> Iterator[CheckRecord]:
