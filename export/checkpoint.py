@@ -19,7 +19,7 @@ import transformers
 from safetensors import SafetensorError
 
 from promprune.config import ExportConfig, SelectionConfig
-from promprune.errors import ModelError, UnsupportedModelError
+from promprune.errors import ModelError, UnsupportedModelError, first_line
 from promprune.export.families import FAMILIES, Family
 from promprune.export.skeleton import build_skeleton
 from promprune.export.streaming import stream_weights
@@ -28,11 +28,13 @@ from promprune.package import SourceRecord, sha256_of_file
 
 __all__ = [
     "EMBEDDED_MODEL",
+    "TORCH_DTYPES",
     "Checkpoint",
     "ImageTextProcessor",
     "embedded_model_folder",
     "family_of",
     "load_checkpoint",
+    "load_model",
     "load_processor",
     "read_constants",
     "resolve",
@@ -40,6 +42,7 @@ __all__ = [
 ]
 
 EMBEDDED_MODEL: Final = "embedded"
+TORCH_DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 HASHED_AT_ONCE: Final = 2  # files of a checkpoint
 # What a model's own folder may say about the selection: {"mu": ..., "tau": ...}, and the limits of the split.
 SELECTION_FILE: Final = "promprune_config.json"
@@ -83,7 +86,7 @@ class Checkpoint:
     @cached_property
     def model(self) -> Any:
         """The transformers model with its weights, whole, in fp32 and in evaluation mode: the reference."""
-        return _load_model(self.folder, self.family)
+        return load_model(self.folder, self.family)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,13 +235,18 @@ def family_of(folder: Path) -> Family:
     return FAMILIES[model_type]
 
 
-def _load_model(folder: Path, family: Family) -> Any:
+def load_model(folder: Path, family: Family, *, dtype: torch.dtype = torch.float32) -> Any:
+    """Load the transformers model of a checkpoint whole, in evaluation mode.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
     model_class = getattr(transformers, family.model_class)
     transformers.utils.logging.disable_progress_bar()  # the command has its own
     try:
         model = model_class.from_pretrained(
             folder,
-            dtype=torch.float32,
+            dtype=dtype,
             attn_implementation="sdpa",
             use_safetensors=True,
             trust_remote_code=False,
@@ -246,7 +254,7 @@ def _load_model(folder: Path, family: Family) -> Any:
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
-            f"{folder} cannot be loaded as {family.model_class} ({_first_line(error)})",
+            f"{folder} cannot be loaded as {family.model_class} ({first_line(error)})",
             expected="a complete checkpoint in Hugging Face format",
         ) from error
     return model.eval()
@@ -270,7 +278,7 @@ def load_processor(folder: Path) -> Any:
             )
     except Exception as error:  # transformers raises many kinds for a missing or broken file
         raise ModelError(
-            f"{folder} has no usable processor ({_first_line(error)})",
+            f"{folder} has no usable processor ({first_line(error)})",
             expected="tokenizer.json and preprocessor_config.json (or processor_config.json) beside the weights",
         ) from error
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
@@ -300,8 +308,3 @@ def _refuse_tokens_without_embedding(skeleton: Any, tokenizer: Any, folder: Path
 def _digest_of(digests: Mapping[Path, str]) -> str:
     lines = sorted(f"{file.name} {digest}\n" for file, digest in digests.items())
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]

@@ -15,17 +15,17 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 import onnx_ir as ir
-import torch
 
 from promprune._version import __version__
 from promprune.config import ExportConfig, SelectionConfig
 from promprune.errors import VerificationError
-from promprune.export.checkpoint import EMBEDDED_MODEL, Checkpoint, load_checkpoint, selection_config
+from promprune.export.checkpoint import EMBEDDED_MODEL, TORCH_DTYPES, Checkpoint, load_checkpoint, selection_config
 from promprune.export.decoder_graph import decoder_graph, embed_tokens_graph
 from promprune.export.families import AdaptedModel, VisionGraph
 from promprune.export.graphs import graph_record, save_graph
 from promprune.export.placement import Placement, link_weights
 from promprune.export.progress import NO_PROGRESS, Progress
+from promprune.export.prompts import chat_template
 from promprune.export.selector_graph import FeatureDtype, build_selector
 from promprune.export.skeleton import make_fake
 from promprune.export.verify import verify_package
@@ -48,7 +48,6 @@ from promprune.package import (
 
 __all__ = ["ExportResult", "default_output", "export_package"]
 
-_TORCH_DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _NUMPY_DTYPES: Final[dict[str, FeatureDtype]] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 ROUNDING: Final = "ratio x num_tokens rounded half to even, at least 1"
 
@@ -78,7 +77,7 @@ def export_package(config: ExportConfig, *, progress: Progress = NO_PROGRESS) ->
     output = config.output or default_output(config)
     with writing_package(output, force=config.force) as folder:
         with progress.step("read the checkpoint"):
-            checkpoint = load_checkpoint(config.model, dtype=_TORCH_DTYPES[config.dtype])
+            checkpoint = load_checkpoint(config.model, dtype=TORCH_DTYPES[config.dtype])
             make_fake(checkpoint.skeleton)
             model = checkpoint.family.adapted(checkpoint.skeleton, checkpoint.processor, config.image_grids)
             selection = selection_record(config, checkpoint, model.vision_graphs[0].num_tokens)
@@ -201,7 +200,7 @@ def write_arrays(folder: Path, config: ExportConfig, checkpoint: Checkpoint, mod
 def write_configs(folder: Path, checkpoint: Checkpoint, model: AdaptedModel, selection: SelectionRecord) -> None:
     """Write tokenizer, chat template, preprocessing and model configuration, as other clients expect them."""
     processor, source = checkpoint.processor, checkpoint.skeleton
-    template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
+    template = chat_template(processor)
     processor.tokenizer.chat_template = template
     processor.tokenizer.save_pretrained(folder, save_jinja_files=False)  # transformers.js reads no others
     if isinstance(template, str):

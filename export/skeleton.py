@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from promprune.errors import ModelError, UnsupportedModelError
+from promprune.errors import ModelError, UnsupportedModelError, first_line
 from promprune.export.weights import LinkedWeight, StoredTensor, link, linked, stored_tensors
 
 __all__ = ["build_skeleton", "fake_mode_of", "make_fake"]
@@ -42,7 +42,7 @@ def build_skeleton(folder: Path, model_class: str, dtype: torch.dtype) -> Any:
             model = kind._from_config(config, dtype=dtype, attn_implementation="sdpa")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ModelError(
-            f"{folder} cannot be loaded as {model_class} ({_first_line(error)})",
+            f"{folder} cannot be loaded as {model_class} ({first_line(error)})",
             expected="a complete checkpoint in Hugging Face format",
         ) from error
     model.eval().requires_grad_(False)
@@ -163,8 +163,3 @@ def _check_shape(stored: StoredTensor, shape: tuple[int, ...], name: str) -> Non
             f"{stored.key} in {stored.file.name} has the shape {list(stored.shape)}",
             expected=f"{list(shape)}, as config.json has it for {name}",
         )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]

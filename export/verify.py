@@ -30,6 +30,7 @@ from promprune.config import DEFAULT_CHECK_IMAGES, SelectionConfig
 from promprune.errors import PrompruneError
 from promprune.export.checkpoint import Checkpoint
 from promprune.export.families import AdaptedModel, VisionGraph, VisionReference, grids_of
+from promprune.export.prompts import prompt_text
 from promprune.export.streaming import WEIGHTS_FOLDER, PiecewiseSession, available_memory
 from promprune.package import (
     DECODER,
@@ -459,24 +460,10 @@ def kept_position_ids(
 def prompt_ids(checkpoint: Checkpoint, model: AdaptedModel, question: str, num_placeholders: int) -> Tensor:
     """Tokenize one question about one image: ``[1, S]``."""
     tokenizer = checkpoint.processor.tokenizer
-    text = prompt_text(checkpoint, model, question)
+    text = prompt_text(checkpoint.processor, model.image_token_id, question)
     token = tokenizer.convert_ids_to_tokens(model.image_token_id)
     ids: Tensor = tokenizer(text.replace(token, token * num_placeholders), return_tensors="pt").input_ids
     return ids
-
-
-def prompt_text(checkpoint: Checkpoint, model: AdaptedModel, question: str) -> str:
-    """Render one question about one image; a model without a chat template gets the prompt of LLaVA-1.5."""
-    processor = checkpoint.processor
-    template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
-    if not template:
-        return f"USER: {processor.tokenizer.convert_ids_to_tokens(model.image_token_id)}\n{question} ASSISTANT:"
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    messages = [{"role": "user", "content": content}]
-    tokenizer = processor.tokenizer
-    return str(
-        tokenizer.apply_chat_template(messages, chat_template=template, add_generation_prompt=True, tokenize=False)
-    )
 
 
 def relative_error(value: Array, reference: Array) -> float:

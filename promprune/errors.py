@@ -34,6 +34,7 @@ __all__ = [
     "PromptError",
     "UnsupportedModelError",
     "VerificationError",
+    "first_line",
 ]
 
 
@@ -101,3 +102,9 @@ class MissingDependencyError(PrompruneError):
 
 class OutputError(PrompruneError):
     """Something cannot be written where it was asked for."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what another library says of its error, or else the error's kind."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]

@@ -22,12 +22,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from promprune.bench.authors_method import AuthorsSelection, authors_select
 from promprune.bench.contenders import Facts, Measurable, Question, Sample
-from promprune.errors import ConfigError, ModelError
-from promprune.export.checkpoint import ImageTextProcessor, family_of, load_processor, resolve
+from promprune.errors import ConfigError
+from promprune.export.checkpoint import TORCH_DTYPES, ImageTextProcessor, family_of, load_model, load_processor, resolve
+from promprune.export.prompts import prompt_text
 
 __all__ = ["PytorchContender", "PytorchModel", "PytorchSettings", "first_token"]
 
-_DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 AUTHORS_FAMILY: Final = "llava"  # the one that the authors' method is written for here
 
 
@@ -64,17 +64,10 @@ class PytorchModel:
     def __init__(self, settings: PytorchSettings) -> None:
         self.settings = settings
         torch.set_num_threads(settings.threads)
-        transformers.utils.logging.disable_progress_bar()
         folder, _ = resolve(settings.model)
         self.processor = load_processor(folder)
-        try:
-            self.model: Any = getattr(transformers, family_of(folder).model_class).from_pretrained(
-                folder, dtype=_DTYPES[settings.dtype], attn_implementation="sdpa"
-            )
-        except (OSError, ValueError, KeyError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ModelError(f"{settings.model} cannot be loaded in PyTorch ({first[:200]})") from error
-        self.model.eval().to(settings.device)
+        self.model: Any = load_model(folder, family_of(folder), dtype=TORCH_DTYPES[settings.dtype])
+        self.model.to(settings.device)
         self.model.generation_config.eos_token_id = None  # every answer has the length that was asked for
 
     @property
@@ -98,13 +91,7 @@ class PytorchModel:
 
     def rendered(self, prompt: str) -> str:
         """Return the text of a prompt with one image, before its placeholder is repeated."""
-        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
-        template = getattr(self.processor, "chat_template", None) or self.processor.tokenizer.chat_template
-        return str(
-            self.processor.tokenizer.apply_chat_template(
-                [message], chat_template=template, add_generation_prompt=True, tokenize=False
-            )
-        )
+        return prompt_text(self.processor, self.image_token_id, prompt)
 
 
 class PytorchContender(Measurable):
@@ -168,7 +155,7 @@ class PytorchContender(Measurable):
             saliency_count=self._selected.counts[0] if self._selected else None,
             prompt_tokens=self._prompt_tokens,
             kv_cache_bytes=per_token
-            * _DTYPES[settings.dtype].itemsize
+            * TORCH_DTYPES[settings.dtype].itemsize
             * (self._prompt_tokens + question.new_tokens - 1),
             first_token_flops=self._count_flops(question),
         )
@@ -185,7 +172,7 @@ class PytorchContender(Measurable):
             text = shared.rendered(prompt).replace(token, token * keep)
             inputs = dict(shared.processor.tokenizer([text] * len(pictures), return_tensors="pt"))
             inputs["pixel_values"] = shared.processor.image_processor(images=pictures, return_tensors="pt").pixel_values
-        inputs["pixel_values"] = inputs["pixel_values"].to(_DTYPES[self._settings.dtype])
+        inputs["pixel_values"] = inputs["pixel_values"].to(TORCH_DTYPES[self._settings.dtype])
         return {name: value.to(self._settings.device) for name, value in inputs.items()}
 
     @contextlib.contextmanager

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from promprune.export.checkpoint import Checkpoint
 from promprune.export.families import VisionReference
-from promprune.export.verify import prompt_text
+from promprune.export.prompts import prompt_text
 from promprune.package import AnyresLayout, GridLayout
 from promprune.runtime.anyres import place
 from promprune.runtime.layouts.anyres import token_grids, token_places, view_of
@@ -172,7 +172,7 @@ class TorchModel:
         key = question, with_image
         if key not in self._prompts:
             tokenizer, token_id = self.checkpoint.processor.tokenizer, self.model.image_token_id
-            text = prompt_text(self.checkpoint, self.model, question)
+            text = prompt_text(self.checkpoint.processor, self.model.image_token_id, question)
             if not with_image:
                 token = tokenizer.convert_ids_to_tokens(token_id)
                 text = text.replace(f"{token}\n", "").replace(token, "")
