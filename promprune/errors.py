@@ -34,7 +34,6 @@ __all__ = [
     "PromptError",
     "UnsupportedModelError",
     "VerificationError",
-    "first_line",
 ]
 
 
