@@ -208,6 +208,7 @@ def write_configs(folder: Path, checkpoint: Checkpoint, model: AdaptedModel, sel
     preprocessor = processor.image_processor.to_dict()
     preprocessor["image_processor_type"] = preprocessor["image_processor_type"].removesuffix("Pil").removesuffix("Fast")
     if isinstance(model.layout, CropLayout):
+        preprocessor.setdefault("do_center_crop", False)  # SigLIP's does not say it, other readers take it for true
         preprocessor["processor_class"] = type(processor).__name__
         _write_json(folder / "processor_config.json", _placeholders(checkpoint, model, model.layout, selection))
     _write_json(folder / "preprocessor_config.json", preprocessor)

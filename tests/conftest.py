@@ -17,6 +17,7 @@ from tests.tiny_models import (
     save_tiny_llava,
     save_tiny_llava_next,
     save_tiny_qwen,
+    save_tiny_siglip_llava,
     tiny_qwen2_5_vl,
     tiny_qwen2_vl,
 )
@@ -51,6 +52,18 @@ def tiny_export(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> E
 def tiny_full_export(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
     """The unpruned baseline of the same model."""
     return exported(tmp_path_factory, "tiny-full", model=str(tiny_llava), ratio=1.0)
+
+
+@pytest.fixture(scope="session")
+def tiny_siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LLaVA whose vision tower is SigLIP: 16 visual tokens per image, no CLS token."""
+    return save_tiny_siglip_llava(tmp_path_factory.mktemp("checkpoints") / "tiny-siglip")
+
+
+@pytest.fixture(scope="session")
+def siglip_export(tiny_siglip: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+    """It, exported and verified: 4 of 16 visual tokens."""
+    return exported(tmp_path_factory, "siglip", model=str(tiny_siglip), ratio=0.25)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoProcessor, Dinov2Config, LlavaConfig, LlavaForConditionalGeneration
 
 from promprune.config import ExportConfig
 from promprune.errors import (
@@ -28,7 +28,7 @@ from promprune.export.checkpoint import load_checkpoint
 from promprune.export.families.llava import adapt
 from promprune.export.verify import Limits
 from promprune.runtime import ImageEncoder, VisionLanguagePipeline
-from tests.tiny_models import IMAGE_SIZE, NUM_TOKENS, save_tiny_llava
+from tests.tiny_models import IMAGE_SIZE, NUM_TOKENS, save_tiny_llava, tiny_language_model
 
 
 def session(result: ExportResult, graph: str) -> ort.InferenceSession:
@@ -212,6 +212,15 @@ def test_what_is_not_exported_is_refused_with_the_reason(tmp_path: Path, changes
     with pytest.raises(UnsupportedModelError, match=message):
         export_package(ExportConfig(model=str(checkpoint), output=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tower_that_is_not_exported_is_refused_with_the_reason(tmp_path: Path) -> None:
+    tower = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=14)
+    config = LlavaConfig(vision_config=tower, text_config=tiny_language_model(), image_token_id=3)
+    checkpoint = save_tiny_llava(tmp_path / "checkpoint")
+    LlavaForConditionalGeneration(config).save_pretrained(checkpoint)
+    with pytest.raises(UnsupportedModelError, match="a 'dinov2' vision tower; expected 'clip_vision_model' or 'siglip"):
+        export_package(ExportConfig(model=str(checkpoint), output=tmp_path / "out"))
 
 
 def test_an_incomplete_checkpoint_is_refused(tiny_llava: Path, tmp_path: Path) -> None:

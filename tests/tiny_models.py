@@ -31,6 +31,8 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
 )
 
 IMAGE_SIZE = 56
@@ -140,6 +142,35 @@ def save_tiny_llava(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.f
         vision_feature_select_strategy="default",
         chat_template=CHAT_TEMPLATE,
         num_additional_image_tokens=1,
+    ).save_pretrained(folder)
+    return folder
+
+
+SIGLIP_IMAGE_SIZE = 58  # no multiple of the patches, as in the real tower of 384 pixels
+
+
+def save_tiny_siglip_llava(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
+    """Write a random LLaVA with a SigLIP tower and a Qwen2, as llava-interleave has them; 16 visual tokens."""
+    vision = SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=SIGLIP_IMAGE_SIZE,
+        patch_size=PATCH_SIZE,
+        vision_use_head=False,
+    )
+    settings = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full", "image_token_id": 3, **changes}
+    text = tiny_language_model("qwen2", tie_word_embeddings=True)
+    config = LlavaConfig(vision_config=vision, text_config=text, tie_word_embeddings=True, **settings)
+    randomised(LlavaForConditionalGeneration, config, seed).save_pretrained(folder)
+    LlavaProcessor(
+        image_processor=SiglipImageProcessorPil(size={"height": SIGLIP_IMAGE_SIZE, "width": SIGLIP_IMAGE_SIZE}),
+        tokenizer=byte_tokenizer(),
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="full",
+        chat_template=CHAT_TEMPLATE,
+        num_additional_image_tokens=0,
     ).save_pretrained(folder)
     return folder
 

@@ -1,4 +1,4 @@
-"""What the families with a CLIP vision tower share: its graph, and what of it is not exported."""
+"""CLIP, the vision tower of the paper: its CLS token says how salient each patch is."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from promprune.errors import UnsupportedModelError
-
-__all__ = ["ClipVisionEncoder", "cls_attention", "refuse_unsupported", "scored_layers"]
+__all__ = ["ClipVisionEncoder", "cls_attention"]
 
 
 class ClipVisionEncoder(nn.Module):
@@ -54,39 +52,3 @@ def cls_attention(attention: Any, hidden_states: Tensor) -> Tensor:
     key = attention.k_proj(hidden_states).view(batch, length, heads, head_dim).transpose(1, 2)
     scores = (query @ key.transpose(2, 3)).float() * attention.scale  # [B, H, 1, 1 + N]
     return torch.softmax(scores, dim=-1).mean(dim=1)[:, 0, 1:]
-
-
-def refuse_unsupported(config: Any) -> None:
-    """Refuse a LLaVA whose visual tokens are made in a way that is not exported.
-
-    Raises:
-        UnsupportedModelError: the vision tower is not CLIP, or its features are read from elsewhere than the patches
-            of one layer.
-    """
-    if config.vision_config.model_type != "clip_vision_model":
-        raise UnsupportedModelError(
-            f"this LLaVA has a {config.vision_config.model_type!r} vision tower",
-            expected="'clip_vision_model': the selection reads the attention of its CLS token",
-        )
-    if config.vision_feature_select_strategy != "default":
-        raise UnsupportedModelError(
-            f"this LLaVA has vision_feature_select_strategy = {config.vision_feature_select_strategy!r}",
-            expected="'default', which leaves the CLS token out of the visual tokens",
-        )
-    if not isinstance(config.vision_feature_layer, int):
-        raise UnsupportedModelError(
-            f"this LLaVA has vision_feature_layer = {config.vision_feature_layer}",
-            expected="one layer: with several, which layer's attention to score is not defined",
-        )
-    layers = config.vision_config.num_hidden_layers
-    if not 1 <= scored_layers(config) <= layers:
-        raise UnsupportedModelError(
-            f"this LLaVA has vision_feature_layer = {config.vision_feature_layer} in a tower of {layers} layers",
-            expected="the output of one of its layers",
-        )
-
-
-def scored_layers(config: Any) -> int:
-    """Layers that have run when the features are read: ``hidden_states[k]`` is the output of layer k."""
-    layer: int = config.vision_feature_layer
-    return layer if layer >= 0 else int(config.vision_config.num_hidden_layers) + 1 + layer

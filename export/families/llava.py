@@ -1,4 +1,4 @@
-"""LLaVA-1.5: a CLIP vision tower with a CLS token, an MLP projector, and a decoder-only language model."""
+"""LLaVA-1.5 and its like: a vision tower (CLIP or SigLIP), an MLP projector, and a decoder-only language model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from promprune.errors import UnsupportedModelError
 from promprune.export.families.base import AdaptedModel, Grids, SampleInput, VisionGraph, VisionReference
-from promprune.export.families.clip import ClipVisionEncoder, refuse_unsupported, scored_layers
+from promprune.export.families.towers import vision_encoder
 from promprune.package import CropLayout
 
 __all__ = ["adapt", "kept_features", "reference"]
@@ -20,14 +20,14 @@ def adapt(model: Any, processor: Any, grids: Grids = ()) -> AdaptedModel:
     """Take a ``LlavaForConditionalGeneration`` apart; there are no grids to choose from.
 
     Raises:
-        UnsupportedModelError: the vision tower is not CLIP, or its features are read in a way not exported yet.
+        UnsupportedModelError: the vision tower is neither CLIP nor SigLIP, or its features are read in a way not
+            exported yet.
     """
     config = model.config
     vision = config.vision_config
-    refuse_unsupported(config)
+    encoder = vision_encoder(model)
     _refuse_other_size(vision.image_size, processor)
     side, grid = vision.image_size, vision.image_size // vision.patch_size
-    encoder = ClipVisionEncoder(model.model.vision_tower, model.model.multi_modal_projector, scored_layers(config))
     pixel_values = SampleInput(sample=torch.zeros(2, 3, side, side), dims={0: "batch_size"})
     return AdaptedModel(
         vision_graphs=(VisionGraph(module=encoder, inputs={"pixel_values": pixel_values}, num_tokens=grid * grid),),

@@ -12,7 +12,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 
 from promprune.errors import UnsupportedModelError
 from promprune.export.families.base import AdaptedModel, Grids, SampleInput, VisionGraph, VisionReference
-from promprune.export.families.clip import ClipVisionEncoder, refuse_unsupported, scored_layers
+from promprune.export.families.towers import vision_encoder
 from promprune.package import IMAGE_NEWLINE_FILE, AnyresLayout
 
 __all__ = ["adapt", "kept_features", "reference"]
@@ -27,10 +27,9 @@ def adapt(model: Any, processor: Any, grids: Grids = ()) -> AdaptedModel:
     """
     config = model.config
     vision = config.vision_config
-    refuse_unsupported(config)
+    encoder = vision_encoder(model, ["clip_vision_model"])
     side, patches = vision.image_size, vision.image_size // vision.patch_size
     canvases = _canvases(config, processor, side)
-    encoder = ClipVisionEncoder(model.model.vision_tower, model.model.multi_modal_projector, scored_layers(config))
     graph = VisionGraph(
         module=encoder,
         inputs={"pixel_values": SampleInput(sample=torch.zeros(2, 3, side, side), dims={0: "batch_size"})},

@@ -38,8 +38,8 @@ class Crop(ImageLayout):
             columns=layout.patch_columns,
             left=0,
             top=0,
-            width=layout.width,
-            height=layout.height,
+            width=layout.width // layout.patch_columns * layout.patch_columns,  # what fills no patch is not seen
+            height=layout.height // layout.patch_rows * layout.patch_rows,
         )
         expect("patches", self._grid.num_tokens, manifest.selection.num_tokens)
 
@@ -49,12 +49,12 @@ class Crop(ImageLayout):
         expect_graph(session, self._selection, sizes)
 
     def view(self, image: Image) -> Image:
-        """Return the crop."""
-        return self.preprocessor.crop(image)
+        """Return the part of the crop that patches are made of."""
+        return self.preprocessor.crop(image).crop((0, 0, self._grid.width, self._grid.height))
 
     def prepare(self, image: Image) -> PreparedImage:
         """Return ``pixel_values [1, 3, height, width]``."""
-        crop = self.view(image)
+        crop = self.preprocessor.crop(image)
         return PreparedImage(
             graph=self.graphs[0],
             feeds={"pixel_values": self.preprocessor.pixel_values(crop)},

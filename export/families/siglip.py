@@ -1,0 +1,53 @@
+"""SigLIP, a vision tower without a CLS token: a patch is as salient as the attention it receives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["SiglipVisionEncoder", "received_attention"]
+
+
+class SiglipVisionEncoder(nn.Module):
+    """SigLIP up to the layer that the model reads its features from, then the projector.
+
+    Only the layers that contribute are run. The saliency is what the patches of the whole image pay to each patch in
+    the layer that produced the features, computed from that layer's own query and key projections, so that it is
+    there whatever attention implementation the tower uses. The paper scores by CLS attention; this takes its place.
+    """
+
+    def __init__(self, vision_tower: Any, projector: nn.Module, num_layers: int) -> None:
+        super().__init__()
+        self.embeddings = vision_tower.embeddings
+        self.layers = vision_tower.encoder.layers[:num_layers]
+        self.projector = projector
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """``pixel_values [B, 3, H, W]`` -> ``image_features [B, N, D]``, ``saliency [B, N]`` (fp32)."""
+        hidden_states: Tensor = self.embeddings(pixel_values)
+        *layers, scored = self.layers
+        for layer in layers:
+            hidden_states = layer(hidden_states, attention_mask=None)
+        saliency = received_attention(scored.self_attn, scored.layer_norm1(hidden_states))
+        hidden_states = scored(hidden_states, attention_mask=None)
+        return self.projector(hidden_states), saliency
+
+
+def received_attention(attention: Any, hidden_states: Tensor) -> Tensor:
+    """Attention that every patch receives, mean over heads and over the patches that look.
+
+    Args:
+        attention: a SigLIP self-attention layer with H heads.
+        hidden_states: its input, ``[B, N, width]``.
+
+    Returns:
+        ``[B, N]``, fp32, at least 0; a row sums to 1.
+    """
+    batch, length, _ = hidden_states.shape
+    shape = (batch, length, attention.num_heads, attention.head_dim)
+    query = attention.q_proj(hidden_states).view(shape).transpose(1, 2)
+    key = attention.k_proj(hidden_states).view(shape).transpose(1, 2)
+    scores = (query @ key.transpose(2, 3)).float() * attention.scale  # [B, H, N, N]
+    return torch.softmax(scores, dim=-1).mean(dim=(1, 2))
