@@ -16,6 +16,7 @@ from __future__ import annotations
 import base64
 import io
 import struct
+import sys
 import zipfile
 from typing import Any, Final
 
@@ -27,7 +28,7 @@ from promprune.runtime.sessions import Array
 
 __all__ = ["image_embeds_part", "torch_bytes"]
 
-_STORAGES: Final = {"float32": "FloatStorage", "float16": "HalfStorage"}
+_STORAGES: Final = {"float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage"}
 
 
 def image_embeds_part(image: EncodedImage) -> dict[str, Any]:
@@ -40,20 +41,21 @@ def torch_bytes(array: Array) -> bytes:
     """Return what ``torch.save`` would write for a tensor; ``torch.load(..., weights_only=True)`` reads it.
 
     Args:
-        array: float32 or float16 [rows, columns].
+        array: float32, float16 or bfloat16 [rows, columns].
 
     Raises:
         ConfigError: another dtype or rank.
     """
     if array.dtype.name not in _STORAGES or array.ndim != 2:
         raise ConfigError(
-            f"received an array {array.dtype}{list(array.shape)}", expected="float32 or float16 [rows, columns]"
+            f"received an array {array.dtype}{list(array.shape)}",
+            expected="float32, float16 or bfloat16 [rows, columns]",
         )
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr("archive/data.pkl", _pickled(array))
-        archive.writestr("archive/byteorder", "little")
-        archive.writestr("archive/data/0", np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes())
+        archive.writestr("archive/byteorder", sys.byteorder)
+        archive.writestr("archive/data/0", np.ascontiguousarray(array).tobytes())
         archive.writestr("archive/version", "3\n")
     return stream.getvalue()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Protocol, Self
 
+import ml_dtypes  # noqa: F401 - gives numpy its "bfloat16"
 import numpy as np
 import numpy.typing as npt
 
@@ -136,10 +137,18 @@ class Session(ABC):
         return self._run(inputs, keep=keep)
 
     def joined(self, shape: tuple[int, ...], dtype: str, parts: Sequence[Rows]) -> Value:
-        """Return a tensor of zeros with rows of other tensors in it, later ones over earlier; where this computes."""
+        """Return a tensor of zeros with rows of other tensors in it, later ones over earlier; where this computes.
+
+        Raises:
+            BackendError: rows of another size.
+        """
         whole = np.zeros(shape, dtype)
         rows = whole.reshape(-1, shape[-1])
         for part in parts:
+            if part.source.shape[-1] != shape[-1]:
+                raise BackendError(
+                    f"{self.name} received rows of {part.source.shape[-1]} numbers", expected=f"{shape[-1]}"
+                )
             array = part.source if isinstance(part.source, np.ndarray) else part.source.numpy()
             found = array.reshape(-1, shape[-1])[part.start : part.start + part.count]
             rows[part.at : part.at + part.count] = found

@@ -22,10 +22,11 @@ CUDA: Final = 2
 
 _NAME: Final = b"dltensor"
 _USED: Final = b"used_dltensor"
-_INT, _UINT, _FLOAT, _BOOL = 0, 1, 2, 6
+_INT, _UINT, _FLOAT, _BFLOAT, _BOOL = 0, 1, 2, 4, 6
 _CODES: Final[Mapping[str, tuple[int, int]]] = {  # numpy's name -> code and bits
     "float32": (_FLOAT, 32),
     "float16": (_FLOAT, 16),
+    "bfloat16": (_BFLOAT, 16),
     "int64": (_INT, 64),
     "int32": (_INT, 32),
     "int8": (_INT, 8),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import os
 from collections.abc import Collection, Iterator, Mapping
@@ -12,7 +13,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import onnxruntime as ort
 
-from promprune.errors import BackendError
+from promprune.errors import BackendError, first_line
 from promprune.runtime.sessions.base import Array, DeviceTensor, Session, SessionOptions, TensorSpec, Value
 from promprune.runtime.sessions.providers import AUTO, CPU, PROVIDERS, refused, why_not
 
@@ -20,11 +21,14 @@ __all__ = ["OnnxRuntimeSession", "open_session"]
 
 _FATAL: Final = 4  # ORT's severity above which nothing it does is logged: every error reaches us as an exception
 _WARNING: Final = 2  # ORT's own default
+_NO_LIBRARIES: Final = "its libraries do not load"
+_BFLOAT16: Final = 16  # ONNX's number of the dtype, for which ORT knows no dtype of numpy
 
 # ORT's type names -> numpy's.
 _DTYPES: Final[Mapping[str, str]] = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
     "tensor(double)": "float64",
     "tensor(int64)": "int64",
     "tensor(int32)": "int32",
@@ -96,15 +100,28 @@ class _OrtTensor:
         return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
 
     def numpy(self) -> Array:
-        array: Array = self.value.numpy()
+        array: Array = _bfloat16_array(self.value) if self.dtype == "bfloat16" else self.value.numpy()
         return array
+
+
+def _bfloat16_array(value: ort.OrtValue) -> Array:
+    """Return a copy of what a value holds; ORT itself makes no arrays of this dtype."""
+    if value.device_name().lower() != CPU:
+        here = ort.OrtValue.ortvalue_from_shape_and_type(value.shape(), _BFLOAT16, CPU)
+        ort.copy_tensors([value], [here])
+        value = here
+    array = np.empty(value.shape(), "bfloat16")
+    ctypes.memmove(array.ctypes.data, value.data_ptr(), array.nbytes)
+    return array
 
 
 def _ort_value(value: Value) -> ort.OrtValue:
     if isinstance(value, _OrtTensor):
         return value.value
-    array = value if isinstance(value, np.ndarray) else value.numpy()
-    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+    array = np.ascontiguousarray(value if isinstance(value, np.ndarray) else value.numpy())
+    if array.dtype.name == "bfloat16":
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
+    return ort.OrtValue.ortvalue_from_numpy(array)
 
 
 class _Loaded(NamedTuple):
@@ -119,11 +136,10 @@ def _load(path: Path, options: SessionOptions) -> _Loaded:
         raise BackendError(f"{path} does not exist", fix="copy the package again, or export it again")
     obstacles: dict[str, str] = {}
     for name in _candidates(options.provider):
-        reason = why_not(name)
-        session = None if reason else _session(path, options, name)
-        if session is not None and PROVIDERS[name].ort_name in session.get_providers():
+        session, obstacle = _session(path, options, name)
+        if session is not None:
             return _Loaded(session, name, _notes(name, options.provider, obstacles))
-        obstacles[name] = reason or "its libraries do not load"
+        obstacles[name] = obstacle
     raise refused(options.provider, obstacles[options.provider])
 
 
@@ -142,11 +158,14 @@ def _notes(chosen: str, asked: str, obstacles: Mapping[str, str]) -> tuple[str, 
     return tuple(notes)
 
 
-def _session(path: Path, options: SessionOptions, name: str) -> ort.InferenceSession | None:
-    """Load with one provider, and what it falls back to; whether it was really got is for the session to say.
+def _session(path: Path, options: SessionOptions, name: str) -> tuple[ort.InferenceSession | None, str]:
+    """Load with one provider, and what it falls back to; ``None``, and the reason, where it cannot be had.
 
-    ``None`` where ONNX Runtime refuses for want of the provider's libraries, as it does with TensorRT.
+    Raises:
+        BackendError: it can, but fails; with ``"auto"``, that of a GPU is a reason to go on to the next one.
     """
+    if reason := why_not(name):
+        return None, reason
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = options.num_threads or _usable_cpus()
     # Threads that spin between operators take the processor from everybody else, and from our other sessions.
@@ -156,11 +175,15 @@ def _session(path: Path, options: SessionOptions, name: str) -> ort.InferenceSes
     wanted = [(PROVIDERS[n].ort_name, PROVIDERS[n].options(path)) for n in names]
     try:
         with _quiet() if name != CPU else contextlib.nullcontext():
-            return ort.InferenceSession(os.fspath(path), settings, providers=wanted, enable_fallback=0)
+            session = ort.InferenceSession(os.fspath(path), settings, providers=wanted, enable_fallback=0)
     except Exception as error:  # as above: no common tree
         if name != CPU and "please install" in str(error).lower():
-            return None
+            return None, _NO_LIBRARIES
+        if name != CPU and options.provider == AUTO:
+            return None, first_line(error)
         raise _failure(f"{path} cannot be loaded by ONNX Runtime", error) from error
+    got = PROVIDERS[name].ort_name in session.get_providers()
+    return (session, "") if got else (None, _NO_LIBRARIES)
 
 
 @contextlib.contextmanager
@@ -194,12 +217,13 @@ def _spec(node: Any, path: Path) -> TensorSpec:
 def _failure(what: str, error: Exception) -> BackendError:
     if isinstance(error, BackendError):
         return error
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return BackendError(f"{what} ({lines[0][:300]})", fix=_hint(str(error)))
+    return BackendError(f"{what} ({first_line(error)})", fix=_hint(str(error)))
 
 
 def _hint(text: str) -> str:
     lowered = text.lower()
+    if "not_implemented" in lowered:
+        return "use a GPU for it, or export with --dtype fp32: this provider lacks an operator in that dtype"
     if "memory" in lowered or "bad_alloc" in lowered or "bad allocation" in lowered:
         return "use fewer images or tokens at a time, or free memory"
     return "check the package with --check-weights, or export it again"
