@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import platform
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -20,15 +23,22 @@ __all__ = ["replace_file", "writing_folder"]
 _WRITE_ERRORS: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
 _CAN_ASK: Final = os.name != "nt"  # on Windows, signal 0 is Ctrl-C
 _TAKEN: Final = frozenset({errno.ENOTEMPTY, errno.EEXIST})
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux's numbers
+
+# Process numbers say nothing about other machines that share the folder.
+_HOST: Final = re.sub(r"\W", "_", platform.node(), flags=re.ASCII)
 
 
 @contextmanager
 def writing_folder(output: Path, *, replace: bool, fix: str) -> Iterator[Path]:
     """Yield an empty folder beside ``output`` that becomes ``output`` by one rename when the block succeeds.
 
-    When the block fails, or the process is killed, ``output`` is as it was. What a killed process left behind
-    (``.NAME.partial-PID-*``) is removed by the next one that writes the same folder, but on Windows. Of two processes
-    that replace the same folder the later one stays, whole.
+    When the block fails, or the process is killed, ``output`` is as it was. What a killed process left beside it
+    (``.NAME.partial-HOST-PID-*``) is removed by the next one of this machine that writes the same folder, but on
+    Windows. Of two processes that replace the same folder the later one stays, whole.
+
+    Linux lets the old folder and the new one change places at once, on most file systems. Elsewhere the old one is
+    away (``.NAME.old-HOST-PID-*``) for a moment; if the process is killed right then, the next one puts it back.
 
     Args:
         output: the folder.
@@ -40,8 +50,10 @@ def writing_folder(output: Path, *, replace: bool, fix: str) -> Iterator[Path]:
     """
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        _remove_partials_of_dead_processes(output)
-        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-{os.getpid()}-", dir=output.parent))
+        _clean_up_after_dead_processes(output)
+        if not replace and output.exists():
+            raise OutputError(f"{output} already exists", expected="a new folder", fix=fix)
+        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-{_HOST}-{os.getpid()}-", dir=output.parent))
     except OSError as error:
         raise _unwritable(output, error, fix) from error
     try:
@@ -87,35 +99,71 @@ def _move_into_place(partial: Path, output: Path, *, replace: bool, fix: str) ->
 
 
 def _swap(partial: Path, output: Path) -> None:
-    """Rename ``partial`` to ``output``; retried, because another process may do the same at the same moment."""
-    old = partial.with_name(f"{partial.name}.old")
-    try:
-        while True:
-            try:
-                partial.rename(output)
+    """Rename ``partial`` to ``output``, whatever folder is there; that one is put back if it fails.
+
+    Retried, because another process may do the same at the same moment.
+    """
+    old = _sibling(partial, output, "old")
+    while not (_exchange(partial, output) or _renamed(partial, output)):
+        try:
+            output.rename(old)
+            if _renamed(partial, output):
                 return
-            except OSError as error:
-                # Taken by a folder that is there, or was a moment ago: others may have moved it away since.
-                if error.errno not in _TAKEN and not (error.errno == errno.EACCES and output.is_dir()):
-                    raise
-            shutil.rmtree(old, ignore_errors=True)
-            try:
-                output.rename(old)
-            except FileNotFoundError:
-                continue
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+        except FileNotFoundError:  # others have moved it away since
+            continue
+        finally:
+            _settle(old, output)
+
+
+def _exchange(partial: Path, output: Path) -> bool:
+    """Let two folders change places at once; return whether they did: the system, or the disk, may not know how."""
+    if sys.platform != "linux" or output.is_symlink() or not output.is_dir():
+        return False
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    places = _AT_FDCWD, os.fsencode(partial), _AT_FDCWD, os.fsencode(output)
+    return renameat2 is not None and renameat2(*places, _RENAME_EXCHANGE) == 0
+
+
+def _renamed(partial: Path, output: Path) -> bool:
+    """Rename, and return whether that was done; it is not where a folder has that name, or had it a moment ago."""
+    try:
+        partial.rename(output)
+    except OSError as error:
+        if error.errno not in _TAKEN and not (error.errno == errno.EACCES and output.is_dir()):
+            raise
+        return False
+    return True
+
+
+def _settle(old: Path, output: Path) -> None:
+    """Put a folder that was moved away back, or remove it where something else took its place."""
+    with suppress(OSError):  # it was not moved away, or cannot be moved now: the next process tries again
+        if output.exists() or not _renamed(old, output):
+            unwanted = _sibling(old, output, "gone")  # nobody puts that back, should only a part of it be removed
+            old.rename(unwanted)
+            shutil.rmtree(unwanted)
+
+
+def _sibling(path: Path, output: Path, kind: str) -> Path:
+    """Return the name for another kind of folder beside ``output``, of the same process."""
+    owner = path.name.removeprefix(f".{output.name}.").partition("-")[2]
+    return path.with_name(f".{output.name}.{kind}-{owner}")
 
 
 def _unwritable(output: Path, error: OSError, fix: str) -> OutputError:
     return OutputError(f"{output} cannot be written ({error.strerror})", fix=fix)
 
 
-def _remove_partials_of_dead_processes(output: Path) -> None:
-    pattern = re.compile(re.escape(f".{output.name}.partial-") + r"(\d+)-")
-    for path in output.parent.iterdir():
+def _clean_up_after_dead_processes(output: Path) -> None:
+    """Put back what processes of this machine moved away and were killed over, and remove what else they left."""
+    pattern = re.compile(re.escape(f".{output.name}.") + f"(partial|old|gone)-{re.escape(_HOST)}-" + r"(\d+)-")
+    for path in list(output.parent.iterdir()):
         match = pattern.match(path.name)
-        if match and not _is_alive(int(match[1])):
+        if match is None or _is_alive(int(match[2])):
+            continue
+        if match[1] == "old":
+            _settle(path, output)
+        else:
             shutil.rmtree(path, ignore_errors=True)
 
 

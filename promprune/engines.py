@@ -36,8 +36,10 @@ from promprune.package import (
     Count,
     Digest,
     Manifest,
+    Record,
     Size,
     TensorRecord,
+    Versioned,
     sha256_of_file,
 )
 
@@ -58,6 +60,7 @@ __all__ = [
     "identity_of",
     "parse_target",
     "read_engines",
+    "read_plan",
     "timing_cache_file",
     "write_engine_manifest",
     "writing_engines",
@@ -78,11 +81,7 @@ Dims = tuple[Size, ...]
 FileName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_]+\.engine$")]
 
 
-class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of the manifest's parts: immutable, and strict about unknown keys."""
-
-
-class ShapeRange(_Record, frozen=True):
+class ShapeRange(Record, frozen=True):
     """The shapes of one input that a profile serves."""
 
     min: Dims
@@ -90,14 +89,14 @@ class ShapeRange(_Record, frozen=True):
     max: Dims
 
 
-class ProfileRecord(_Record, frozen=True):
+class ProfileRecord(Record, frozen=True):
     """One optimisation profile; its index in the engine is its place in :attr:`EngineRecord.profiles`."""
 
     name: str  # "any", "prefill" or "decode"
     shapes: dict[str, ShapeRange]  # by input
 
 
-class EngineRecord(_Record, frozen=True):
+class EngineRecord(Record, frozen=True):
     """One engine, built from one graph of the package."""
 
     file: FileName
@@ -109,7 +108,7 @@ class EngineRecord(_Record, frozen=True):
     build_seconds: float
 
 
-class EngineOptions(_Record, frozen=True):
+class EngineOptions(Record, frozen=True):
     """The settings that shape an engine (see :class:`promprune.config.EngineConfig`)."""
 
     max_prompt_tokens: Count
@@ -123,7 +122,7 @@ class EngineOptions(_Record, frozen=True):
     recipe: Count = RECIPE
 
 
-class EngineIdentity(_Record, frozen=True):
+class EngineIdentity(Record, frozen=True):
     """What must be equal for a folder of engines to be the wanted one."""
 
     backend: EngineBackend
@@ -134,7 +133,7 @@ class EngineIdentity(_Record, frozen=True):
     options: EngineOptions
 
 
-class EngineManifest(_Record, frozen=True):
+class EngineManifest(Record, frozen=True):
     """The content of ``engine.json``."""
 
     schema_version: int
@@ -223,19 +222,60 @@ def read_engines(folder: Path, *, check_digests: bool = False) -> EngineManifest
         check_digests: also compare the SHA-256 of every engine; reads them whole.
 
     Raises:
-        PackageError: no engines there, another schema version, or one is missing or changed.
+        PackageError: no engines there, another schema version, one is missing or changed, or has profiles that are not
+            of its inputs.
     """
     path = folder / ENGINE_FILE
     manifest = _parse(path)
     for name, record in manifest.engines.items():
+        _check_profiles(path, record)
         file = folder / record.file
         size_bytes = file.stat().st_size if file.is_file() else None
         if size_bytes is None:
             raise PackageError(f"{record.file} is missing from {folder}", fix=_BUILD_AGAIN)
         changed = size_bytes != record.size_bytes or (check_digests and sha256_of_file(file) != record.sha256)
         if changed or record.file != f"{name}.engine":
-            raise PackageError(f"{record.file} in {folder} was changed since it was built", fix=_BUILD_AGAIN)
+            raise _changed(folder, record)
     return manifest
+
+
+def read_plan(folder: Path, record: EngineRecord) -> bytes:
+    """Return a serialized engine, whose SHA-256 is what its record says.
+
+    Raises:
+        PackageError: it cannot be read, or was changed.
+    """
+    try:
+        plan = (folder / record.file).read_bytes()
+    except OSError as error:
+        raise PackageError(f"{record.file} in {folder} cannot be read ({error.strerror})", fix=_BUILD_AGAIN) from error
+    if hashlib.sha256(plan).hexdigest() != record.sha256:
+        raise _changed(folder, record)
+    return plan
+
+
+def _changed(folder: Path, record: EngineRecord) -> PackageError:
+    return PackageError(f"{record.file} in {folder} was changed since it was built", fix=_BUILD_AGAIN)
+
+
+def _check_profiles(path: Path, record: EngineRecord) -> None:
+    if not record.profiles:
+        raise PackageError(f"{path} has no profile of {record.file}", expected="at least one", fix=_BUILD_AGAIN)
+    for profile in record.profiles:
+        if not _fits(profile, record):
+            raise PackageError(
+                f"{path} has a profile {profile.name!r} of {record.file} that does not fit its inputs",
+                expected=f"shapes of {', '.join(f'{t.name}{list(t.shape)}' for t in record.inputs)}",
+                fix=_BUILD_AGAIN,
+            )
+
+
+def _fits(profile: ProfileRecord, record: EngineRecord) -> bool:
+    """Say whether a profile has shapes for every input of its engine, of the same rank, and for nothing else."""
+    if profile.shapes.keys() != {tensor.name for tensor in record.inputs}:
+        return False
+    ranges = [(profile.shapes[tensor.name], len(tensor.shape)) for tensor in record.inputs]
+    return all(len(dims) == rank for range_, rank in ranges for dims in (range_.min, range_.opt, range_.max))
 
 
 def _parse(path: Path) -> EngineManifest:
@@ -247,7 +287,7 @@ def _parse(path: Path) -> EngineManifest:
             f"{path.parent} holds no engines ({error.strerror})", expected="a folder that promprune-build wrote"
         ) from error
     try:
-        version = msgspec.json.decode(content, type=_Versioned).schema_version
+        version = msgspec.json.decode(content, type=Versioned).schema_version
         if version != ENGINE_SCHEMA_VERSION:
             raise PackageError(
                 f"{path} has schema version {version}", expected=f"version {ENGINE_SCHEMA_VERSION}", fix=_BUILD_AGAIN
@@ -255,10 +295,6 @@ def _parse(path: Path) -> EngineManifest:
         return msgspec.json.decode(content, type=EngineManifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise PackageError(f"{path} is not a valid engine manifest ({error})", fix=_BUILD_AGAIN) from error
-
-
-class _Versioned(msgspec.Struct):
-    schema_version: int
 
 
 def write_engine_manifest(folder: Path, identity: EngineIdentity, engines: dict[str, EngineRecord]) -> EngineManifest:

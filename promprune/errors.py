@@ -14,13 +14,14 @@
     ├── MissingDependencyError  an optional extra is not installed
     └── OutputError             something cannot be written where it was asked for
 
-Every message is one line that says what was received, what was expected, and what to do. The command line
-prints it without a traceback and exits with 1.
+Every message is one line that says what was received, what was expected, and what to do; a terminal obeys nothing
+in it. The command line prints it without a traceback and exits with 1.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import Any, Final
 
 __all__ = [
     "BackendError",
@@ -36,6 +37,8 @@ __all__ = [
     "VerificationError",
 ]
 
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # a terminal would obey these
+
 
 class PrompruneError(Exception):
     """Base of every error raised on purpose.
@@ -48,7 +51,7 @@ class PrompruneError(Exception):
 
     def __init__(self, received: str, *, expected: str = "", fix: str = "") -> None:
         parts = [received, f"expected {expected}" if expected else "", fix]
-        super().__init__("; ".join(" ".join(part.split()) for part in parts if part))
+        super().__init__("; ".join(one_line(part) for part in parts if part))
         self.received = received
         self.expected = expected
         self.fix = fix
@@ -101,6 +104,11 @@ class MissingDependencyError(PrompruneError):
 
 class OutputError(PrompruneError):
     """Something cannot be written where it was asked for."""
+
+
+def one_line(text: str) -> str:
+    """Return text on one line, with whatever would steer a terminal replaced: file names may hold anything."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", " ".join(text.split()))
 
 
 def first_line(error: Exception) -> str:

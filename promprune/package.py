@@ -50,10 +50,12 @@ __all__ = [
     "GridRecord",
     "ImageRecord",
     "Manifest",
+    "Record",
     "SelectionRecord",
     "SourceRecord",
     "TensorRecord",
     "VerificationRecord",
+    "Versioned",
     "file_records",
     "read_manifest",
     "sha256_of_file",
@@ -83,11 +85,17 @@ Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
 
 
-class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of the manifest's parts: immutable, and strict about unknown keys."""
+class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of a manifest's parts: immutable, and strict about unknown keys."""
 
 
-class SourceRecord(_Record, frozen=True):
+class Versioned(msgspec.Struct):
+    """The one key of a manifest that is read before its version is known."""
+
+    schema_version: int
+
+
+class SourceRecord(Record, frozen=True):
     """Where the weights came from."""
 
     model: str  # hub id, folder name, or "embedded"
@@ -95,7 +103,7 @@ class SourceRecord(_Record, frozen=True):
     weights_sha256: Digest  # over the names and digests of the weight files, in order
 
 
-class SelectionRecord(_Record, frozen=True):
+class SelectionRecord(Record, frozen=True):
     """What the selection inside the vision graph does. Ratios are fractions KEPT unless named otherwise."""
 
     num_tokens: Count  # N, visual tokens of one image, or of one crop of it, before selection
@@ -113,7 +121,7 @@ class SelectionRecord(_Record, frozen=True):
     policy: SelectionPolicy = "promprune"  # what chooses the kept tokens; the others are baselines
 
 
-class _Layout(_Record, frozen=True):
+class _Layout(Record, frozen=True):
     """Base of the layouts: one row of a vision graph's batch per image, whose T tokens it takes in a prompt."""
 
     @property
@@ -157,7 +165,7 @@ class AnyresLayout(_Layout, frozen=True, tag_field="kind", tag="anyres"):
         return keep_tokens + max(rows * (columns + 1) for rows, columns in grids)
 
 
-class GridRecord(_Record, frozen=True):
+class GridRecord(Record, frozen=True):
     """One size in which images enter the model; T is what its vision graph returns."""
 
     graph: str  # name of its vision graph
@@ -172,7 +180,7 @@ class GridLayout(_Layout, frozen=True, tag_field="kind", tag="grid"):
     grids: Annotated[tuple[GridRecord, ...], msgspec.Meta(min_length=1)]
 
 
-class ImageRecord(_Record, frozen=True):
+class ImageRecord(Record, frozen=True):
     """How one image enters the model."""
 
     token: str  # placeholder text in a prompt
@@ -180,7 +188,7 @@ class ImageRecord(_Record, frozen=True):
     layout: CropLayout | AnyresLayout | GridLayout  # told apart by "kind"
 
 
-class TensorRecord(_Record, frozen=True):
+class TensorRecord(Record, frozen=True):
     """One input or output of a graph; a dimension is a number, or the name of a dynamic one."""
 
     name: str
@@ -188,7 +196,7 @@ class TensorRecord(_Record, frozen=True):
     shape: tuple[int | str, ...]
 
 
-class GraphRecord(_Record, frozen=True):
+class GraphRecord(Record, frozen=True):
     """One ONNX graph."""
 
     file: str
@@ -197,7 +205,7 @@ class GraphRecord(_Record, frozen=True):
     weights: tuple[str, ...] = ()  # files that hold its weights; graphs may share one
 
 
-class FileRecord(_Record, frozen=True):
+class FileRecord(Record, frozen=True):
     """One file of the package."""
 
     path: str  # relative, with forward slashes
@@ -205,7 +213,7 @@ class FileRecord(_Record, frozen=True):
     sha256: Digest
 
 
-class CheckRecord(_Record, frozen=True):
+class CheckRecord(Record, frozen=True):
     """One verification check: passed when ``measured`` is within ``limit`` as ``comparison`` says."""
 
     name: str
@@ -217,7 +225,7 @@ class CheckRecord(_Record, frozen=True):
     advisory: bool = False  # not passing it is a warning, and does not fail the verification
 
 
-class VerificationRecord(_Record, frozen=True):
+class VerificationRecord(Record, frozen=True):
     """What was verified when the package was written; ``None`` in the manifest means not verified."""
 
     passed: bool
@@ -226,7 +234,7 @@ class VerificationRecord(_Record, frozen=True):
     warnings: tuple[str, ...] = ()
 
 
-class Manifest(_Record, frozen=True):
+class Manifest(Record, frozen=True):
     """The content of ``promprune.json``.
 
     ``graphs`` holds the vision encoder and, unless the package is of the vision encoder only, both language graphs.
@@ -333,7 +341,7 @@ def _parse_manifest(folder: Path) -> Manifest:
             fix="run promprune-export first",
         ) from error
     try:
-        version = msgspec.json.decode(content, type=_Versioned).schema_version
+        version = msgspec.json.decode(content, type=Versioned).schema_version
         if version != SCHEMA_VERSION:
             raise PackageError(
                 f"{path} has schema version {version}",
@@ -343,10 +351,6 @@ def _parse_manifest(folder: Path) -> Manifest:
         return msgspec.json.decode(content, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise PackageError(f"{path} is not a valid manifest ({error})", fix=_AGAIN) from error
-
-
-class _Versioned(msgspec.Struct):
-    schema_version: int
 
 
 def _check_file(folder: Path, record: FileRecord, *, check_digest: bool) -> None:
@@ -377,13 +381,20 @@ def _path_inside(folder: Path, relative: str) -> Path:
         and re.search(r"[\\:\x00]", relative) is None
     )
     path = folder / relative
-    if not clean or not path.resolve().is_relative_to(folder.resolve()):
+    if not clean or not _leads_inside(folder, path):
         raise PackageError(
             f"{MANIFEST_FILE} in {folder} lists {relative!r}",
             expected="a path inside the package",
             fix="do not use this package; export it again",
         )
     return path
+
+
+def _leads_inside(folder: Path, path: Path) -> bool:
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # a link that leads to itself; which error that is depends on Python's version
+        return False
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from promprune.cli import run as command
+from promprune.cli.common import print_json
 from promprune.package import read_manifest
 from promprune.runtime import VisionLanguagePipeline
 from tests.fake_package import rewrite_manifest, write_fake_package
@@ -189,7 +190,7 @@ def shell(arguments: list[str], text: str = "", **environment: str) -> subproces
         (["-p", "x"], 2, ["PACKAGE"]),
         (["{package}", "-p", "x", "--bogus"], 2, ["--bogus"]),
         (["{package}", "-p", "x", "--max-new-tokens", "many"], 2, ["received 'many'", "whole number"]),
-        (["{package}", "-p", "x", "--max-new-tokens", "0"], 1, ["max_new_tokens = 0", "at least 1"]),
+        (["{package}", "-p", "x", "--max-new-tokens", "0"], 1, ["max_new_tokens = 0", "expected 1 or more"]),
         (["{package}", "-p", "x", "--max-new-tokens", "999"], 1, ["999", "256"]),
         (["{package}", "-p", "x", "--temperature", "-1"], 1, ["temperature = -1"]),
         (["{package}", "-p", "x", "--temperature", "nan"], 1, ["temperature = nan"]),
@@ -274,6 +275,53 @@ def test_a_terminal_is_not_steered_by_the_model(
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     command._write("a\x1b[31mb\x07\x9bc\n\td\r")
     assert capsys.readouterr().out == "a\ufffd[31mb\ufffd\ufffdc\n\td\ufffd"
+
+
+STEERING = "\x1b]0;owned\x07\x9b2J"
+
+
+def test_a_terminal_is_not_steered_by_a_package(run: Any, package: Path, tmp_path: Path) -> None:
+    shutil.copytree(package, tmp_path / "package")
+    manifest = json.loads((package / "promprune.json").read_text())
+    manifest["files"][0]["path"] = STEERING
+    (tmp_path / "package" / "promprune.json").write_text(json.dumps(manifest))
+    refused(run(tmp_path / "package", "-p", "x"), "2J is missing from")
+
+
+def test_a_terminal_is_not_steered_by_the_names_of_files(
+    run: Any, package: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused(run(package, "-p", "x", "-i", tmp_path / STEERING), "does not exist")
+    refused(run(package, "-p", "x", f"--{STEERING}"), "No such option", code=2)
+    monkeypatch.setattr(command, "_answer", lambda *_: (tmp_path / STEERING).read_text())
+    refused(run(package, "-p", "x"), "No such file")
+    monkeypatch.undo()
+    named = Path(shutil.copy(image, tmp_path / f"{STEERING}.png"))
+    done = run(package, "-i", named, "--show-tokens", tmp_path / f"{STEERING}-kept.png")
+    assert done.code == 0
+    assert done.err.count("]0;owned") == 3
+    assert all(character.isprintable() for line in done.err.splitlines() for character in line)
+
+
+def refused(done: Done, message: str, *, code: int = 1) -> None:
+    (line,) = done.err.splitlines()
+    assert done.code == code
+    assert message in line
+    assert all(character.isprintable() for character in line), line
+
+
+def test_a_conversation_does_not_steer_the_terminal(package: Path, tmp_path: Path) -> None:
+    done = shell([str(package), "--interactive"], text=f"/image {tmp_path / STEERING}\nWhat?\n")
+    assert done.stderr.count("error: ") == 1
+    assert all(character.isprintable() for line in done.stderr.splitlines() for character in line)
+
+
+def test_json_is_printed_without_what_steers_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"text": f"{STEERING}\x7fü"})
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.isprintable()
+    assert "ü" in line
+    assert json.loads(line) == {"text": f"{STEERING}\x7fü"}
 
 
 def test_a_picture_that_cannot_be_written_is_one_line(

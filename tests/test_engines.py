@@ -18,19 +18,23 @@ from promprune.engines import (
     ENGINE_FILE,
     EngineIdentity,
     EngineRecord,
+    ProfileRecord,
+    ShapeRange,
     difference,
     engine_folder,
     graph_digests,
     identity_of,
     parse_target,
     read_engines,
+    read_plan,
     write_engine_manifest,
     writing_engines,
 )
 from promprune.errors import BackendError, ConfigError, OutputError, PackageError
-from promprune.package import FileRecord, Manifest, read_manifest
+from promprune.package import FileRecord, Manifest, TensorRecord, read_manifest
 from tests.fake_package import write_fake_package
 
+RANGE = ShapeRange(min=(1, 1), opt=(1, 8), max=(1, 16))
 OTHER_GRAPHS = dict.fromkeys(("vision_encoder", "embed_tokens", "decoder_model_merged"), "0" * 64)
 
 
@@ -59,9 +63,9 @@ def write_folder(folder: Path, identity: EngineIdentity, content: bytes = b"plan
             file="embed_tokens.engine",
             size_bytes=len(content),
             sha256=engines.sha256_of_file(partial / "embed_tokens.engine"),
-            inputs=(),
+            inputs=(TensorRecord(name="input_ids", dtype="int64", shape=("batch_size", "sequence_length")),),
             outputs=(),
-            profiles=(),
+            profiles=(ProfileRecord(name="any", shapes={"input_ids": RANGE}),),
             build_seconds=0.5,
         )
         write_engine_manifest(partial, identity, {"embed_tokens": record})
@@ -196,6 +200,44 @@ def test_an_engine_outside_the_folder_is_refused(tmp_path: Path, identity: Engin
     (tmp_path / "engines" / ENGINE_FILE).write_text(json.dumps(content))
     with pytest.raises(PackageError, match="not a valid engine manifest"):
         read_engines(tmp_path / "engines")
+
+
+@pytest.mark.parametrize(
+    ("profiles", "message"),
+    [
+        ([], "has no profile of embed_tokens.engine; expected at least one"),
+        ([{}], r"does not fit its inputs; expected shapes of input_ids\['batch_size', 'sequence_length'\]"),
+        ([{"input_ids": RANGE}, {"ids": RANGE}], "a profile 'p1' of embed_tokens.engine that does not fit"),
+        ([{"input_ids": RANGE, "ids": RANGE}], "does not fit its inputs"),
+        ([{"input_ids": ShapeRange(min=(1, 1), opt=(1, 1), max=(1,))}], "does not fit its inputs"),
+        ([{"input_ids": ShapeRange(min=(1,), opt=(1, 1), max=(1, 1))}], "does not fit its inputs"),
+        ([{"input_ids": ShapeRange(min=(1, 1), opt=(1, 1, 1), max=(1, 1))}], "does not fit its inputs"),
+    ],
+)
+def test_profiles_are_of_the_inputs(
+    tmp_path: Path, identity: EngineIdentity, profiles: list[dict[str, ShapeRange]], message: str
+) -> None:
+    write_folder(tmp_path, identity)
+    record = json.loads((tmp_path / ENGINE_FILE).read_text())["engines"]["embed_tokens"]
+    record["profiles"] = [
+        {"name": f"p{index}", "shapes": msgspec.to_builtins(shapes)} for index, shapes in enumerate(profiles)
+    ]
+    edit(tmp_path, engines={"embed_tokens": record})
+    with pytest.raises(PackageError, match=message) as caught:
+        read_engines(tmp_path)
+    assert "promprune-build with --rebuild" in str(caught.value)
+
+
+def test_an_engine_is_read_as_it_was_built(tmp_path: Path, identity: EngineIdentity) -> None:
+    write_folder(tmp_path, identity)
+    record = read_engines(tmp_path).engines["embed_tokens"]
+    assert read_plan(tmp_path, record) == b"plan"
+    (tmp_path / record.file).write_bytes(b"pla!")
+    with pytest.raises(PackageError, match=r"was changed since it was built; run promprune-build with --rebuild"):
+        read_plan(tmp_path, record)
+    (tmp_path / record.file).unlink()
+    with pytest.raises(PackageError, match=r"cannot be read \(No such file or directory\)"):
+        read_plan(tmp_path, record)
 
 
 def edit(folder: Path, **changes: object) -> None:

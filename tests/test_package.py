@@ -90,6 +90,14 @@ def test_a_link_out_of_the_package_is_refused(package: Path) -> None:
         read_manifest(package)
 
 
+@pytest.mark.parametrize("file", ["config.json", "onnx/embed_tokens.onnx"])
+def test_a_link_to_itself_is_refused(package: Path, file: str) -> None:
+    (package / file).unlink()
+    (package / file).symlink_to((package / file).name)
+    with pytest.raises(PackageError, match=f"{file}.*; "):
+        read_manifest(package)
+
+
 def test_another_schema_version_is_refused(package: Path) -> None:
     change_manifest(package, schema_version=99)
     with pytest.raises(PackageError, match="schema version 99; expected version 1"):

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -29,12 +30,13 @@ from promprune.engines import (
     current_target,
     engine_folder,
     identity_of,
+    read_engines,
     write_engine_manifest,
     writing_engines,
 )
 from promprune.errors import BackendError, MissingDependencyError, PackageError
 from promprune.export.engine import build_engines, profiles_of
-from promprune.package import DECODER, read_manifest, sha256_of_file
+from promprune.package import DECODER, TensorRecord, read_manifest, sha256_of_file
 from promprune.runtime import VisionLanguagePipeline
 from promprune.runtime import decoder as decoder_module
 from promprune.runtime.decoder import Cache, Decoder
@@ -650,7 +652,7 @@ def test_tensors_that_no_engine_takes_are_refused(built: Path, device: FakeDevic
         with pytest.raises(BackendError, match="expected a contiguous one of float32"):
             session.from_dlpack(torch.zeros(4, 6, dtype=torch.int64)[:, ::2])
         with pytest.raises(BackendError, match="that no graph takes"):
-            session.from_dlpack(torch.zeros(4, dtype=torch.bfloat16))
+            session.from_dlpack(torch.zeros(4, dtype=torch.complex64))
         device.dlpack_device = (2, 0)  # type: ignore[misc]
         with pytest.raises(BackendError, match=r"on DLPack device \(1, 0\); expected \(2, 0\); move it there"):
             session.from_dlpack(torch.zeros(1))
@@ -701,8 +703,6 @@ def test_the_narrowest_profile_is_chosen(built: Path) -> None:
 
 
 def find_record(package: Path, name: str) -> EngineRecord:
-    from promprune.engines import read_engines
-
     return read_engines(engine_folder(package, "tensorrt-rtx", TARGET)).engines[name]
 
 
@@ -810,10 +810,115 @@ def test_engines_tuned_on_the_gpu_itself_come_first(tmp_path: Path, device: Fake
     assert find_engines(tmp_path / "package", TARGET)[0] == "tensorrt"
 
 
-def test_an_engine_with_other_tensors_than_its_record_is_refused(built: Path, device: FakeDevice) -> None:
+@pytest.fixture
+def both_built(tmp_path: Path) -> Path:
+    """A package with engines of both backends."""
+    write_fake_package(tmp_path / "package")
+    for backend in ("tensorrt", "tensorrt-rtx"):
+        add_engines(tmp_path / "package", backend=backend)
+    return tmp_path / "package"
+
+
+def spoil(package: Path, backend: str) -> None:
+    (engine_folder(package, backend, TARGET) / f"{DECODER}.engine").unlink()
+
+
+def rewrite_engines(package: Path, backend: str, names: set[str]) -> None:
+    """Leave the engines of some graphs only."""
+    folder = engine_folder(package, backend, TARGET)
+    found = read_engines(folder)
+    write_engine_manifest(folder, found.identity, {name: found.engines[name] for name in names})
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda package: spoil(package, "tensorrt"), f"not tensorrt: {DECODER}.engine is missing from"),
+        (
+            lambda package: add_engines(package, backend="tensorrt", tool_version="1.6"),
+            "built by tensorrt 1.6; this is",
+        ),
+        (lambda package: rewrite_engines(package, "tensorrt", {DECODER}), "(without one of embed_tokens)"),
+        (lambda package: (engine_folder(package, "tensorrt", TARGET) / "engine.json").unlink(), "holds no engines"),
+    ],
+)
+def test_the_other_engines_are_taken_where_the_first_cannot_be_used(
+    both_built: Path, device: FakeDevice, damage: Any, reason: str
+) -> None:
+    damage(both_built)
+    found = find_engines(both_built, TARGET)
+    assert (found.backend, found.folder) == ("tensorrt-rtx", engine_folder(both_built, "tensorrt-rtx", TARGET))
+    with opened(both_built, DECODER) as session:
+        assert reason in session.notes[1]
+    assert device.calls["close"] == 1
+
+
+def test_the_other_engines_are_taken_where_a_module_is_not_installed(
+    both_built: Path, device: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del device
+
+    def missing(extra: str, name: str) -> Any:
+        if extra == "tensorrt":
+            raise MissingDependencyError("running engines needs tensorrt, which is not installed")
+        return TOOL
+
+    monkeypatch.setattr(module, "import_module", missing)
+    found = find_engines(both_built, TARGET)
+    assert found.backend == "tensorrt-rtx"
+    assert found.notes == ("not tensorrt: running engines needs tensorrt, which is not installed",)
+    shutil.rmtree(engine_folder(both_built, "tensorrt-rtx", TARGET))
+    with pytest.raises(MissingDependencyError):
+        find_engines(both_built, TARGET)
+
+
+def test_every_reason_is_named_where_no_engines_can_be_used(both_built: Path, device: FakeDevice) -> None:
+    del device
+    spoil(both_built, "tensorrt")
+    add_engines(both_built, tool_version="1.6")
+    with pytest.raises(PackageError) as caught:
+        find_engines(both_built, TARGET)
+    for part in (
+        "tensorrt: decoder_model_merged.engine is missing",
+        "tensorrt-rtx: the engines in",
+        "rtx 1.6; this is",
+    ):
+        assert part in str(caught.value)
+
+
+def test_a_damaged_package_is_no_reason_to_build_engines(both_built: Path, device: FakeDevice) -> None:
+    del device
+    (both_built / "tokenizer.json").unlink()
+    with pytest.raises(PackageError, match=r"^tokenizer.json is missing from"):
+        find_engines(both_built, TARGET)
+
+
+def test_engines_are_looked_for_once(both_built: Path, device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    del device
+    read: list[Path] = []
+    monkeypatch.setattr(module, "read_manifest", lambda package: read.append(package) or read_manifest(package))
+    for _ in range(2):
+        with VisionLanguagePipeline.from_package(both_built, backend="tensorrt"):
+            assert read == [both_built]
+    add_engines(both_built, backend="tensorrt")
+    with opened(both_built, DECODER):
+        assert read == [both_built] * 2
+
+
+def test_an_engine_that_was_changed_is_refused(both_built: Path, device: FakeDevice) -> None:
+    file = engine_folder(both_built, "tensorrt", TARGET) / f"{DECODER}.engine"
+    file.write_bytes(file.read_bytes()[::-1])
+    with pytest.raises(PackageError, match=f"{DECODER}.engine in .* was changed since it was built"):
+        opened(both_built, DECODER)
+    assert device.loadings == []
+
+
+@pytest.mark.parametrize("outputs", [(), (TensorRecord(name="logits", dtype="abacus", shape=("batch_size", "n")),)])
+def test_an_engine_with_other_tensors_than_its_record_is_refused(
+    built: Path, device: FakeDevice, outputs: tuple[TensorRecord, ...]
+) -> None:
     folder = engine_folder(built, "tensorrt-rtx", TARGET)
-    record = find_record(built, DECODER)
-    wrong = EngineRecord(**{**{f: getattr(record, f) for f in record.__struct_fields__}, "outputs": ()})
+    wrong = msgspec.structs.replace(find_record(built, DECODER), outputs=outputs)
     with pytest.raises(BackendError, match=r"has the tensors .* as its record says; run promprune-build"):
         TensorRtSession(folder, wrong, device, TOOL)
 
@@ -1106,6 +1211,35 @@ def test_a_run_is_recorded_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatc
         "cudaStreamDestroy",
         "cudaGraphLaunch",
     ]
+
+
+@pytest.mark.parametrize("failing", ["", "cudaStreamEndCapture"])
+def test_the_reason_why_a_run_is_not_recorded_is_the_first(monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    """Ending the capture of a run that failed may fail as well."""
+    runtime = Runtime(failing, "cudaErrorStreamCaptureInvalidated")
+    monkeypatch.setattr(cuda_module, "import_module", lambda extra, wanted: runtime)
+    device = CudaDevice()
+    runtime.calls.clear()
+
+    def run(stream: int) -> None:
+        raise BackendError("the engine failed while running")
+
+    with pytest.raises(BackendError, match="the engine failed while running"):
+        device.graph_of(run)
+    destroyed = [] if failing else [("cudaGraphDestroy", (77,))]
+    assert runtime.calls[2:] == [("cudaStreamEndCapture", (77,)), *destroyed, ("cudaStreamDestroy", (77,))]
+
+
+@pytest.mark.parametrize("failing", ["cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate"])
+def test_what_was_made_for_a_recording_that_fails_is_destroyed(monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    runtime = Runtime(failing, "cudaErrorUnknown")
+    monkeypatch.setattr(cuda_module, "import_module", lambda extra, wanted: runtime)
+    device = CudaDevice()
+    with pytest.raises(BackendError, match=f"{failing} failed on the GPU"):
+        device.graph_of(lambda stream: None)
+    after = [name for name, _ in runtime.calls[[name for name, _ in runtime.calls].index(failing) + 1 :]]
+    made = ["cudaGraphDestroy"] if failing == "cudaGraphInstantiate" else []
+    assert after == [*made, "cudaStreamDestroy"]
 
 
 @pytest.mark.gpu

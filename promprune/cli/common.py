@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -11,11 +12,12 @@ from typing import Any, Final, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from promprune._version import __version__
-from promprune.errors import MissingDependencyError, PrompruneError
+from promprune.errors import MissingDependencyError, PrompruneError, one_line
 from promprune.package import CheckRecord, GridLayout, Manifest, VerificationRecord
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "missing_extra",
     "missing_package",
     "option_type",
+    "plain",
     "print_json",
     "print_verification",
     "progress_over",
@@ -38,14 +41,17 @@ EXIT_REFUSED: Final = 1  # refused, failed, or failed verification
 EXIT_USAGE: Final = 2
 EXIT_INTERRUPTED: Final = 130
 
+_UNESCAPED: Final = re.compile(r"[\x7f-\x9f]")  # the control characters that JSON takes as they are
+
 # Progress and tables go to stderr; stdout carries the answer, or the JSON.
 _Item = TypeVar("_Item")
 console = Console(stderr=True, highlight=False)
 
 
 def print_json(content: dict[str, Any]) -> None:
-    """Print one JSON object on one line of stdout."""
-    sys.stdout.write(json.dumps(content, ensure_ascii=False) + "\n")
+    """Print one JSON object on one line of stdout; what would steer a terminal is escaped."""
+    line = json.dumps(content, ensure_ascii=False)
+    sys.stdout.write(_UNESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", line) + "\n")
     sys.stdout.flush()
 
 
@@ -159,7 +165,7 @@ def checks_table(checks: tuple[CheckRecord, ...]) -> Table:
         failed = "[bold yellow]warning[/]" if check.advisory else "[bold red]FAILED[/]"
         verdict = "[green]ok[/]" if check.passed else failed
         name = f"{check.name} ({check.detail})" if check.detail else check.name
-        table.add_row(name, f"{check.measured:.3g}", f"{check.comparison} {check.limit:g}", verdict)
+        table.add_row(plain(name), f"{check.measured:.3g}", f"{check.comparison} {check.limit:g}", verdict)
     return table
 
 
@@ -167,9 +173,14 @@ def print_verification(record: VerificationRecord) -> None:
     """Print the checks, what could not be checked, and what to beware of."""
     console.print(checks_table(record.checks))
     for what in record.not_verified:
-        console.print(f"not verified: {what}", soft_wrap=True)
+        console.print(f"not verified: {plain(what)}", soft_wrap=True)
     for warning in record.warnings:
-        console.print(f"[yellow]warning[/]: {warning}", soft_wrap=True)
+        console.print(f"[yellow]warning[/]: {plain(warning)}", soft_wrap=True)
+
+
+def plain(text: str) -> str:
+    """Return text on one line for :data:`console`; neither rich nor the terminal obeys anything in it."""
+    return escape(one_line(text))
 
 
 def version_callback(value: bool) -> None:
@@ -186,11 +197,5 @@ def _terminate(signum: int, frame: object) -> NoReturn:
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
-    console.print(f"[bold red]error:[/] {_escape(message)}", soft_wrap=True)
+    console.print(f"[bold red]error:[/] {plain(message)}", soft_wrap=True)
     sys.exit(exit_code)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(" ".join(text.split()))

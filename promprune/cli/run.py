@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from promprune.cli.common import (
@@ -22,6 +21,7 @@ from promprune.cli.common import (
     console,
     describe_selection,
     option_type,
+    plain,
     print_json,
     run_command,
 )
@@ -231,7 +231,7 @@ def _answer(asked: _Asked, question: str) -> None:
         elif asked.stats:
             _print_stats(pipeline.device, result, load_ms)
             for note in pipeline.notes:
-                console.print(f"[dim]{escape(note)}[/]", soft_wrap=True)
+                console.print(f"[dim]{plain(note)}[/]", soft_wrap=True)
 
 
 def _question(prompt: str | None, *, interactive: bool, as_json: bool, only_show: bool) -> str | None:
@@ -289,7 +289,7 @@ def _turn(chat: Chat, question: str, images: list[Path], asked: _Asked) -> bool:
     try:
         result = _print_answer(chat.stream(question, list(images), **vars(asked.generation)))
     except PrompruneError as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        console.print(f"[bold red]error:[/] {plain(str(error))}", soft_wrap=True)
         return False
     except KeyboardInterrupt:  # of an answer; at the prompt it ends the command
         _write("\n")
@@ -365,7 +365,7 @@ def _show(asked: _Asked) -> None:
         return
     for path, selection in zip(asked.images, selections, strict=True):
         kept = f"{selection.keep_tokens} of {selection.num_tokens} visual tokens"
-        console.print(f"{escape(path.name)}: {kept}, {_describe(selection)}", soft_wrap=True)
+        console.print(f"{plain(path.name)}: {kept}, {_describe(selection)}", soft_wrap=True)
 
 
 def _draw(encoder: ImageEncoder, asked: _Asked, selections: Sequence[TokenSelection]) -> None:
@@ -379,7 +379,7 @@ def _draw(encoder: ImageEncoder, asked: _Asked, selections: Sequence[TokenSelect
         target = output if number == 1 else output.with_stem(f"{output.stem}-{number}")
         _save(draw_kept_tokens(encoder.view(path), selection), target)
         if not asked.as_json:
-            console.print(f"[dim]kept tokens of {escape(path.name)}: {escape(str(target))}[/]", soft_wrap=True)
+            console.print(f"[dim]kept tokens of {plain(path.name)}: {plain(str(target))}[/]", soft_wrap=True)
 
 
 def _save(picture: Image, target: Path) -> None:

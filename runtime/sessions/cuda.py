@@ -92,22 +92,35 @@ class CudaDevice:
         return values[0] if values else None
 
     def graph_of(self, run: Any) -> _CudaGraph:
-        """Record what ``run(stream)`` enqueues, on a stream of its own: that of the device serves other threads too."""
+        """Record what ``run(stream)`` enqueues, on a stream of its own: that of the device serves other threads too.
+
+        Raises:
+            BackendError: that of ``run``, or it cannot be recorded.
+        """
         recording = self.call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
         try:
-            mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-            self.call("cudaStreamBeginCapture", recording, mode)
+            graph = self._captured(recording, run)
             try:
-                run(int(recording))
+                executable = self.call("cudaGraphInstantiate", graph, 0)
             finally:
-                graph = self.call("cudaStreamEndCapture", recording)
-            executable = self.call("cudaGraphInstantiate", graph, 0)
-            self.call("cudaGraphDestroy", graph)
-            return _CudaGraph(
-                self._cuda, functools.partial(self.call, "cudaGraphLaunch", executable, self._stream), executable
-            )
+                self._cuda.cudaGraphDestroy(graph)
+            launch = functools.partial(self.call, "cudaGraphLaunch", executable, self._stream)
+            return _CudaGraph(self._cuda, launch, executable)
         finally:
-            self.call("cudaStreamDestroy", recording)
+            self._cuda.cudaStreamDestroy(recording)
+
+    def _captured(self, recording: Any, run: Any) -> Any:
+        """Return the graph of what ``run`` enqueues on a stream; where that fails, leave none behind."""
+        mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self.call("cudaStreamBeginCapture", recording, mode)
+        try:
+            run(int(recording))
+        except BaseException:
+            error, *graph = self._cuda.cudaStreamEndCapture(recording)  # mostly fails too, and says less of why
+            if int(error) == 0:
+                self._cuda.cudaGraphDestroy(*graph)
+            raise
+        return self.call("cudaStreamEndCapture", recording)
 
 
 class _CudaGraph:

@@ -13,12 +13,13 @@ import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from promprune.config import ENGINE_BACKENDS, EngineBackend, EngineConfig
 from promprune.engines import (
+    ENGINE_FILE,
     EngineManifest,
     EngineRecord,
     ProfileRecord,
@@ -27,9 +28,10 @@ from promprune.engines import (
     engine_folder,
     identity_of,
     read_engines,
+    read_plan,
 )
-from promprune.errors import BackendError, PackageError
-from promprune.package import read_manifest
+from promprune.errors import BackendError, PackageError, PrompruneError
+from promprune.package import MANIFEST_FILE, Manifest, read_manifest
 from promprune.runtime.sessions.base import Array, DeviceTensor, Rows, Session, SessionOptions, TensorSpec, Value
 from promprune.runtime.sessions.cuda import CudaDevice, import_module
 from promprune.runtime.sessions.device import (
@@ -45,8 +47,9 @@ from promprune.runtime.sessions.device import (
 from promprune.runtime.sessions.dlpack import BorrowedTensor
 from promprune.trt_modules import ENGINE_MODULES
 
-__all__ = ["TensorRtSession", "choose_profile", "find_engines", "open_session"]
+__all__ = ["FoundEngines", "TensorRtSession", "choose_profile", "find_engines", "open_session"]
 
+_KNOWN_PACKAGES: Final = 8  # whose engines need not be looked for again
 _MOST_GRAPHS: Final = 16  # shapes of one engine that keep buffers and a CUDA graph of their own
 _BATCH: Final = "batch_size"
 _PAST: Final = "past_sequence_length"
@@ -70,12 +73,14 @@ def open_session(path: Path, options: SessionOptions) -> TensorRtSession:
             expected="auto or cuda",
             fix="leave --provider out, or use --backend onnxruntime with it",
         )
-    backend, folder, manifest = find_engines(path.parent.parent, current_target())
+    backend, folder, manifest, notes = find_engines(path.parent.parent, current_target())
     if path.stem not in manifest.engines:
         raise PackageError(f"{folder} has no engine of {path.stem}", fix="run promprune-build with --rebuild")
     loading = _loading(folder, manifest, path, options)
     trt = import_module(backend, ENGINE_MODULES[backend])
-    return TensorRtSession(folder, manifest.engines[path.stem], _shared_device(), trt, loading)
+    session = TensorRtSession(folder, manifest.engines[path.stem], _shared_device(), trt, loading)
+    session.notes += notes
+    return session
 
 
 def _loading(folder: Path, manifest: EngineManifest, path: Path, options: SessionOptions) -> EngineLoading:
@@ -93,35 +98,89 @@ def _loading(folder: Path, manifest: EngineManifest, path: Path, options: Sessio
     )
 
 
-def find_engines(package: Path, target: str) -> tuple[EngineBackend, Path, EngineManifest]:
-    """Return backend, folder and manifest of the engines of a package for one target.
+class FoundEngines(NamedTuple):
+    """The engines of a package that run here, and why others that were built do not, in words."""
 
-    Where both backends have built some, TensorRT's are taken: they were tuned on the GPU itself.
+    backend: EngineBackend
+    folder: Path
+    manifest: EngineManifest
+    notes: tuple[str, ...]
+
+
+def find_engines(package: Path, target: str) -> FoundEngines:
+    """Return the engines of a package for one target.
+
+    Where both backends have built some, TensorRT's are taken if they can be used: they were tuned on the GPU itself.
+    Every graph of a package asks for them: they are looked for again only when a manifest has changed.
 
     Raises:
-        PackageError: there are none, or they are stale or foreign; the message says why.
+        PackageError: there are none, or they are damaged, stale or foreign; the message says why, of every backend.
+        MissingDependencyError, BackendError: the module of the only backend that has built some does not load.
     """
+    manifests = [engine_folder(package, backend, target) / ENGINE_FILE for backend in ENGINE_BACKENDS]
+    return _find_engines(package, target, tuple(_stamp(path) for path in (package / MANIFEST_FILE, *manifests)))
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Return what is another when a file was written again; empty where it is not there."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@functools.lru_cache(_KNOWN_PACKAGES)
+def _find_engines(package: Path, target: str, stamps: tuple[tuple[int, ...], ...]) -> FoundEngines:
+    del stamps  # they tell one state of the package from another
+    manifest = read_manifest(package)
+    refusals: dict[EngineBackend, PrompruneError] = {}
     backend: EngineBackend
     for backend in ENGINE_BACKENDS:
         folder = engine_folder(package, backend, target)
         if not folder.exists():
             continue
-        engines = read_engines(folder)
-        version = str(import_module(backend, ENGINE_MODULES[backend]).__version__)
-        wanted = identity_of(read_manifest(package), EngineConfig(backend=backend), tool_version=version, target=target)
-        reason = difference(engines.identity, wanted, options=False)
-        if reason is not None:
-            raise PackageError(
-                f"the engines in {folder} cannot be used ({reason})",
-                expected="engines of this package, tool and GPU",
-                fix=f"promprune-build {package} --backend {backend} --target {target} --rebuild",
-            )
-        return backend, folder, engines
-    raise PackageError(
-        f"{package} has no engines for this GPU, {target}",
-        expected=f"engines/tensorrt-{target} or engines/tensorrt-rtx-{target}",
-        fix=f"promprune-build {package} --target {target}",
-    )
+        try:
+            engines = _usable_engines(package, manifest, backend, target)
+        except PrompruneError as error:
+            refusals[backend] = error
+        else:
+            notes = tuple(f"not {name}: {reason}" for name, reason in refusals.items())
+            return FoundEngines(backend, folder, engines, notes)
+    raise _refusal(package, target, refusals)
+
+
+def _refusal(package: Path, target: str, refusals: Mapping[EngineBackend, PrompruneError]) -> PrompruneError:
+    """Return the error that says why no engines can be used, of every backend that has built some."""
+    if not refusals:
+        return PackageError(
+            f"{package} has no engines for this GPU, {target}",
+            expected=f"engines/tensorrt-{target} or engines/tensorrt-rtx-{target}",
+            fix=f"promprune-build {package} --target {target}",
+        )
+    first, *others = refusals.values()
+    if not others:
+        return first
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
+    return PackageError(f"none of the engines of {package} for {target} can be used; {reasons}")
+
+
+def _usable_engines(package: Path, manifest: Manifest, backend: EngineBackend, target: str) -> EngineManifest:
+    """Read the engines that one backend has built for all graphs of a package, and refuse what cannot run here."""
+    folder = engine_folder(package, backend, target)
+    engines = read_engines(folder)
+    version = str(import_module(backend, ENGINE_MODULES[backend]).__version__)
+    wanted = identity_of(manifest, EngineConfig(backend=backend), tool_version=version, target=target)
+    reason = difference(engines.identity, wanted, options=False)
+    for name in sorted(manifest.graphs.keys() - engines.engines.keys()):
+        reason = reason or f"without one of {name}"
+    if reason is not None:
+        raise PackageError(
+            f"the engines in {folder} cannot be used ({reason})",
+            expected="engines of this package, tool and GPU",
+            fix=f"promprune-build {package} --backend {backend} --target {target} --rebuild",
+        )
+    return engines
 
 
 def choose_profile(record: EngineRecord, shapes: Shapes) -> int:
@@ -169,7 +228,8 @@ class TensorRtSession(Session):
         loading: how it is loaded.
 
     Raises:
-        BackendError: the engine does not load, or has other inputs and outputs than its record.
+        PackageError: the engine cannot be read, or was changed since it was built.
+        BackendError: it does not load, or has other inputs and outputs than its record.
     """
 
     joins = True
@@ -185,15 +245,11 @@ class TensorRtSession(Session):
         self._record = record
         self._device = device
         self._lock = threading.Lock()
-        self.limits = _limits(record)
-        self._pools = _pools(record, self.limits, device)
-        self._roomy = BufferPool(device, max((pool.nbytes for pool in self._pools.values()), default=0))
-        self._scratch: dict[str, DeviceArray] = {}
         loading = loading or EngineLoading()
         self.repeats = loading.cuda_graphs
         self._static = loading.cuda_graphs and _is_static(record)
         self._replays: dict[tuple[int, ...], _Replay] = {}
-        engine = device.load((folder / record.file).read_bytes(), trt, loading)
+        engine = device.load(read_plan(folder, record), trt, loading)
         stated = {name: spec.dtype for name, spec in {**self.inputs, **self.outputs}.items()}
         if dict(engine.dtypes) != stated:
             raise BackendError(
@@ -202,6 +258,10 @@ class TensorRtSession(Session):
                 fix="run promprune-build with --rebuild",
             )
         self._opened: _Opened | None = _Opened(engine, engine.context())
+        self.limits = _limits(record)
+        self._pools = _pools(record, self.limits, device)
+        self._roomy = BufferPool(device, max((pool.nbytes for pool in self._pools.values()), default=0))
+        self._scratch: dict[str, DeviceArray] = {}
 
     def from_dlpack(self, tensor: Any) -> DeviceTensor:
         """Return a tensor of another library on this device as an input, without a copy: ``torch.Tensor``, ...
