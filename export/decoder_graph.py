@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import DynamicCache
 
+from promprune.errors import UnsupportedModelError
 from promprune.export.families.base import AdaptedModel
 from promprune.export.graphs import graph_from_module
 from promprune.export.layers import Repetition, alike, with_layers
@@ -70,8 +71,13 @@ def embed_tokens_graph(model: AdaptedModel, *, opset: int) -> ir.Model:
 
 
 def decoder_graph(model: AdaptedModel, *, opset: int) -> ir.Model:
-    """Export the decoder; see :meth:`DecoderWithCache.forward` for its inputs and outputs."""
+    """Export the decoder; see :meth:`DecoderWithCache.forward` for its inputs and outputs.
+
+    Raises:
+        UnsupportedModelError: it is none that one graph can serve at every length.
+    """
     text = model.text_config
+    _refuse_unsupported(text)
     stack, repetition = _shallow(model.language_model)
     layers = len(stack.layers)
     batch, length, past = 2, 3, 4
@@ -95,6 +101,15 @@ def decoder_graph(model: AdaptedModel, *, opset: int) -> ir.Model:
         dynamic_shapes=_decoder_dynamic_shapes(layers, len(model.position_axes)),
         repetition=repetition,
     )
+
+
+def _refuse_unsupported(text_config: Any) -> None:
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "dynamic":
+        raise UnsupportedModelError(
+            "the language model has rope_type = 'dynamic': its rotary frequencies change with the length of the text",
+            expected="frequencies that stay, as those of default, linear, yarn, llama3 or longrope",
+        )
 
 
 def _shallow(stack: Any) -> tuple[Any, Repetition | None]:

@@ -128,14 +128,14 @@ def append_graph(first: ir.Model, second: ir.Model, *, connect: Mapping[str, str
     return first
 
 
-def save_graph(model: ir.Model, path: Path, placement: Placement) -> tuple[str, ...]:
-    """Write a graph to ``path``, check it, and place its weights beside it.
+def save_graph(model: ir.Model, path: Path, placement: Placement, *, share: bool = False) -> tuple[str, ...]:
+    """Write a graph to ``path``, check it, and place its weights beside it; see :meth:`Placement.place` for ``share``.
 
     Returns:
         The names of the files that hold its weights, beside ``path``.
     """
     model.producer_name, model.producer_version = "promprune", ""
-    weights = placement.place(model, f"{path.name}_data")
+    weights = placement.place(model, f"{path.name}_data", share=share)
     proto = ir.to_proto(model)
     path.write_bytes(proto.SerializeToString())
     _check(proto)

@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 
 import onnx_ir as ir
+import torch
 
 from promprune.errors import OutputError
-from promprune.export.weights import CheckpointTensor
+from promprune.export.weights import CheckpointTensor, StoredTensor
 
 __all__ = ["LINK_MIN_BYTES", "Placement", "link_weights"]
 
@@ -31,6 +32,11 @@ ALIGNMENT: Final = 4096  # so that a tensor can be mapped into memory
 _FICLONE: Final = 0x40049409  # ioctl of Linux: share the blocks of another file until one of both is written
 
 
+class _Place(NamedTuple):
+    file: str
+    offset: int
+
+
 @dataclass(kw_only=True)
 class Placement:
     """Places the weights of the graphs of one folder.
@@ -38,19 +44,30 @@ class Placement:
     Attributes:
         folder: where the graphs lie.
         links: file of the checkpoint -> its name in ``folder``; not every one need be used.
+        must_link: fail where a tensor of a linked checkpoint cannot be used as it is stored.
         digests: SHA-256 of every file of weights that was written, by its path.
     """
 
     folder: Path
     links: dict[Path, str]
+    must_link: bool = False
     digests: dict[Path, str] = field(default_factory=dict)
     _used: set[str] = field(default_factory=set)
+    _shared: dict[tuple[StoredTensor, torch.dtype], _Place] = field(default_factory=dict)
 
-    def place(self, model: ir.Model, name: str) -> tuple[str, ...]:
+    def place(self, model: ir.Model, name: str, *, share: bool = False) -> tuple[str, ...]:
         """Move a graph's weights out of it: into ``name``, as far as they do not lie in a linked file.
+
+        Args:
+            model: the graph.
+            name: of its own file of weights.
+            share: read weights that an earlier graph placed with ``share`` from that one's file.
 
         Returns:
             The names of the files that now hold them.
+
+        Raises:
+            OutputError: ``must_link``, and a tensor would have to be converted.
         """
         files = []
         with _HashedFile(self.folder / name) as own:
@@ -58,11 +75,9 @@ class Placement:
                 tensor = value.const_value
                 if tensor is None or tensor.nbytes < EXTERNAL_DATA_MIN_BYTES:
                     continue
-                linked = self._linked_name(tensor)
-                if linked is not None and isinstance(tensor, CheckpointTensor):
-                    location, offset = linked, tensor.stored.offset
-                else:
-                    location, offset = name, own.append(tensor)
+                location, offset = self._known_place(tensor, share) or _Place(name, own.append(tensor))
+                if share and isinstance(tensor, CheckpointTensor):
+                    self._shared[tensor.stored, tensor.torch_dtype] = _Place(location, offset)
                 files.append(location)
                 value.const_value = ir.ExternalTensor(
                     location,
@@ -85,10 +100,20 @@ class Placement:
         for name in set(self.links.values()) - self._used:
             (self.folder / name).unlink()
 
-    def _linked_name(self, tensor: ir.TensorProtocol) -> str | None:
-        if not isinstance(tensor, CheckpointTensor) or not tensor.is_as_stored:
+    def _known_place(self, tensor: ir.TensorProtocol, share: bool) -> _Place | None:
+        """Return where a tensor lies already; ``None``: it has to be written."""
+        if not isinstance(tensor, CheckpointTensor):
             return None
-        return self.links.get(tensor.stored.file)
+        stored = tensor.stored
+        if tensor.is_as_stored and stored.file in self.links:
+            return _Place(self.links[stored.file], stored.offset)
+        if self.must_link:
+            raise OutputError(
+                f"{stored.key} in {stored.file.name} cannot be linked: it is stored as {stored.dtype}",
+                expected=f"weights in {tensor.torch_dtype}, as --dtype says, at whole multiples of their size",
+                fix="choose the checkpoint's own --dtype, or leave --link-weights out",
+            )
+        return self._shared.get((stored, tensor.torch_dtype)) if share else None
 
 
 def link_weights(files: Sequence[Path], folder: Path, *, copy: bool | None) -> dict[Path, str]:

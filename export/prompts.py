@@ -8,8 +8,12 @@ __all__ = ["chat_template", "prompt_text"]
 
 
 def chat_template(processor: Any) -> Any:
-    """Return the chat template of a processor, or else of its tokenizer; ``None``: neither has one."""
-    return getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
+    """Return the chat template of a processor, or else of its tokenizer; ``None``: neither has one.
+
+    Of several with names, the one for plain conversations.
+    """
+    template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
+    return template.get("default") if isinstance(template, dict) else template
 
 
 def prompt_text(processor: Any, image_token_id: int, question: str) -> str:

@@ -22,7 +22,7 @@ from promprune.entropy_table import ENTROPY_TABLE
 from promprune.errors import ConfigError
 from promprune.export.graph_builder import Constant, GraphBuilder, floats, ints
 from promprune.prominence import NORM_FLOOR
-from promprune.selection import RESIDUAL_FLOOR, random_order
+from promprune.selection import BLANK_NORM, RESIDUAL_FLOOR, TAKEN, random_order
 
 __all__ = ["FeatureDtype", "LoopForm", "build_selector"]
 
@@ -36,11 +36,7 @@ _ELEMENT_TYPES: dict[str, int] = {
 }
 _IR_VERSION = 10
 _LOWEST = -3.0e38
-_TAKEN = 1.0e30
 _TINY = 1.0e-30
-# An image counts as blank when the norm of its centred kernel is below this times N: its tokens are so alike that the
-# rounding of their products, which the chain of products amplifies, would drown the spectrum.
-_BLANK_NORM = 1e-3
 # The Gram matrix is computed in this many strips. Rows whose length is a multiple of _ALIASED floats get _SPREAD
 # zeros more: one cache line of them.
 _GRAM_STRIPS = 3
@@ -255,10 +251,10 @@ def _spectral_entropy(g: GraphBuilder, kernel: str, mask: str | None, sizes: Siz
     if isinstance(tokens, str):
         rank = g("Max", g("Min", tokens, floats(sizes.hidden)), floats(2))
         entropy = g("Div", p_ln_p, g("Neg", g("Log", rank)))
-        blank = g("Mul", tokens, floats(_BLANK_NORM))
+        blank = g("Mul", tokens, floats(BLANK_NORM))
     else:
         entropy = g("Div", p_ln_p, floats(-np.log(max(min(sizes.tokens, sizes.hidden), 2))))
-        blank = g.constant(floats(sizes.tokens * _BLANK_NORM))
+        blank = g.constant(floats(sizes.tokens * BLANK_NORM))
     # A NaN norm is not below anything, so that the entropy stays NaN.
     return g("Where", g("LessOrEqual", norm, blank), floats(1), entropy)
 
@@ -303,9 +299,9 @@ def _initial_loss(
     loss = g("Cast", is_zero, to=TensorProto.FLOAT)
     if mask:
         loss = g("Where", mask, loss, floats(2))
-    amounts = g("Where", in_saliency, floats(_TAKEN), g("GatherElements", loss, salient, axis=1))
+    amounts = g("Where", in_saliency, floats(TAKEN), g("GatherElements", loss, salient, axis=1))
     loss = g("ScatterElements", loss, salient, amounts, axis=1)
-    is_salient = _row(g, g("Greater", loss, floats(_TAKEN / 2)))
+    is_salient = _row(g, g("Greater", loss, floats(TAKEN / 2)))
     overlap = g("ReduceMax", g("Where", is_salient, kernel, floats(-2)), ints([2]), keepdims=0)
     first = g("ArgMin", g("Add", overlap, g("Mul", loss, floats(3))), axis=1, keepdims=1)
     is_first = g("Equal", ints([range(n)]), first)
@@ -360,14 +356,14 @@ def _greedy_step(g: GraphBuilder, kernel: str, loss: str, coordinates: str | Non
     least, pick = g.many("TopK", key, ints([1]), outputs=2, axis=2, largest=0)
     is_pick = g("Equal", ints(np.arange(n)[None, None]), pick)
     # Where nothing is left to span, the new direction is rounding noise, and dividing makes it vanish.
-    residual = g("Where", g("Less", least, floats(1)), g("Sub", floats(1), least), floats(_TAKEN))
+    residual = g("Where", g("Less", least, floats(1)), g("Sub", floats(1), least), floats(TAKEN))
     new = g("GatherND", kernel, pick, batch_dims=1)
     if coordinates is not None:
         one_hot = g("Cast", is_pick, to=TensorProto.FLOAT)
         own = g("MatMul", one_hot, g("Transpose", coordinates, perm=[0, 2, 1]))
         new = g("Sub", new, g("MatMul", own, coordinates))
     new = g("Div", new, g("Sqrt", residual))
-    loss = g("Where", is_pick, floats(_TAKEN), g("Add", loss, g("Mul", new, new)))
+    loss = g("Where", is_pick, floats(TAKEN), g("Add", loss, g("Mul", new, new)))
     return loss, new, pick
 
 

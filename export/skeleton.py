@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -40,7 +41,7 @@ def build_skeleton(folder: Path, model_class: str, dtype: torch.dtype) -> Any:
         _refuse_quantized(folder, config)
         with torch.device("meta"):
             model = kind._from_config(config, dtype=dtype, attn_implementation="sdpa")
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, StrictDataclassError) as error:
         raise ModelError(
             f"{folder} cannot be loaded as {model_class} ({first_line(error)})",
             expected="a complete checkpoint in Hugging Face format",

@@ -20,15 +20,11 @@ from promprune.config import SelectionConfig
 from promprune.entropy_table import ENTROPY_TABLE
 from promprune.errors import ConfigError
 from promprune.prominence import NORM_FLOOR, saliency_count, saliency_ratio
-from promprune.selection import RESIDUAL_FLOOR, random_order
+from promprune.selection import BLANK_NORM, RESIDUAL_FLOOR, TAKEN, random_order
 
 __all__ = ["PrunedTokens", "coverage_picks", "prune_tokens"]
 
-_TAKEN = 1e30
 _TINY = 1e-30
-# An image counts as blank when the norm of its centred kernel is below this times N: its tokens are so alike that the
-# rounding of their products, which the chain of products amplifies, would drown the spectrum.
-_BLANK_NORM = 1e-3
 
 
 @dataclass(frozen=True)
@@ -134,14 +130,15 @@ def _check(image_features: Tensor, saliency: Tensor, keep_tokens: int, token_mas
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
     """No TF32 and no autocast: the selection needs all 24 bits of float32."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision  # the older allow_tf32 cannot be read once somebody has set this one
+    products.fp32_precision = "ieee"
     autocast = torch.amp.is_autocast_available(device.type)
     try:
         with torch.autocast(device.type, enabled=False) if autocast else nullcontext():
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        products.fp32_precision = before
 
 
 def _both(mask: Tensor) -> Tensor:
@@ -173,7 +170,7 @@ def _spectral_entropy(kernel: Tensor, token_mask: Tensor | None, hidden_size: in
     share = norm / trace
     total = share * products + share.log() + ENTROPY_TABLE.linear
     entropy = -total / tokens.clamp(2, max(hidden_size, 2)).log()
-    return torch.where(norm <= tokens * _BLANK_NORM, 1.0, entropy)
+    return torch.where(norm <= tokens * BLANK_NORM, 1.0, entropy)
 
 
 def _inner_products(first: Tensor) -> Tensor:
@@ -238,8 +235,8 @@ def _initial_loss(kernel: Tensor, token_mask: Tensor | None, salient: Tensor, co
     if token_mask is not None:
         loss = torch.where(token_mask, loss, 2.0)
     in_saliency = torch.arange(salient.shape[1], device=salient.device) < count[:, None]
-    loss = loss.scatter_add(1, salient, in_saliency.float() * _TAKEN)
-    overlap = torch.where((loss > _TAKEN / 2)[:, None, :], kernel, -2.0).amax(2)
+    loss = loss.scatter_add(1, salient, in_saliency.float() * TAKEN)
+    overlap = torch.where((loss > TAKEN / 2)[:, None, :], kernel, -2.0).amax(2)
     first = (overlap + 3 * loss).argmin(dim=1, keepdim=True)
     return loss.scatter(1, first, -_TINY)
 
@@ -253,12 +250,12 @@ def _coverage_loop(kernel: Tensor, loss: Tensor, keep_tokens: int) -> Tensor:
         pick = key.argmin(dim=1, keepdim=True)
         least = key.gather(1, pick)
         # Where nothing is left to span, the new direction is rounding noise, and dividing makes it vanish.
-        residual = torch.where(least < 1, 1 - least, _TAKEN)
+        residual = torch.where(least < 1, 1 - least, TAKEN)
         row = pick[:, :, None].expand(-1, 1, n)
         own = coordinates[:, :t].gather(2, pick[:, None, :].expand(-1, t, 1))
         new = (kernel.gather(1, row) - own.mT @ coordinates[:, :t]).squeeze(1) / residual.sqrt()
         coordinates[:, t] = new
-        loss = (loss + new.square()).scatter(1, pick, _TAKEN)
+        loss = (loss + new.square()).scatter(1, pick, TAKEN)
         picks.append(pick)
     return torch.cat(picks, dim=1)
 

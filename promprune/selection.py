@@ -16,11 +16,16 @@ from promprune.config import SelectionConfig
 from promprune.errors import ConfigError
 from promprune.prominence import saliency_count, saliency_ratio, spectral_entropy, unit_tokens
 
-__all__ = ["RESIDUAL_FLOOR", "Selection", "random_order", "select_tokens"]
+__all__ = ["BLANK_NORM", "RESIDUAL_FLOOR", "TAKEN", "Selection", "random_order", "select_tokens"]
 
 # A token with less than this of its squared length outside the span of those picked adds nothing: the coverage
 # stage treats all such tokens as tied. It is ten times what rounding leaves in float32 once the rank is exhausted.
 RESIDUAL_FLOOR = 1e-5
+# In float32 an image counts as blank when the norm of its centred kernel is below this times N: its tokens are so alike
+# that the rounding of their products, which the chain of products amplifies, would drown the spectrum.
+BLANK_NORM = 1e-3
+# The loss of a token that was picked, in float32: past every other, and still finite.
+TAKEN = 1e30
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,22 @@ def test_no_gradient_and_no_autocast() -> None:
     assert torch.equal(got.spectral_entropy, expected.spectral_entropy)
 
 
+def test_the_products_keep_their_precision_under_both_settings_of_tf32() -> None:
+    """In a process of its own: the newer setting makes PyTorch refuse the older one."""
+    code = (
+        "import torch; from promprune.pruning import prune_tokens\n"
+        "setting = torch.backends.cuda.matmul\n"
+        "setting.fp32_precision = 'tf32'\n"
+        "prune_tokens(torch.rand(1, 32, 8), torch.rand(1, 32), 5)\n"
+        "print(setting.fp32_precision)\n"
+        "setting.allow_tf32 = True\n"
+        "prune_tokens(torch.rand(1, 32, 8), torch.rand(1, 32), 5)\n"
+        "print(setting.allow_tf32)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["tf32", "True"], done.stderr
+
+
 def test_runs_without_data() -> None:
     """On the meta device nothing has a value: any wait for one would raise."""
     x, a = torch.empty(2, 64, 32, device="meta"), torch.empty(2, 64, device="meta")

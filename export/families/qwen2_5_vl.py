@@ -35,6 +35,8 @@ __all__ = [
 # whole windows only.
 DEFAULT_SIDE: Final = 24
 
+MAX_ASPECT_RATIO: Final = 200  # of transformers' smart_resize
+
 _PADDING: Final = -1
 
 
@@ -182,12 +184,18 @@ def adapt(model: Any, processor: Any, grids: Grids) -> AdaptedModel:
     """Take a ``Qwen2_5_VLForConditionalGeneration`` apart, for images of some sizes.
 
     Raises:
-        UnsupportedModelError: its language model attends within a sliding window, or its image processor never makes
-            images of such a size.
+        UnsupportedModelError: its language model attends within a sliding window, its tower nowhere to the whole
+            image, or its image processor never makes images of such a size.
     """
     vision = model.config.vision_config
+    full = [index for index in vision.fullatt_block_indexes if index < vision.depth]
+    if not full:
+        raise UnsupportedModelError(
+            f"this model has fullatt_block_indexes = {list(vision.fullatt_block_indexes)} in a tower of {vision.depth}",
+            expected="a block that attends to the whole image: the selection reads its attention",
+        )
     window = vision.window_size // vision.patch_size // vision.spatial_merge_size
-    return adapted_with_grids(model, processor, grids, window=window, full_blocks=vision.fullatt_block_indexes)
+    return adapted_with_grids(model, processor, grids, window=window, full_blocks=full)
 
 
 def adapted_with_grids(
@@ -294,6 +302,12 @@ def _token_pixels(processor: Any) -> int:
 
 def _refuse_impossible(rows: int, columns: int, processor: Any) -> None:
     size, side = processor.image_processor.size, _token_pixels(processor)
+    if max(rows, columns) > MAX_ASPECT_RATIO * min(rows, columns):
+        raise UnsupportedModelError(
+            f"received the image grid {rows}x{columns}",
+            expected=f"at most {MAX_ASPECT_RATIO} times as long as wide: the image processor refuses other images",
+            fix="choose another --image-grid",
+        )
     pixels = rows * columns * side**2
     if not size["shortest_edge"] <= pixels <= size["longest_edge"]:
         least, most = (round(size[name] / side**2) for name in ("shortest_edge", "longest_edge"))
