@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, TypedDict, get_args
+from numbers import Integral, Real
+from typing import Final, Literal, TypedDict, get_args
 
 from promprune.errors import ConfigError
+from promprune.runtime.sessions import BACKENDS
 
 __all__ = ["DEFAULT_NEW_TOKENS", "GenerationConfig", "GenerationOptions", "Provider", "RuntimeConfig", "RuntimeOptions"]
 
 Provider = Literal["auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx"]
 DEFAULT_NEW_TOKENS: Final = 256
+_MOST: Final = 2**31 - 1  # that all backends can count to
+_SHOWN_CHARACTERS: Final = 100
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -39,12 +44,12 @@ class GenerationConfig:
         top_k: draw from the ``top_k`` likeliest tokens; 0 is off.
         repetition_penalty: above 1, the logits of tokens already in the prompt or the answer are lowered
             (divided when positive, multiplied when negative); 1 is off. Applies to greedy choice as well.
-        stop: texts that end the answer; they are not part of it. One string, or a sequence of strings.
+        stop: texts that end the answer; they are not part of it. One string, or a sequence of strings; kept as a tuple.
         seed: makes drawing reproducible; ``None`` draws a new seed each time.
         ignore_eos: go on after an end-of-sequence token, so that an answer has exactly the length that was asked for.
 
     Raises:
-        ConfigError: a value is out of its range.
+        ConfigError: a value is of another type, or out of its range.
     """
 
     max_new_tokens: int | None = None
@@ -57,22 +62,16 @@ class GenerationConfig:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        limit = self.max_new_tokens
-        _require(limit is None or (_is_int(limit) and limit >= 1), "max_new_tokens", limit, "an integer of at least 1")
-        _require(_is_number(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "0 or more")
-        _require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
-        _require(_is_int(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
-        penalty = self.repetition_penalty
-        _require(_is_number(penalty) and penalty > 0, "repetition_penalty", penalty, "a number above 0")
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        _require(all(isinstance(text, str) and text for text in stop), "stop", self.stop, "non-empty strings")
-        object.__setattr__(self, "stop", tuple(stop))
-        _require(self.seed is None or (_is_int(self.seed) and self.seed >= 0), "seed", self.seed, "0 or more")
-
-    @property
-    def stop_texts(self) -> tuple[str, ...]:
-        """``stop`` as a tuple."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        _check_integer(self, "max_new_tokens", least=1, optional=True)
+        _check_number(self, "temperature", lambda value: value >= 0, "a number of 0 or more")
+        _check_number(self, "top_p", lambda value: 0 < value <= 1, "a number in (0, 1]")
+        _check_integer(self, "top_k", least=0)
+        _check_number(self, "repetition_penalty", lambda value: value > 0, "a number above 0")
+        texts = (self.stop,) if isinstance(self.stop, str) else self.stop
+        valid = isinstance(texts, Sequence) and all(isinstance(text, str) and text for text in texts)
+        _require(valid, "stop", self.stop, "a non-empty string, or a sequence of such")
+        object.__setattr__(self, "stop", tuple(texts))
+        _check_integer(self, "seed", least=0, most=None, optional=True)
 
 
 class RuntimeOptions(TypedDict, total=False):
@@ -107,7 +106,7 @@ class RuntimeConfig:
             weights of each engine, in MiB; ``None``: TensorRT's choice.
 
     Raises:
-        ConfigError: a value is out of its range.
+        ConfigError: a value is of another type, or out of its range.
     """
 
     backend: str = "onnxruntime"
@@ -120,29 +119,57 @@ class RuntimeConfig:
     weight_budget_mib: int | None = None
 
     def __post_init__(self) -> None:
-        providers = get_args(Provider)
-        _require(self.provider in providers, "provider", self.provider, f"one of {', '.join(providers)}")
-        threads = self.num_threads
-        _require(threads is None or (_is_int(threads) and threads >= 1), "num_threads", threads, "1 or more")
-        size = self.image_cache_size
-        _require(_is_int(size) and size >= 0, "image_cache_size", size, "0 (off) or more")
-        chunk = self.prefill_chunk
-        _require(chunk is None or (_is_int(chunk) and chunk >= 1), "prefill_chunk", chunk, "1 or more")
-        budget = self.weight_budget_mib
-        _require(budget is None or (_is_int(budget) and budget >= 0), "weight_budget_mib", budget, "0 or more")
-        engines = self.backend == "tensorrt"
+        _check_name(self, "backend", tuple(BACKENDS))
+        _check_name(self, "provider", get_args(Provider))
+        _check_integer(self, "num_threads", least=1, optional=True)
+        _check_integer(self, "image_cache_size", least=0)
+        _check_integer(self, "prefill_chunk", least=1, optional=True)
+        _check_integer(self, "weight_budget_mib", least=0, optional=True)
+        engines, budget = self.backend == "tensorrt", self.weight_budget_mib
         _require(engines or not self.cuda_graphs, "cuda_graphs", self.cuda_graphs, "the backend 'tensorrt' with it")
         _require(engines or budget is None, "weight_budget_mib", budget, "the backend 'tensorrt' with it")
 
 
+def _check_integer(config: object, name: str, *, least: int, most: int | None = _MOST, optional: bool = False) -> None:
+    """Require a field to be an integer, of Python or numpy, in a range; it is kept as Python's."""
+    value = getattr(config, name)
+    if optional and value is None:
+        return
+    _require(_is(Integral, value), name, value, "an integer")
+    _require(value >= least, name, value, f"{least} or more")
+    _require(most is None or value <= most, name, value, f"{most} or less")
+    object.__setattr__(config, name, int(value))
+
+
+def _check_number(config: object, name: str, valid: Callable[[float], bool], expected: str) -> None:
+    """Require a field to be a finite real number, of Python or numpy, that is valid; it is kept as a float."""
+    value = getattr(config, name)
+    try:
+        number = float(value) if _is(Real, value) else math.nan
+    except OverflowError:  # an integer beyond all floats
+        number = math.inf
+    _require(math.isfinite(number) and valid(number), name, value, expected)
+    object.__setattr__(config, name, number)
+
+
+def _is(kind: type, value: object) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _check_name(config: object, name: str, names: Sequence[str]) -> None:
+    value = getattr(config, name)
+    _require(isinstance(value, str) and value in names, name, value, f"one of {', '.join(names)}")
+
+
 def _require(valid: bool, name: str, value: object, expected: str) -> None:
     if not valid:
-        raise ConfigError(f"received {name} = {value!r}", expected=expected)
+        raise ConfigError(f"received {name} = {_shown(value)}", expected=expected)
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _shown(value: object) -> str:
+    """Return how Python writes a value, cut where that is long."""
+    try:
+        text = repr(value)
+    except Exception:  # of integers with more digits than Python writes, and of strangers' classes
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from promprune.errors import BackendError
 from promprune.runtime.config import GenerationConfig
+from promprune.runtime.prompt import tokenizer_errors
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -109,7 +110,11 @@ class TextStream:
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """Add a token; return the text that became certain, possibly none. Sets ``stopped`` at a stop text."""
+        """Add a token; return the text that became certain, possibly none. Sets ``stopped`` at a stop text.
+
+        Raises:
+            PackageError: the tokenizer fails.
+        """
         self._ids.append(token)
         before = self._decode(self._ids[self._context : self._decoded])
         after = self._decode(self._ids[self._context :])
@@ -119,7 +124,11 @@ class TextStream:
         return self._given_out(after[len(before) :])
 
     def finish(self) -> str:
-        """Return the rest of the text: an unfinished character, or the beginning of a stop text."""
+        """Return the rest of the text: an unfinished character, or the beginning of a stop text.
+
+        Raises:
+            PackageError: the tokenizer fails.
+        """
         if self.stopped:
             return ""
         before = self._decode(self._ids[self._context : self._decoded])
@@ -130,7 +139,10 @@ class TextStream:
         return text
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True) if ids else ""
+        if not ids:
+            return ""
+        with tokenizer_errors("the package's tokenizer fails on the answer"):
+            return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def _given_out(self, new: str) -> str:
         text = self._held + new
@@ -163,13 +175,18 @@ class Row:
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self._chooser = TokenChooser(config, prompt_ids)
-        self._stream = TextStream(tokenizer, config.stop_texts)
+        self._stream = TextStream(tokenizer, config.stop)
         self._eos_token_ids = frozenset(eos_token_ids)
         self._max_new_tokens = max_new_tokens
         self._texts: list[str] = []
 
     def step(self, logits: npt.NDArray[np.float32]) -> str:
-        """Choose the next token from float32 [vocabulary]; return the text that became certain."""
+        """Choose the next token from float32 [vocabulary]; return the text that became certain.
+
+        Raises:
+            BackendError: the logits are not numbers.
+            PackageError: the tokenizer fails.
+        """
         token = self._chooser.choose(logits)
         self.token_ids.append(token)
         text = ""

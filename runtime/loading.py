@@ -15,7 +15,7 @@ from promprune.runtime.layouts.base import expect
 from promprune.runtime.prompt import read_json
 from promprune.runtime.sessions import Session, SessionOptions, open_session
 
-__all__ = ["open_language_model", "open_vision_graphs", "same_language_model", "steps_in_place"]
+__all__ = ["expect_same_width", "open_language_model", "open_vision_graphs", "same_language_model", "steps_in_place"]
 
 
 def open_vision_graphs(
@@ -58,6 +58,17 @@ def open_language_model(folder: Path, manifest: Manifest, config: RuntimeConfig)
     return embed, decoder
 
 
+def expect_same_width(vision: Mapping[str, Session], hidden_size: int) -> None:
+    """Compare the size of the visual tokens with that of the language model's embeddings.
+
+    Raises:
+        PackageError: they differ.
+    """
+    for session in vision.values():
+        made = session.outputs["image_features"]
+        expect(f"size of the visual tokens of {session.name}", made.shape[-1], hidden_size)
+
+
 def steps_in_place(folder: Path, decoder: Session) -> bool:
     """Say whether a decoder's steps are to have the same shapes: where that pays, and its attention has no window."""
     windowed = decoder.repeats and _has_window(read_json(folder / "config.json"))
@@ -76,12 +87,13 @@ def _has_window(config: Mapping[str, Any]) -> bool:
 
 def same_language_model(a: Manifest, b: Manifest) -> bool:
     """Say whether two packages have the same language model, byte for byte."""
-    return a.has_language_model and _language_files(a) == _language_files(b)
+    return a.has_language_model and b.has_language_model and _language_files(a) == _language_files(b)
 
 
 def _language_files(manifest: Manifest) -> set[tuple[str, str]]:
-    graphs = [manifest.graphs[name].file for name in (EMBED_TOKENS, DECODER) if name in manifest.graphs]
-    return {(record.path, record.sha256) for record in manifest.files if record.path.startswith(tuple(graphs))}
+    graphs = [manifest.graphs[name] for name in (EMBED_TOKENS, DECODER)]
+    wanted = {file for graph in graphs for file in (graph.file, *graph.weights)}
+    return {(record.path, record.sha256) for record in manifest.files if record.path in wanted}
 
 
 def _open(folder: Path, manifest: Manifest, name: str, config: RuntimeConfig) -> Session:

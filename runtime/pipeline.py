@@ -31,7 +31,7 @@ from promprune.runtime.decoder import Cache, Decoder
 from promprune.runtime.encoder import ImageEncoder, ImageSource
 from promprune.runtime.generation import Row, eos_token_ids_of
 from promprune.runtime.layouts import PreparedImage
-from promprune.runtime.loading import open_language_model, same_language_model, steps_in_place
+from promprune.runtime.loading import expect_same_width, open_language_model, same_language_model, steps_in_place
 from promprune.runtime.positions import ImagePositions, PromptPositions, prompt_positions
 from promprune.runtime.prompt import Message, PromptBuilder, TokenIds, as_messages, read_json
 from promprune.runtime.results import EncodedImage, Result, Stopwatch, Timings
@@ -82,7 +82,8 @@ class VisionLanguagePipeline:
             options: see :class:`RuntimeConfig`.
 
         Raises:
-            PackageError: it is no package, damaged, or its graphs are not what its manifest says.
+            PackageError: it is no package, damaged, its graphs are not what its manifest says, or its tokenizer or
+                chat template cannot be read.
             BackendError: a graph, or the provider that was asked for, cannot be loaded.
             ConfigError: an argument is out of range.
         """
@@ -94,6 +95,7 @@ class VisionLanguagePipeline:
         eos = eos_token_ids_of(read_json(folder / "generation_config.json"))
         prompts = PromptBuilder.from_package(folder, manifest)
         language_model = Decoder(decoder, config.prefill_chunk, in_place=steps_in_place(folder, decoder))
+        expect_same_width(encoder.sessions, language_model.hidden_size)
         return cls(encoder, prompts, embed, language_model, eos)
 
     def with_vision_of(self, path: str | Path, **options: Unpack[RuntimeOptions]) -> Self:
@@ -118,6 +120,7 @@ class VisionLanguagePipeline:
                 f"{folder} has another language model", expected="the same files as the package that is loaded"
             )
         encoder = ImageEncoder.open(folder, manifest, config)
+        expect_same_width(encoder.sessions, self._decoder.hidden_size)
         prompts = PromptBuilder.from_package(folder, manifest)
         return type(self)(encoder, prompts, self._embed, self._decoder, self._eos_token_ids)
 
@@ -134,6 +137,7 @@ class VisionLanguagePipeline:
             PromptError: the prompt is malformed, or does not fit the context; nothing was run.
             ConfigError: an option is out of range.
             BackendError: a graph failed, or returned something that is not a number.
+            PackageError: the package's tokenizer fails on the prompt, or on the answer.
         """
         return self.generate_batch([(images, prompt)], **options)[0]
 

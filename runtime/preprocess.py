@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
@@ -21,15 +22,12 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from promprune.errors import ImageError, PackageError
+from promprune.errors import ImageError, PackageError, first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ImagePreprocessor", "ImageSource", "PixelConfig", "load_image", "pixel_levels", "read_pixel_config"]
-
-# A file, its bytes, a PIL image, or an array [height, width, 3] of uint8.
-ImageSource = "str | Path | bytes | Image | npt.NDArray[np.uint8]"
+__all__ = ["ImagePreprocessor", "PixelConfig", "load_image", "pixel_levels", "read_pixel_config"]
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -254,16 +252,23 @@ def _undecodable(name: str, error: Exception) -> ImageError:
     from PIL import Image as PILImage
 
     if isinstance(error, PILImage.DecompressionBombError):
-        limit = 2 * (PILImage.MAX_IMAGE_PIXELS or 0)
         return ImageError(
-            f"{name} has too many pixels to decode safely", expected=f"at most {limit} pixels", fix="resize it first"
+            f"{name} has too many pixels to decode safely",
+            expected=f"at most {_most_pixels()} pixels",
+            fix="resize it first",
         )
     if isinstance(error, MemoryError):
         return ImageError(f"{name} does not fit the memory", expected="a smaller image", fix="resize it first")
-    reason = (str(error).splitlines() or [""])[0] or type(error).__name__
     return ImageError(
-        f"{name} is damaged or truncated ({reason[:200]})", expected=_READABLE, fix="fetch the file again"
+        f"{name} is damaged or truncated ({first_line(error)})", expected=_READABLE, fix="fetch the file again"
     )
+
+
+def _most_pixels() -> int:
+    """Return how many pixels Pillow decodes: it refuses a picture of more."""
+    from PIL import Image as PILImage
+
+    return 2 * PILImage.MAX_IMAGE_PIXELS if PILImage.MAX_IMAGE_PIXELS else sys.maxsize
 
 
 def read_pixel_config(path: Path, config_type: type[ConfigT]) -> ConfigT:
@@ -348,10 +353,20 @@ def _center_crop(pixels: Pixels, height: int, width: int) -> Pixels:
 
 
 def _padded_to_square(image: Image, mean: Channels) -> Image:
-    """Centre the image on a square of the mean colour (LlavaImageProcessor with ``do_pad``)."""
+    """Centre the image on a square of the mean colour (LlavaImageProcessor with ``do_pad``).
+
+    Raises:
+        ImageError: the square would have more pixels than are decoded.
+    """
     from PIL import Image as PILImage
 
     side = max(image.size)
+    if side * side > _most_pixels():
+        raise ImageError(
+            f"the image is {image.width} x {image.height} pixels, and this model pads it to {side} x {side}",
+            expected=f"at most {_most_pixels()} pixels then",
+            fix="resize or crop it first",
+        )
     square = PILImage.new("RGB", (side, side), (int(mean[0] * 255), int(mean[1] * 255), int(mean[2] * 255)))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square

@@ -3,33 +3,45 @@
 A message is ``{"role": "user", "content": TEXT}`` or ``{"role": ..., "content": [PART, ...]}`` with parts
 ``{"type": "text", "text": TEXT}`` and ``{"type": "image"}``, as in Hugging Face chats.
 
-Only the chat template writes special tokens. Text may not contain the image placeholder: it would stand for an
-image that is not there, so it is refused. Other special tokens in a text (``</s>``, ``<|im_end|>``) are read as the
-characters they are written with, so that a text cannot end its turn and begin another's.
+Only the chat template writes special tokens. The caller's texts may not contain the image placeholder: it would stand
+for an image that is not there, so it is refused. Other special tokens in a text (``</s>``, ``<|im_end|>``), and all in
+what the assistant said, are read as the characters they are written with, also where they begin in one text and end in
+the next: a text cannot end its turn and begin another's.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
-from promprune.errors import PackageError, PromptError
+from promprune.errors import PackageError, PrompruneError, PromptError
 from promprune.package import CHAT_TEMPLATE_FILE, Manifest
 
 if TYPE_CHECKING:
     from jinja2 import Template
     from tokenizers import Tokenizer
 
-__all__ = ["FALLBACK_TEMPLATE", "Message", "PromptBuilder", "TokenIds", "as_messages"]
+__all__ = [
+    "FALLBACK_TEMPLATE",
+    "Message",
+    "PromptBuilder",
+    "TokenIds",
+    "as_messages",
+    "read_json",
+    "tokenizer_errors",
+]
 
 Message = Mapping[str, Any]
 TokenIds = npt.NDArray[np.int64]
@@ -42,11 +54,12 @@ FALLBACK_TEMPLATE: Final = """\
 {%- for part in message.content if part.type == 'text' %}{{ part.text + ' ' }}{% endfor %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
-# Around special tokens in a text while the template has it: code points that are no characters, and never will be.
-_BEGIN_LITERAL: Final = "\ufdd0"
-_END_LITERAL: Final = "\ufdd1"
-_LITERAL: Final = re.compile(f"{_BEGIN_LITERAL}(.*?){_END_LITERAL}", re.DOTALL)
-_MARKS: Final = re.compile(f"[{_BEGIN_LITERAL}{_END_LITERAL}]")
+# In texts while the template has them: code points that are no characters, and never will be. One is in front of every
+# special token, the other after every beginning of one with which a text ends: any text might follow.
+_LITERAL: Final = "\ufdd0"
+_TEXT_END: Final = "\ufdd1"
+_MARKS: Final = re.compile(f"([{_LITERAL}{_TEXT_END}])")
+_ROLE: Final = re.compile("[A-Za-z_]+")
 _MAX_RENDERED_CHARACTERS: Final = 8_000_000
 _SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _AGAIN: Final = "copy the package again, or export it again"
@@ -69,13 +82,19 @@ class PromptBuilder:
 
     @classmethod
     def from_package(cls, folder: Path, manifest: Manifest) -> PromptBuilder:
-        """Describe the prompts of a package; its files are read when first used."""
-        return cls(
+        """Read the tokenizer and the chat template of a package.
+
+        Raises:
+            PackageError: one of them cannot be read, or the tokenizer knows no image placeholder.
+        """
+        prompts = cls(
             folder=folder,
             image_token=manifest.image.token,
             image_token_id=manifest.image.token_id,
             context_length=manifest.context_length,
         )
+        _ = prompts._special, prompts._special_tokens, prompts._template
+        return prompts
 
     def build(self, messages: Sequence[Message], image_tokens: Sequence[int]) -> TokenIds:
         """Return the token ids of a conversation that the assistant is to continue, int64 [length].
@@ -87,6 +106,7 @@ class PromptBuilder:
         Raises:
             PromptError: a message is malformed, its text contains the placeholder, the template refuses it, or
                 images and placeholders do not match.
+            PackageError: the tokenizer fails.
         """
         text = self.render(messages)
         ids = self._encoded(text)
@@ -104,37 +124,33 @@ class PromptBuilder:
         return np.repeat(ids, repeats)
 
     def render(self, messages: Sequence[Message]) -> str:
-        """Return the text of a conversation, one placeholder per image.
+        """Return the text of a conversation, one placeholder per image; special tokens in the texts are marked.
 
         Raises:
             PromptError: a message is malformed, its text contains the placeholder, or the template refuses it.
         """
         from jinja2 import TemplateError
 
-        values = {name: self._special_tokens.get(name, "") for name in self._special_tokens}
-        parts: list[str] = []
-        length = 0
+        template = self._template
+        values = {
+            "messages": [self._checked(message) for message in messages],
+            "add_generation_prompt": True,
+            "image_token": self.image_token,
+            "tools": None,
+            "documents": None,
+            **self._special_tokens,
+        }
         try:
-            for part in self._template.generate(
-                messages=[self._checked(message) for message in messages],
-                add_generation_prompt=True,
-                image_token=self.image_token,
-                **values,
-            ):
-                parts.append(part)
-                length += len(part)
-                if length > _MAX_RENDERED_CHARACTERS:
-                    raise PromptError(
-                        f"the prompt is longer than {_MAX_RENDERED_CHARACTERS} characters", fix="shorten it"
-                    )
+            return _joined(template.generate(values))
+        except PrompruneError:
+            raise
         except TemplateError as error:
             raise PromptError(f"the chat template refuses the messages ({error})", fix="change the messages") from error
-        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
+        except Exception as error:  # whatever the Python that jinja made of the template runs into
             raise PromptError(
                 f"the chat template fails on these messages ({type(error).__name__}: {error})",
                 fix="change the messages, or the package's chat template",
             ) from error
-        return "".join(parts)
 
     def check_fits(self, prompt_tokens: int, new_tokens: int | None, *, at_most: int) -> int:
         """Return how many tokens may be generated after a prompt.
@@ -167,12 +183,10 @@ class PromptBuilder:
         from tokenizers import Tokenizer
 
         path = self.folder / "tokenizer.json"
-        try:
+        with tokenizer_errors(f"{path} is not a usable tokenizer"):
             tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exceptions
-            raise PackageError(f"{path} is not a usable tokenizer ({error})", fix=_AGAIN) from error
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
         if tokenizer.token_to_id(self.image_token) != self.image_token_id:
             raise PackageError(
                 f"{path} gives {self.image_token!r} the id {tokenizer.token_to_id(self.image_token)}",
@@ -183,13 +197,12 @@ class PromptBuilder:
 
     @cached_property
     def _template(self) -> Template:
-        from jinja2 import TemplateError
-
         source = self._template_source()
         try:
             return _compiled(source)
-        except (TemplateError, RecursionError) as error:
-            raise PackageError(f"{self.folder} has a broken chat template ({error})", fix=_AGAIN) from error
+        except Exception as error:  # jinja's own, and those of Python compiling what jinja made of it
+            reason = f"{type(error).__name__}: {error}"
+            raise PackageError(f"{self.folder} has a broken chat template ({reason})", fix=_AGAIN) from error
 
     def _template_source(self) -> str:
         path = self.folder / CHAT_TEMPLATE_FILE
@@ -222,56 +235,118 @@ class PromptBuilder:
         """Tokenize; a template that writes the beginning-of-sequence token itself gets no second one."""
         bos = self._special_tokens.get("bos_token")
         add_special_tokens = not (bos and text.startswith(bos))
-        tokenizer, ids = self.tokenizer, list[int]()
         try:
-            for number, piece in enumerate(_LITERAL.split(text)):  # every second piece is a special token to be spelt
-                if number % 2:
-                    ids += self._spelling_tokenizer.encode(piece, add_special_tokens=False).ids
-                elif piece or number == 0:
-                    plain = _MARKS.sub("", piece)
-                    ids += tokenizer.encode(plain, add_special_tokens=add_special_tokens and number == 0).ids
-        except Exception as error:  # the library raises bare Exceptions, and UnicodeEncodeError on lone surrogates
+            text.encode()
+        except UnicodeEncodeError as error:
             raise PromptError(f"the prompt cannot be tokenized ({error})", expected="valid Unicode text") from error
+        ids: list[int] = []
+        with tokenizer_errors("the package's tokenizer fails on the prompt"):
+            for number, (piece, is_literal) in enumerate(self._pieces(text)):
+                if is_literal:
+                    ids += self._spelt(piece)
+                elif piece or number == 0:
+                    with_special_tokens = add_special_tokens and number == 0
+                    ids += self.tokenizer.encode(piece, add_special_tokens=with_special_tokens).ids
         return np.array(ids, np.int64)
+
+    def _pieces(self, text: str) -> Iterator[tuple[str, bool]]:
+        """Yield a rendered prompt piece by piece, without marks, and whether a piece is a special token to be spelt.
+
+        The first piece never is. What the template wrote has no mark in front, and none in it.
+        """
+        *texts_and_marks, last = _MARKS.split(text)
+        texts, marks = texts_and_marks[::2], texts_and_marks[1::2]
+        plain = "".join([*texts, last])
+        places = list(accumulate(map(len, texts)))  # of the marks in the plain text
+        literal = {place for place, mark in zip(places, marks, strict=True) if mark == _LITERAL}
+        done = 0
+        for match in self._special.finditer(plain):
+            begin, end = match.span()
+            if begin in literal or bisect_right(places, begin) < bisect_left(places, end):
+                yield plain[done:begin], False
+                yield match[0], True
+                done = end
+        yield plain[done:], False
+
+    def _spelt(self, text: str) -> list[int]:
+        """Return ordinary tokens for a special one: of its parts, where the model itself knows the whole."""
+        ids: list[int] = self._spelling_tokenizer.encode(text, add_special_tokens=False).ids
+        if len(text) > 1 and not self._special_ids.isdisjoint(ids):
+            return self._spelt(text[:1]) + self._spelt(text[1:])
+        return ids
 
     @cached_property
     def _spelling_tokenizer(self) -> Tokenizer:
-        """The same tokenizer, without special tokens: it spells them."""
+        """The same tokenizer, without special tokens: it spells them, and the image placeholder."""
+        from tokenizers import AddedToken
+
         tokenizer = type(self.tokenizer).from_str(self.tokenizer.to_str())
+        tokenizer.add_special_tokens([AddedToken(self.image_token, special=True)])  # some packages have it as a word
         tokenizer.encode_special_tokens = True
         return tokenizer
 
     @cached_property
-    def _special_in_text(self) -> re.Pattern[str]:
+    def _special_ids(self) -> frozenset[int]:
+        ids = map(self.tokenizer.token_to_id, self._special_texts)
+        return frozenset(token for token in ids if token is not None)
+
+    @cached_property
+    def _special_texts(self) -> list[str]:
+        """The special tokens and the image placeholder, sorted."""
         added = self.tokenizer.get_added_tokens_decoder().values()
-        special = sorted((token.content for token in added if token.special and token.content), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, special)) or "(?!)")
+        return sorted({self.image_token, *(token.content for token in added if token.special and token.content)})
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        """Finds special tokens, the longest first."""
+        return re.compile("|".join(map(re.escape, sorted(self._special_texts, key=len, reverse=True))))
+
+    def _begins_special(self, text: str) -> bool:
+        """Say whether a text ends with the beginning of a special token."""
+        special = self._special_texts
+        longest = max(map(len, special))
+        for begin in range(max(0, len(text) - longest), len(text)):
+            end = text[begin:]
+            place = bisect_left(special, end)  # of what begins with it, if any does
+            if place < len(special) and special[place].startswith(end):
+                return True
+        return False
 
     def _checked(self, message: Message) -> dict[str, Any]:
         """Return a message of plain strings, lists and dicts, with its content as a list of parts."""
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             _refuse_message(message, "a mapping with 'role' and 'content'")
-        content = message.get("content")
+        role, content = str(message["role"]), message.get("content")
+        if not _ROLE.fullmatch(role):
+            raise PromptError(
+                f"received a message of the role {role[:100]!r}",
+                expected="letters and underscores, as in 'user', 'assistant' or 'system'",
+            )
         if isinstance(content, str):
             content = [{"type": "text", "text": content}]
         if not isinstance(content, Sequence) or isinstance(content, (str, bytes)):
             _refuse_message(message, "content that is a text, or a list of parts")
-        return {"role": message["role"], "content": [self._checked_part(part) for part in content]}
+        return {"role": role, "content": [self._checked_part(part, role) for part in content]}
 
-    def _checked_part(self, part: object) -> dict[str, str]:
+    def _checked_part(self, part: object, role: str) -> dict[str, str]:
         if isinstance(part, Mapping) and part.get("type") == "image":
             return {"type": "image"}
         if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
             _refuse_message(part, "{'type': 'image'}, or {'type': 'text', 'text': ...}")
-        text = str(part["text"])
-        if self.image_token in text:
+        text = _MARKS.sub("", str(part["text"]))
+        if self.image_token in text and role != "assistant":  # what the model says is nobody's fault
             raise PromptError(
                 f"the text contains {self.image_token!r}, which stands for an image",
                 expected="text without it",
                 fix="leave it out (the image is put in front of the text), or place {'type': 'image'} parts",
             )
-        text = _MARKS.sub("", text)
-        return {"type": "text", "text": self._special_in_text.sub(rf"{_BEGIN_LITERAL}\g<0>{_END_LITERAL}", text)}
+        return {"type": "text", "text": self._marked(text)}
+
+    def _marked(self, text: str) -> str:
+        """Mark what is, or may become, a special token; space at the end stays there, for templates that trim it."""
+        marked = self._special.sub(rf"{_LITERAL}\g<0>", text)
+        said = marked.rstrip()
+        return f"{said}{_TEXT_END}{marked[len(said) :]}" if self._begins_special(said) else marked
 
 
 def as_messages(prompt: str | Sequence[Message], num_images: int) -> list[Message]:
@@ -305,6 +380,32 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise PackageError(f"{path} holds a {type(content).__name__}", expected="a JSON object", fix=_AGAIN)
     return content
+
+
+@contextmanager
+def tokenizer_errors(received: str) -> Iterator[None]:
+    """Turn whatever a tokenizer raises into a PackageError.
+
+    The library raises bare Exceptions, and its panics are no Exceptions at all.
+    """
+    try:
+        yield
+    except (PrompruneError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise PackageError(f"{received} ({str(error)[:200]})", fix=_AGAIN) from error
+
+
+def _joined(parts: Iterator[str]) -> str:
+    """Join what a template writes, as long as it is not too long."""
+    taken: list[str] = []
+    length = 0
+    for part in parts:
+        taken.append(part)
+        length += len(part)
+        if length > _MAX_RENDERED_CHARACTERS:
+            raise PromptError(f"the prompt is longer than {_MAX_RENDERED_CHARACTERS} characters", fix="shorten it")
+    return "".join(taken)
 
 
 def _refuse_message(received: object, expected: str) -> NoReturn:

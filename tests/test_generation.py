@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from promprune.errors import BackendError
+from promprune.errors import BackendError, PackageError
 from promprune.runtime.config import GenerationConfig
 from promprune.runtime.generation import Row, TextStream, TokenChooser, eos_token_ids_of, probabilities_of
 from tests.fake_package import make_tokenizer
@@ -177,6 +177,15 @@ def test_text_ends_before_the_first_stop_text(text: str, stop: list[str]) -> Non
 def test_what_could_begin_a_stop_text_is_held_back() -> None:
     tokenizer = TOKENIZERS["bytes"]
     assert streamed(tokenizer, tokenizer.encode("x##y###z").ids, ("###",)) == ["x", "", "", "##y", "", "", "", ""]
+
+
+def test_a_tokenizer_that_fails_on_the_answer_is_refused() -> None:
+    """It panics, which is no Exception."""
+    tokenizer = make_tokenizer()
+    tokenizer.decoder = decoders.Strip("a", 0, 1000)
+    with pytest.raises(PackageError, match="tokenizer fails on the answer") as caught:
+        streamed(tokenizer, tokenizer.encode("ba").ids)
+    assert "\n" not in str(caught.value)
 
 
 def steps(row: Row, tokens: list[int], vocabulary: int) -> None:

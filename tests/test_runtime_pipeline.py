@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from promprune.errors import BackendError, ConfigError, ImageError, PackageError
 from promprune.package import read_manifest
 from promprune.runtime import EncodedImage, ImageEncoder, VisionLanguagePipeline, draw_kept_tokens
 from promprune.runtime.decoder import Decoder
+from promprune.runtime.generation import TokenChooser
 from promprune.runtime.pipeline import _feature_rows
 from promprune.runtime.results import TokenSelection
 from tests.fake_package import (
@@ -169,6 +171,21 @@ def test_an_abandoned_turn_leaves_the_conversation_as_it_was(pipeline: Any) -> N
     expected = fresh.ask("abandoned", picture(3), max_new_tokens=5)
     assert again.token_ids == expected.token_ids
     assert again.timings.reused_tokens == expected.timings.reused_tokens  # nothing of the other picture's
+
+
+def test_a_conversation_goes_on_after_the_placeholder_was_said(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "an <image>, </s>"
+    chat = pipeline.chat()
+    with monkeypatch.context() as patch:
+        spelt = iter([token for piece in said for token in pipeline.prompts.tokenizer.encode(piece).ids])
+        patch.setattr(TokenChooser, "choose", lambda *_: next(spelt, 2))
+        assert chat.ask("What is it?", picture(1)).text == said
+    again = chat.ask("And now?", picture(2), max_new_tokens=6)
+    expected = pipeline.generate([picture(1), picture(2)], chat.messages[:-1], max_new_tokens=6)
+    assert again.token_ids == expected.token_ids
+    assert again.timings.reused_tokens > 20
+    chat.ask("Thanks", max_new_tokens=6)
+    assert len(chat.messages) == 6
 
 
 def test_encoded_images_are_reused(pipeline: Any) -> None:
@@ -457,9 +474,8 @@ def test_broken_files_are_named(tmp_path: Path, file: str, content: str, message
     manifest = read_manifest(tmp_path / "p")
     (tmp_path / "p" / file).write_text(content)
     rewrite_manifest(tmp_path / "p", manifest)
-    with pytest.raises(PrompruneError, match=message) as caught:  # noqa: SIM117
-        with VisionLanguagePipeline.from_package(tmp_path / "p") as pipeline:
-            pipeline.generate((), "x")
+    with pytest.raises(PrompruneError, match=message) as caught:
+        VisionLanguagePipeline.from_package(tmp_path / "p")
     assert "\n" not in str(caught.value)
 
 
@@ -468,11 +484,23 @@ def test_a_tokenizer_with_another_placeholder_is_refused(tmp_path: Path) -> None
     manifest = read_manifest(tmp_path / "p")
     image = msgspec.structs.replace(manifest.image, token_id=9)
     rewrite_manifest(tmp_path / "p", manifest, image=image)
-    with (
-        VisionLanguagePipeline.from_package(tmp_path / "p") as pipeline,
-        pytest.raises(PackageError, match=r"id 3.*expected 9"),
-    ):
-        pipeline.generate((), "x")
+    with pytest.raises(PackageError, match=r"id 3.*expected 9"):
+        VisionLanguagePipeline.from_package(tmp_path / "p")
+
+
+def test_nothing_of_a_package_is_read_after_loading(tmp_path: Path) -> None:
+    write_fake_package(tmp_path / "p")
+    with VisionLanguagePipeline.from_package(tmp_path / "p") as pipeline:
+        shutil.rmtree(tmp_path / "p")
+        assert pipeline.generate(picture(1), "What?", max_new_tokens=2).token_ids
+
+
+def test_another_vision_half_is_refused_with_its_tokenizer(folder: Path, pipeline: Any, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "p")
+    (tmp_path / "p" / "tokenizer.json").write_text("{}")
+    rewrite_manifest(tmp_path / "p", read_manifest(folder))
+    with pytest.raises(PackageError, match="tokenizer"):
+        pipeline.with_vision_of(tmp_path / "p")
 
 
 # The picture of kept tokens

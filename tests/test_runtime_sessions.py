@@ -170,6 +170,25 @@ def test_what_was_chosen_and_why_nothing_else(path: Path, monkeypatch: pytest.Mo
         assert session.notes[0] == "provider cpu: asked for"
 
 
+def test_a_gpu_that_does_not_start_is_passed_over(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's libraries load, its driver is there, and still no session can be made."""
+    real = onnxruntime.InferenceSession
+
+    def make(*arguments: Any, **options: Any) -> Any:
+        if options["providers"][0][0] == "CUDAExecutionProvider":
+            raise RuntimeError("CUDA failure 100: no CUDA-capable device is detected\n  at line 123")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", make)
+    monkeypatch.setattr(providers, "_why_no_driver", lambda: None)
+    monkeypatch.setattr(providers.ort, "get_available_providers", lambda: [p.ort_name for p in PROVIDERS.values()])
+    with open_session(path, SessionOptions(provider=AUTO)) as session:
+        assert session.device == "CPU"
+        assert "not cuda: CUDA failure 100: no CUDA-capable device is detected" in session.notes
+    with pytest.raises(BackendError, match="cannot be loaded by ONNX Runtime .*no CUDA-capable device"):
+        open_session(path, SessionOptions(provider="cuda"))
+
+
 @pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx", "cuda"])
 def test_a_provider_that_was_asked_for_is_had_or_refused(
     path: Path, name: str, monkeypatch: pytest.MonkeyPatch

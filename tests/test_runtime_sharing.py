@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import onnx
 import pytest
+from onnx import TensorProto, helper
 from PIL import Image
 
+from promprune.config import ExportConfig
 from promprune.errors import PackageError
-from promprune.export import ExportResult
+from promprune.export import ExportResult, export_package
+from promprune.package import read_manifest
 from promprune.runtime import VisionLanguagePipeline
-from tests.fake_package import EOS, FakeModel, write_fake_package
+from tests.fake_package import EOS, HIDDEN, FakeModel, graph_record, rewrite_manifest, write_fake_package
+from tests.tiny_models import save_tiny_llava
 
 PICTURE = Image.effect_mandelbrot((90, 70), (-2, -1, 1, 1), 40).convert("RGB")
 
@@ -34,6 +40,69 @@ def test_another_language_model_is_refused(tiny_full_export: ExportResult, tmp_p
         pytest.raises(PackageError, match="another language model; expected the same files"),
     ):
         pipeline.with_vision_of(tmp_path / "other", provider="cpu")
+
+
+def test_other_linked_weights_are_another_language_model(tmp_path: Path) -> None:
+    """Weights that a package shares with its checkpoint do not lie in files named after the graphs."""
+    packages = []
+    for seed in (0, 1):
+        checkpoint = save_tiny_llava(tmp_path / f"checkpoint-{seed}", seed=seed)
+        config = ExportConfig(
+            model=str(checkpoint), ratio=0.25, copy_weights=False, verify=False, output=tmp_path / f"package-{seed}"
+        )
+        packages.append(export_package(config).output)
+    with (
+        VisionLanguagePipeline.from_package(packages[0], provider="cpu") as pipeline,
+        pytest.raises(PackageError, match="another language model"),
+    ):
+        pipeline.with_vision_of(packages[1], provider="cpu")
+
+
+def test_visual_tokens_of_another_size_are_refused(tmp_path: Path) -> None:
+    """They would be read as other rows: twice as many of half the size, say."""
+    package = tmp_path / "package"
+    write_fake_package(package)
+    manifest = read_manifest(package)
+    path = package / "onnx/vision_encoder.onnx"
+    model = onnx.load(path)
+    node = next(node for node in model.graph.node if "image_features" in node.output)
+    node.output[0] = "half"
+    model.graph.node.append(helper.make_node("Concat", ["half", "half"], ["image_features"], axis=2))
+    output = next(value for value in model.graph.output if value.name == "image_features")
+    output.type.tensor_type.shape.dim[2].dim_value = 2 * HIDDEN
+    onnx.save(model, path)
+    graphs = {**manifest.graphs, "vision_encoder": graph_record("vision_encoder", model)}
+    rewrite_manifest(package, manifest, graphs=graphs)
+    with pytest.raises(PackageError, match=f"size of the visual tokens of .*: {2 * HIDDEN}; expected {HIDDEN};"):
+        VisionLanguagePipeline.from_package(package, provider="cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "shape"),
+    [("saliency_count", "int64", ["batch_size"]), ("token_indices", "float32", ["batch_size", 4])],
+)
+def test_a_report_of_another_form_is_refused(tmp_path: Path, name: str, dtype: str, shape: list[Any]) -> None:
+    package = tmp_path / "package"
+    write_fake_package(package)
+    manifest = read_manifest(package)
+    path = package / "onnx/vision_encoder.onnx"
+    model = onnx.load(path)
+    node = next(node for node in model.graph.node if name in node.output)
+    node.output[:] = [f"{name}_raw" if made == name else made for made in node.output]
+    for user in model.graph.node:
+        user.input[:] = [f"{name}_raw" if used == name else used for used in user.input]
+    if dtype == "float32":
+        model.graph.node.append(helper.make_node("Cast", [f"{name}_raw"], [name], to=TensorProto.FLOAT))
+    else:
+        model.graph.node.append(helper.make_node("Squeeze", [f"{name}_raw", "one"], [name]))
+    index = next(i for i, value in enumerate(model.graph.output) if value.name == name)
+    elements = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT}
+    model.graph.output[index].CopyFrom(helper.make_tensor_value_info(name, elements[dtype], shape))
+    onnx.save(model, path)
+    graphs = {**manifest.graphs, "vision_encoder": graph_record("vision_encoder", model)}
+    rewrite_manifest(package, manifest, graphs=graphs)
+    with pytest.raises(PackageError, match=f"{name}: .*; expected"):
+        VisionLanguagePipeline.from_package(package, provider="cpu")
 
 
 def test_the_end_of_sequence_can_be_ignored(tmp_path: Path) -> None:

@@ -590,6 +590,9 @@ def test_rows_are_joined_as_on_the_host(built: Path, device: FakeDevice) -> None
         np.testing.assert_array_equal(
             reference.joined((2, 6, HIDDEN), "float32", parts), expected.reshape(2, 6, HIDDEN)
         )
+        for either in (session, reference):
+            with pytest.raises(BackendError, match=f"rows of {HIDDEN} numbers; expected {HIDDEN // 2}"):
+                either.joined((2, 6, HIDDEN // 2), "float32", parts)
 
 
 def test_the_time_of_every_layer(built: Path, device: FakeDevice) -> None:

@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 
 __all__ = ["ImageLayout", "PreparedImage", "SelectedTokens", "expect", "expect_graph", "selected_tokens"]
 
-_REPORT: Final = frozenset({"token_indices", "saliency_mask", "saliency_count", "spectral_entropy"})
+# Outputs of a graph with selection: dtype, and size of each row; None: T.
+_REPORT: Final[Mapping[str, tuple[str, int | None]]] = {
+    "token_indices": ("int64", None),
+    "saliency_mask": ("bool", None),
+    "saliency_count": ("int64", 1),
+    "spectral_entropy": ("float32", 1),
+}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -154,11 +160,15 @@ def expect_graph(session: Session, record: SelectionRecord, inputs: Mapping[str,
         PackageError: they differ.
     """
     pruned = record.keep_tokens != record.num_tokens
+    report = _REPORT if pruned else {}
     expect("the vision encoder's inputs", {*session.inputs}, {*inputs})
-    expect("the vision encoder's outputs", {*session.outputs}, {"image_features"} | (_REPORT if pruned else set()))
+    expect("the vision encoder's outputs", {*session.outputs}, {"image_features", *report})
     for name, sizes in inputs.items():
         expect(name, session.inputs[name].shape[1:], sizes)
     expect("image_features", session.outputs["image_features"].shape[1:2], (record.keep_tokens,))
+    for name, (dtype, size) in report.items():
+        found = session.outputs[name]
+        expect(name, (found.dtype, found.shape[1:]), (dtype, (size or record.keep_tokens,)))
 
 
 def expect(what: str, found: object, expected: object) -> None:

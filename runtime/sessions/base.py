@@ -142,13 +142,10 @@ class Session(ABC):
         Raises:
             BackendError: rows of another size.
         """
+        self._check_rows(shape[-1], parts)
         whole = np.zeros(shape, dtype)
         rows = whole.reshape(-1, shape[-1])
         for part in parts:
-            if part.source.shape[-1] != shape[-1]:
-                raise BackendError(
-                    f"{self.name} received rows of {part.source.shape[-1]} numbers", expected=f"{shape[-1]}"
-                )
             array = part.source if isinstance(part.source, np.ndarray) else part.source.numpy()
             found = array.reshape(-1, shape[-1])[part.start : part.start + part.count]
             rows[part.at : part.at + part.count] = found
@@ -224,6 +221,12 @@ class Session(ABC):
                         expected=f"{stated.get(name, 'none')}, as the manifest says",
                         fix="export the package again",
                     )
+
+    def _check_rows(self, size: int, parts: Sequence[Rows]) -> None:
+        """Refuse rows of another size, which would be read as more rows, or fewer."""
+        for part in parts:
+            if part.source.shape[-1] != size:
+                raise BackendError(f"{self.name} received rows of {part.source.shape[-1]} numbers", expected=str(size))
 
     def _begin(self, inputs: Mapping[str, Value]) -> None:
         self._check(inputs)

@@ -289,6 +289,7 @@ class TensorRtSession(Session):
 
     def joined(self, shape: tuple[int, ...], dtype: str, parts: Sequence[Rows]) -> Value:
         """Return a tensor with rows of others in it, on the device; see :meth:`Session.joined`."""
+        self._check_rows(shape[-1], parts)
         whole = DeviceArray(self._device, shape, dtype)
         whole.clear()
         rows = DeviceArray(self._device, (math.prod(shape[:-1]), shape[-1]), dtype, memory=whole)
