@@ -188,7 +188,10 @@ class VisionLanguagePipeline:
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """Memory of the keys and values of one token, in bytes; ``context_length`` tokens at most are held."""
+        """Memory of the keys and values of one token, in bytes.
+
+        ``context_length`` tokens at most are held per row: twice while a step runs, three times in a :class:`Chat`.
+        """
         return self._decoder.cache_bytes_per_token
 
     def close(self) -> None:
