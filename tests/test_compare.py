@@ -13,18 +13,24 @@ from onnx import helper, numpy_helper
 from onnx.external_data_helper import load_external_data_for_model
 
 from promprune.cli.verify import BACKENDS, main
-from promprune.config import CompareConfig, ExportConfig
+from promprune.config import CompareConfig, Dtype, ExportConfig
 from promprune.engines import current_target
 from promprune.errors import BackendError, ConfigError, PackageError
 from promprune.export import ExportResult, export_package
+from promprune.export.engine import toolkit
+from promprune.export.selector_graph import build_selector
 from promprune.package import DECODER, read_manifest
 from tests.command_line import run
-from tests.fake_package import FakeModel, write_fake_package
+from tests.fake_package import NUM_TOKENS, FakeModel, graph_record, make_graph, rewrite_manifest, write_fake_package
 
 pytest.importorskip("polygraphy", reason="Polygraphy is not installed")
 
-from promprune.export.compare import RUNNERS, compare_package
+import polygraphy.config
+from polygraphy.backend.base import BaseRunner
+
+from promprune.export.compare import RUNNERS, GraphComparison, compare_package, pipeline
 from promprune.export.compare.pipeline import sample_feeds
+from promprune.export.compare.runners import Subject
 from promprune.export.compare.tensors import same_tensors, tensor_error
 
 
@@ -33,6 +39,25 @@ def fake(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A package of a few nodes; not to be changed."""
     folder = tmp_path_factory.mktemp("compared") / "package"
     write_fake_package(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def linked(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package of ``tiny_export``, with weights that are linked from the checkpoint."""
+    output = tmp_path_factory.mktemp("compared") / "linked"
+    config = ExportConfig(
+        model=str(tiny_llava), ratio=0.25, output=output, split_selector=True, copy_weights=False, verify=False
+    )
+    return export_package(config).output
+
+
+def with_graph(folder: Path, name: str, graph: onnx.ModelProto) -> Path:
+    """Write a package of a few nodes, of whose graphs one is another, or that has one more."""
+    write_fake_package(folder)
+    manifest = read_manifest(folder)
+    onnx.save(graph, folder / "onnx" / f"{name}.onnx")
+    rewrite_manifest(folder, manifest, graphs={**manifest.graphs, name: graph_record(name, graph)})
     return folder
 
 
@@ -93,6 +118,14 @@ def test_onnx_runtime_agrees_with_the_evaluator_of_onnx(tiny_export: ExportResul
     assert max(output.error for output in results[0].outputs) > 0  # two implementations, not one twice
 
 
+def test_the_evaluator_of_onnx_reads_linked_weights(linked: Path) -> None:
+    manifest = read_manifest(linked)
+    assert manifest.graphs[DECODER].weights == ("onnx/model.safetensors",)
+    for result in compare_package(linked, CompareConfig(against="onnx-reference", tolerance=1e-4)):
+        assert result.passed, result.first
+        assert result.compared == len(manifest.graphs[result.graph].outputs)
+
+
 def test_they_agree_in_every_tensor_of_the_decoder(tiny_export: ExportResult) -> None:
     config = CompareConfig(against="onnx-reference", graphs=(DECODER,), layers=True, tolerance=1e-4)
     (result,) = compare_package(tiny_export.output, config)
@@ -123,9 +156,16 @@ def test_tensors_are_found_by_how_they_are_computed() -> None:
     assert same_tensors(two, one) == {"b": "a", "c": "b", "d": "c"}
 
 
-def test_a_mask_is_the_lowest_number_of_its_dtype() -> None:
-    masks = [np.array([0, np.finfo(dtype).min], dtype) for dtype in (np.float16, np.float32)]
-    assert tensor_error(*masks) == 0
+@pytest.mark.parametrize("share", [1, 0.5])
+def test_a_mask_is_as_low_as_its_dtype_allows(share: float) -> None:
+    """Such as -32752 in half and -1.7e38 in single precision, with scores of up to 5 added."""
+    half, single = (
+        np.array([1, share * np.finfo(dtype).min + 5, share * np.finfo(dtype).min], dtype)
+        for dtype in (np.float16, np.float32)
+    )
+    assert tensor_error(half, single) == tensor_error(single, half) == 0
+    assert tensor_error(half, np.array([1, 2, single[2]], np.float32)) > 1e3  # masked here, and there not
+    assert tensor_error(half + np.array([1, 0, 0], np.float16), single) == 1
 
 
 @pytest.mark.parametrize(("graph", "number"), [("vision_encoder", 0), ("vision_encoder", 5), (DECODER, 9)])
@@ -148,23 +188,122 @@ def test_an_injected_fault_is_traced_to_the_node_that_has_the_weight(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "backend", "limit"), [("fp16", "onnxruntime", 1e-2), ("bf16", "onnx-reference", 5e-2)]
+)
 def test_half_precision_is_close_to_single_in_every_tensor_they_share(
-    tiny_llava: Path, tiny_export: ExportResult, tmp_path: Path
+    tiny_llava: Path, tiny_export: ExportResult, tmp_path: Path, dtype: Dtype, backend: str, limit: float
 ) -> None:
+    """ONNX Runtime has no kernels in bf16 for a CPU; the evaluator of onnx has them all."""
     config = ExportConfig(
-        model=str(tiny_llava), ratio=0.25, output=tmp_path / "half", dtype="fp16", verify=False, split_selector=True
+        model=str(tiny_llava), ratio=0.25, output=tmp_path / "half", dtype=dtype, verify=False, split_selector=True
     )
     half = export_package(config).output
-    compare = CompareConfig(reference=tiny_export.output, graphs=(DECODER,), layers=True)
+    compare = CompareConfig(
+        backend=backend,
+        against=backend,
+        reference=tiny_export.output,
+        graphs=(DECODER,),
+        layers=True,
+        tolerance=2 * limit,
+    )
     (result,) = compare_package(half, compare)
     assert result.passed, result.first
     assert result.compared > 100
-    assert 1e-5 < max(output.error for output in result.outputs) < 1e-2
+    assert 1e-5 < max(output.error for output in result.outputs) < limit
+
+
+@pytest.mark.parametrize("weights", ["copied", "linked"])
+def test_tensorrt_builds_every_graph_with_every_tensor_as_an_output(
+    weights: str, request: pytest.FixtureRequest, tiny_export: ExportResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real parser and builder, as the backend calls them; only to run an engine takes a GPU."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed (Linux x86-64 only)")
+    monkeypatch.setattr(toolkit, "current_target", lambda: "sm89")
+    monkeypatch.setenv("POLYGRAPHY_USE_TENSORRT_RTX", "1")  # what the backend sets, put back after the test
+    monkeypatch.setattr(polygraphy.config, "USE_TENSORRT_RTX", True)
+    built: list[tuple[str, list[str]]] = []
+
+    def build(name: str, subject: Subject) -> BaseRunner:
+        assert type(RUNNERS["tensorrt-rtx"](name, subject)).__name__ == "TrtRunner"
+        graph = onnx.load(subject.file, load_external_data=False).graph
+        built.append((subject.file.stem, [output.name for output in graph.output]))
+        return RUNNERS["onnxruntime"](name, subject)
+
+    monkeypatch.setattr(pipeline, "RUNNERS", {**RUNNERS, "tensorrt-rtx": build})
+    package = tiny_export.output if weights == "copied" else request.getfixturevalue("linked")
+    results = compare_package(package, CompareConfig(backend="tensorrt-rtx", layers=True))
+    assert [result.graph for result in results] == list(tiny_export.manifest.graphs)
+    for result in results:
+        marked = [outputs for graph, outputs in built if graph == result.graph]
+        assert marked[0] == [output.name for output in tiny_export.manifest.graphs[result.graph].outputs]
+        assert result.passed
+        assert result.compared == sum(map(len, marked))
+    assert sum(result.compared for result in results) > 500
 
 
 def test_a_package_with_other_graphs_is_refused(fake: Path, tiny_export: ExportResult) -> None:
     with pytest.raises(PackageError, match="has no token_selector; expected the graphs of"):
         compare_package(tiny_export.output, CompareConfig(reference=fake))
+
+
+def test_a_graph_that_takes_truth_values_is_compared(tmp_path: Path) -> None:
+    """The selector of LLaVA-NeXT takes which tokens are padding; no answer runs it by itself."""
+    package = with_graph(tmp_path / "package", "token_selector", build_selector(16, 8, 4, token_mask=True))
+    (feed,) = sample_feeds(package, read_manifest(package))["token_selector"]
+    assert (feed["token_mask"].dtype, feed["token_mask"].tolist()) == (np.bool_, [[True] * 16])
+    config = CompareConfig(against="onnx-reference", graphs=("token_selector",), tolerance=1e-4)
+    (result,) = compare_package(package, config)
+    assert result.passed, result.first
+    assert result.compared == 5
+
+
+@pytest.mark.parametrize("graphs", [(), ("counter",)])
+def test_a_graph_without_inputs_to_run_it_on_is_no_success(tmp_path: Path, graphs: tuple[str, ...]) -> None:
+    counter = make_graph({"n": ("int64", [1])}, {"m": ("int64", [1])}, {}, ("Abs", "n", "m"))
+    package = with_graph(tmp_path / "package", "counter", counter)
+    expected = "received graph counter, which no answer needs.*expected one of vision_encoder, .*name those with --gr"
+    with pytest.raises(ConfigError, match=expected):
+        compare_package(package, CompareConfig(against="onnx-reference", graphs=graphs))
+    (result,) = compare_package(package, CompareConfig(against="onnx-reference", graphs=("vision_encoder",)))
+    assert result.passed
+
+
+def test_nothing_compared_is_no_success() -> None:
+    assert not GraphComparison(graph="g", feeds=1, outputs=(), first=None, compared=0).passed
+
+
+def test_an_output_is_compared_that_no_node_computes(tmp_path: Path) -> None:
+    value = {"value": numpy_helper.from_array(np.array([7.0], np.float32))}
+    outputs = {name: ("float32", [1]) for name in ("made", "constant", "weight")}
+    nodes = [("Relu", "x", "made"), ("Constant", "", "constant", value)]
+    graph = make_graph({"x": ("float32", [1])}, outputs, {"weight": np.ones(1, np.float32)}, *nodes)
+    other = make_graph({"x": ("float32", [1])}, outputs, {"weight": np.full(1, 2, np.float32)}, *nodes)
+    packages = [with_graph(tmp_path / f"{index}", "extra", graph) for index, graph in enumerate((graph, other))]
+    (result,) = compare_package(packages[0], CompareConfig(reference=packages[1], graphs=("extra",)))
+    assert {output.tensor: output.error for output in result.outputs} == {"made": 0, "constant": 0, "weight": 0.5}
+    assert not result.passed
+
+
+def test_what_a_backend_raises_is_one_line(fake: Path, tmp_path: Path) -> None:
+    """ONNX Runtime has exceptions in no common tree."""
+    graph = onnx.load(fake / "onnx" / "vision_encoder.onnx")
+    graph.graph.node[0].domain = "strange"
+    graph.opset_import.append(helper.make_opsetid("strange", 1))
+    package = with_graph(tmp_path / "package", "vision_encoder", graph)
+    with pytest.raises(BackendError, match=r"vision_encoder.onnx cannot be compared \(.*strange") as caught:
+        compare_package(package, CompareConfig(reference=fake))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_package_with_other_outputs_is_refused(fake: Path, tmp_path: Path) -> None:
+    """One without pruning has no kept indices."""
+    write_fake_package(tmp_path / "whole", FakeModel(keep_tokens=NUM_TOKENS))
+    expected = (
+        r"vision_encoder.onnx has no output saliency_count, .*, token_indices; expected those of .*vision_encoder"
+    )
+    with pytest.raises(PackageError, match=expected):
+        compare_package(fake, CompareConfig(reference=tmp_path / "whole"))
 
 
 def test_nothing_is_left_in_the_package(fake: Path) -> None:
@@ -217,7 +356,11 @@ def test_the_command_describes_graphs(fake: Path) -> None:
     ("arguments", "exit_code", "message"),
     [
         (["--backend", "abacus", "--against", "onnxruntime"], 1, "received backend 'abacus'; expected one of onnxr"),
-        (["--against", "onnxruntime", "--graph", "head"], 1, "received graph 'head'; expected one of vision_encoder"),
+        (
+            ["--against", "onnx-reference", "--graph", "head"],
+            1,
+            "received graph 'head'; expected one of vision_encoder",
+        ),
         (["--against", "onnxruntime", "--tolerance", "-1"], 1, "received tolerance = -1; expected a finite number"),
         (["--layers"], 2, "without --against or --reference; expected one of those two"),
         (["--reference", "/nowhere"], 1, "/nowhere is not an exported package"),

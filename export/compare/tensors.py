@@ -7,13 +7,14 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+import ml_dtypes
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
 __all__ = ["TensorError", "compare_results", "same_tensors", "tensor_error", "tensors_of"]
 
-_LARGEST_HALF: Final = float(np.finfo(np.float16).max)
+_MASK_SHARE: Final = 1 / 4  # of the lowest number of a dtype; a mask is that number or half of it, and scores added
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class TensorError:
         node: what computes it, as ``operator name``.
         error: of numbers, the root mean square of the difference over that of the reference; of whole numbers and
             truth values, the share of elements that differ. Infinite where shapes, or NaN and infinities, differ.
+            A mask in one dtype is equal to a mask in another.
         passed: whether the error is within the tolerance.
     """
 
@@ -90,14 +92,20 @@ def tensor_error(value: NDArray[Any], reference: NDArray[Any]) -> float:
     if value.dtype.kind not in "fV" or reference.dtype.kind not in "fV":
         return float(np.mean(value != reference))
     wide, wanted = value.astype(np.float64), reference.astype(np.float64)
-    if np.float16 in (value.dtype, reference.dtype):  # masks are the lowest number of their dtype
-        wide, wanted = (np.clip(array, -_LARGEST_HALF, _LARGEST_HALF) for array in (wide, wanted))
+    if value.dtype != reference.dtype:
+        compared = ~(_is_mask(value) & _is_mask(reference))
+        wide, wanted = wide[compared], wanted[compared]
     finite = np.isfinite(wanted)
     if not np.array_equal(np.isfinite(wide), finite) or not np.array_equal(wide[~finite], wanted[~finite], True):
         return float("inf")
     difference = float(np.linalg.norm(wide[finite] - wanted[finite]))
     size = float(np.linalg.norm(wanted[finite]))
     return difference / size if size else (0.0 if difference == 0 else float("inf"))
+
+
+def _is_mask(values: NDArray[Any]) -> NDArray[np.bool_]:
+    """Say which numbers only mean "not this one", and are as low as their dtype allows."""
+    return values.astype(np.float64) <= float(ml_dtypes.finfo(values.dtype).min) * _MASK_SHARE
 
 
 def compare_results(
