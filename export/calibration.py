@@ -13,24 +13,21 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import torch
 from PIL import Image
 
 from promprune import scenes
 from promprune.atomic import replace_file
-from promprune.config import SelectionConfig
-from promprune.errors import ConfigError, ImageError
+from promprune.config import MIN_CALIBRATION_IMAGES, SelectionConfig
+from promprune.errors import ConfigError
 from promprune.export.checkpoint import SELECTION_FILE, Checkpoint, read_constants
 from promprune.export.families import Grids
 from promprune.prominence import saliency_ratio, spectral_entropy
 from promprune.runtime import load_image
+from promprune.sources import folder_images
 
 __all__ = ["Calibration", "calibrate", "calibration_scenes", "folder_images", "image_entropies", "write_calibration"]
-
-MIN_IMAGES: Final = 8
-_SUFFIXES: Final = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
 @dataclass(frozen=True)
@@ -59,9 +56,9 @@ def calibrate(entropies: Sequence[float]) -> Calibration:
     Raises:
         ConfigError: too few entropies, or no spread among them.
     """
-    if len(entropies) < MIN_IMAGES:
+    if len(entropies) < MIN_CALIBRATION_IMAGES:
         raise ConfigError(
-            f"received {len(entropies)} images", expected=f"at least {MIN_IMAGES}; some hundred are better"
+            f"received {len(entropies)} images", expected=f"at least {MIN_CALIBRATION_IMAGES}; some hundred are better"
         )
     mu, tau = round(statistics.median(entropies), 4), round(statistics.stdev(entropies) / 2, 4)
     if tau == 0:
@@ -91,18 +88,6 @@ def image_entropies(checkpoint: Checkpoint, images: Iterable[Image.Image], grids
         features = reference.features.double()
         mask = reference.feeds.get("token_mask", torch.ones(features.shape[:2], dtype=torch.bool))
         yield [float(spectral_entropy(row[valid])) for row, valid in zip(features, mask, strict=True) if valid.any()]
-
-
-def folder_images(folder: Path, limit: int) -> list[Path]:
-    """Image files under a folder, at most ``limit``, evenly drawn from all in the order of their paths.
-
-    Raises:
-        ImageError: there are none.
-    """
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
-    if not found:
-        raise ImageError(f"there is no image in {folder}", expected="a folder of photographs such as those to come")
-    return [found[i * len(found) // limit] for i in range(limit)] if len(found) > limit else found
 
 
 def load_images(paths: Iterable[Path]) -> Iterator[Image.Image]:

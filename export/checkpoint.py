@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
 import json
-import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from promprune.export.skeleton import build_skeleton
 from promprune.export.streaming import stream_weights
 from promprune.export.weights import weight_files
 from promprune.package import SourceRecord, sha256_of_file
+from promprune.sources import EMBEDDED_MODEL, EXPECTED_MODEL, embedded_model_folder, local_folder
 
 __all__ = [
     "EMBEDDED_MODEL",
@@ -41,15 +40,11 @@ __all__ = [
     "selection_config",
 ]
 
-EMBEDDED_MODEL: Final = "embedded"
 TORCH_DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 HASHED_AT_ONCE: Final = 2  # files of a checkpoint
 # What a model's own folder may say about the selection: {"mu": ..., "tau": ...}, and the limits of the split.
 SELECTION_FILE: Final = "promprune_config.json"
 _SELECTION_KEYS: Final = frozenset({"mu", "tau", "saliency_ratio_min", "saliency_ratio_max"})
-
-_HUB_ID: Final = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
-_EXPECTED: Final = "a folder in Hugging Face format, a hub id such as llava-hf/llava-1.5-7b-hf, or nothing"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +98,6 @@ class ImageTextProcessor:
     chat_template: str | None
 
 
-def embedded_model_folder() -> Path:
-    """Return the folder of the model that ships with promprune."""
-    return Path(str(importlib.resources.files("promprune.assets") / EMBEDDED_MODEL))
-
-
 def load_checkpoint(name: str | None, *, dtype: torch.dtype = torch.float32) -> Checkpoint:
     """Load a model's structure and its processor.
 
@@ -147,11 +137,8 @@ def selection_config(folder: Path, config: ExportConfig) -> tuple[SelectionConfi
         ConfigError: a value is out of its range.
     """
     constants = read_constants(folder)
-    chosen_by = "model" if constants else "defaults"
-    given = {"mu": config.mu, "tau": config.tau}
-    overrides = {key: value for key, value in given.items() if value is not None}
-    if overrides:
-        chosen_by = "command line"
+    overrides = config.given_constants
+    chosen_by = "command line" if overrides else "model" if constants else "defaults"
     return SelectionConfig(order=config.order, policy=config.policy, **{**constants, **overrides}), chosen_by
 
 
@@ -186,14 +173,8 @@ def resolve(name: str | None) -> tuple[Path, str | None]:
     """
     if name is None:
         return embedded_model_folder(), None
-    folder = Path(name)
-    if folder.is_dir():
-        return folder, None
-    if folder.exists():
-        raise ModelError(f"received {name!r}, which is a file", expected=_EXPECTED)
-    if not _HUB_ID.match(name):
-        raise ModelError(f"received {name!r}: there is no such folder", expected=_EXPECTED)
-    return _download(name)
+    folder = local_folder(name)
+    return _download(name) if folder is None else (folder, None)
 
 
 def _download(name: str) -> tuple[Path, str | None]:
@@ -207,7 +188,7 @@ def _download(name: str) -> tuple[Path, str | None]:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
             f"received {name!r}: no such folder, and the hub did not give it ({type(error).__name__}: {reason})",
-            expected=_EXPECTED,
+            expected=EXPECTED_MODEL,
             fix="check the name and the network, or download it elsewhere and give its folder",
         ) from error
     return folder, folder.name
@@ -225,7 +206,7 @@ def family_of(folder: Path) -> Family:
         config = json.loads(path.read_bytes())
         model_type = str(config["model_type"])
     except OSError as error:
-        raise ModelError(f"{folder} has no config.json", expected=_EXPECTED) from error
+        raise ModelError(f"{folder} has no config.json", expected=EXPECTED_MODEL) from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ModelError(f"{path} is not a model's configuration", expected="JSON with a model_type") from error
     if model_type not in FAMILIES:

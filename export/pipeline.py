@@ -17,9 +17,9 @@ import numpy as np
 import onnx_ir as ir
 
 from promprune._version import __version__
-from promprune.config import ExportConfig, SelectionConfig
+from promprune.config import ExportConfig, default_output
 from promprune.errors import VerificationError
-from promprune.export.checkpoint import EMBEDDED_MODEL, TORCH_DTYPES, Checkpoint, load_checkpoint, selection_config
+from promprune.export.checkpoint import TORCH_DTYPES, Checkpoint, load_checkpoint, selection_config
 from promprune.export.decoder_graph import decoder_graph, embed_tokens_graph
 from promprune.export.families import AdaptedModel, VisionGraph
 from promprune.export.graphs import graph_record, save_graph
@@ -36,6 +36,7 @@ from promprune.package import (
     EMBED_TOKENS,
     SCHEMA_VERSION,
     TOKEN_SELECTOR,
+    VISION_ENCODER,
     CropLayout,
     GraphRecord,
     ImageRecord,
@@ -98,14 +99,6 @@ def export_package(config: ExportConfig, *, progress: Progress = NO_PROGRESS) ->
     return ExportResult(output=output, manifest=manifest, seconds=time.perf_counter() - started)
 
 
-def default_output(config: ExportConfig) -> Path:
-    """Return the folder that is written when none is named: ``promprune-<model>-<ratio or T>``, and policy."""
-    name = EMBEDDED_MODEL if config.model is None else Path(config.model).resolve().name
-    kept = f"{config.ratio:g}" if config.keep_tokens is None else f"{config.keep_tokens}-tokens"
-    policy = "" if config.policy == SelectionConfig.policy else f"-{config.policy}"
-    return Path(f"promprune-{name}-{kept}{policy}" + ("" if config.dtype == "fp32" else f"-{config.dtype}"))
-
-
 def selection_record(config: ExportConfig, checkpoint: Checkpoint, num_tokens: int) -> SelectionRecord:
     """Settle N, T and the parameters of the selection, as the manifest records them."""
     keep_tokens = config.keep_tokens_of(num_tokens)
@@ -133,7 +126,8 @@ def start_placement(folder: Path, config: ExportConfig, checkpoint: Checkpoint) 
     onnx.mkdir()
     links = link_weights(tuple(checkpoint.digests), onnx, copy=config.copy_weights)
     known = {onnx / name: checkpoint.digests[file] for file, name in links.items()}
-    return Placement(folder=onnx, links=links, digests=known)
+    must_link = config.copy_weights is False
+    return Placement(folder=onnx, links=links, must_link=must_link, digests=known)
 
 
 def write_graphs(
@@ -152,7 +146,8 @@ def write_graphs(
     for name, make in makers.items():
         with progress.step(f"export {name}"):
             graph = make()
-            weights = save_graph(graph, placement.folder / f"{name}.onnx", placement)
+            share = name.startswith(VISION_ENCODER)  # the graphs of several grids have the same weights
+            weights = save_graph(graph, placement.folder / f"{name}.onnx", placement, share=share)
             records[name] = graph_record(graph, f"onnx/{name}.onnx", weights)
     placement.remove_unused()
     return records

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, get_args
 
-from promprune.errors import ConfigError
+from promprune.errors import ConfigError, OutputError
+from promprune.sources import EMBEDDED_MODEL
 
 __all__ = [
     "DEFAULT_CHECK_IMAGES",
     "DTYPES",
     "ENGINE_BACKENDS",
+    "MIN_CALIBRATION_IMAGES",
     "POLICIES",
+    "CalibrateConfig",
     "CompareConfig",
     "Dtype",
     "EngineBackend",
@@ -25,6 +28,7 @@ __all__ = [
     "SelectionConfig",
     "SelectionPolicy",
     "TokenOrder",
+    "default_output",
 ]
 
 TokenOrder = Literal["spatial", "selection"]
@@ -36,8 +40,10 @@ DTYPES: Final = get_args(Dtype)
 POLICIES: Final = get_args(SelectionPolicy)
 ENGINE_BACKENDS: Final = get_args(EngineBackend)
 DEFAULT_CHECK_IMAGES: Final = 8  # rendered images that a package is verified on
+MIN_CALIBRATION_IMAGES: Final = 8
 MIN_OPSET: Final = 18
 MAX_OPSET: Final = 23
+_PLOT_SUFFIXES: Final = (".png", ".svg")
 _FIXED_SHARES: Final[dict[str, float]] = {"saliency": 1.0, "coverage": 0.0, "half": 0.5, "random": 0.0}
 
 
@@ -154,6 +160,13 @@ class ExportConfig:
             )
         if not MIN_OPSET <= self.opset <= MAX_OPSET:
             raise ConfigError(f"received opset = {self.opset}", expected=f"{MIN_OPSET} to {MAX_OPSET}")
+        SelectionConfig(order=self.order, policy=self.policy, **self.given_constants)  # refuses what is out of range
+
+    @property
+    def given_constants(self) -> dict[str, float]:
+        """Those of mu and tau that override the model's own."""
+        given = {"mu": self.mu, "tau": self.tau}
+        return {name: value for name, value in given.items() if value is not None}
 
     def keep_tokens_of(self, num_tokens: int) -> int:
         """Return T for images of N visual tokens: ``keep_tokens``, or N ratio rounded half to even, at least 1.
@@ -169,6 +182,67 @@ class ExportConfig:
                 expected=f"1 to {num_tokens}, the visual tokens of one image of this model",
             )
         return self.keep_tokens
+
+
+def default_output(config: ExportConfig) -> Path:
+    """Return the folder that is written when none is named: ``promprune-<model>-<ratio or T>``, and policy."""
+    name = EMBEDDED_MODEL if config.model is None else Path(config.model).resolve().name
+    kept = f"{config.ratio:g}" if config.keep_tokens is None else f"{config.keep_tokens}-tokens"
+    policy = "" if config.policy == SelectionConfig.policy else f"-{config.policy}"
+    return Path(f"promprune-{name}-{kept}{policy}" + ("" if config.dtype == "fp32" else f"-{config.dtype}"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateConfig:
+    """What ``promprune-calibrate`` is asked to do.
+
+    Attributes:
+        model: folder in Hugging Face format, or hub id; ``None`` is the embedded model.
+        images: folder of images such as those to come; ``None``: the embedded model's own calibration scenes.
+        limit: most images to look at.
+        image_grids: see :class:`ExportConfig`.
+        write: write mu and tau into the model's folder.
+        plot: file for the histogram, ``.png`` or ``.svg``; ``None``: none.
+
+    Raises:
+        ConfigError: a value is out of its range, or contradicts another.
+        OutputError: the histogram cannot be written there.
+    """
+
+    model: str | None = None
+    images: Path | None = None
+    limit: int = 512
+    image_grids: tuple[tuple[int, int], ...] = ()
+    write: bool = False
+    plot: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit < MIN_CALIBRATION_IMAGES:
+            raise ConfigError(
+                f"received limit = {self.limit}",
+                expected=f"at least {MIN_CALIBRATION_IMAGES} images; some hundred are better",
+            )
+        if self.images is None and self.model is not None:
+            raise ConfigError(
+                "received no images", expected="a folder of images such as those to come", fix="--images DIR"
+            )
+        if self.images is not None and not self.images.is_dir():
+            raise ConfigError(f"received --images {self.images}, which is no folder", expected="a folder of images")
+        if self.write and (self.model is None or not Path(self.model).is_dir()):
+            raise ConfigError(
+                f"received --write for {self.model or 'the embedded model'}",
+                expected="a model in a folder of its own",
+                fix="give --mu and --tau to promprune-export instead",
+            )
+        if self.plot is not None:
+            self._check_plot(self.plot)
+
+    def _check_plot(self, plot: Path) -> None:
+        if plot.suffix.lower() not in _PLOT_SUFFIXES:
+            raise ConfigError(f"received --plot {plot}", expected=f"a file named *{' or *'.join(_PLOT_SUFFIXES)}")
+        if plot.is_dir() or not plot.parent.is_dir():
+            found = "is a folder" if plot.is_dir() else "lies in a folder that is not there"
+            raise OutputError(f"received --plot {plot}, which {found}", expected="a file in a folder that is there")
 
 
 @dataclass(frozen=True, kw_only=True)

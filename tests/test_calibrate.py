@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from promprune import scenes
 from promprune.cli import calibrate as calibrate_command
 from promprune.cli import export as export_command
 from promprune.errors import ConfigError
+from promprune.export import checkpoint as checkpoint_module
 from promprune.export.calibration import calibrate, calibration_scenes, folder_images, image_entropies
 from promprune.export.checkpoint import load_checkpoint
 from promprune.package import read_manifest
@@ -139,7 +142,12 @@ def test_an_export_whose_budget_is_not_split_warns(tiny_llava: Path, tmp_path: P
         (["some/model"], "--images DIR"),
         (["--images", "/nowhere"], "no folder"),
         (["--write"], "give --mu and --tau"),
-        (["--limit", "0"], "at least 1"),
+        (["--limit", "0"], "received limit = 0; expected at least 8 images"),
+        (["--limit", "7"], "received limit = 7; expected at least 8 images"),
+        (["./nowhere", "--images", "."], "there is no such folder"),
+        (["--image-grid", "24"], "received --image-grid '24'"),
+        (["--plot", "p.xyz"], "received --plot p.xyz; expected a file named *.png or *.svg"),
+        (["--plot", "nodir/p.png"], "lies in a folder that is not there"),
         (["--images", "."], "there is no image"),
     ],
 )
@@ -149,3 +157,24 @@ def test_refusals(argv: list[str], message: str, tmp_path: Path, monkeypatch: py
     assert outcome.exit_code == 1
     (line,) = outcome.error_lines
     assert message in line
+
+
+def test_fewer_images_than_can_be_fitted_are_refused_at_once(photos: Path) -> None:
+    outcome = run(calibrate_command.main, "--images", str(photos / "more"))
+    assert outcome.exit_code == 1
+    assert "which holds 6 images; expected at least 8" in outcome.error_lines[0]
+
+
+def test_no_more_scenes_are_counted_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scenes, "CALIBRATION_SEEDS", scenes.CALIBRATION_SEEDS[:9])
+    outcome = run(calibrate_command.main, "--limit", "20000", "--json")
+    found = json.loads(outcome.stdout)
+    assert found["images"] == len(found["entropies"]) == 9
+
+
+def test_a_missing_matplotlib_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(checkpoint_module, "load_checkpoint", pytest.fail)
+    outcome = run(calibrate_command.main, "--plot", str(tmp_path / "p.png"))
+    assert outcome.exit_code == 1
+    assert "promprune[eval]" in outcome.error_lines[0]

@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from promprune.cli import export as command
-from promprune.export import ExportResult
+from promprune.export import ExportResult, pipeline
 from promprune.package import MANIFEST_FILE, read_manifest
 from tests.command_line import run
 
@@ -38,6 +39,8 @@ from tests.command_line import run
             "received the image grids 24x24, 0x8; expected rows and columns of at least",
         ),
         (["--order", "random"], 1, "received order = 'random'; expected 'spatial' or 'selection'"),
+        (["--policy", "none"], 1, "received policy = 'none'; expected one of promprune, saliency"),
+        (["--ratio", "0.5", "--keep-tokens", "5"], 2, "received --ratio and --keep-tokens; expected one of them"),
         (["--tau", "0"], 1, "received tau = 0.0; expected a finite number above 0"),
         (["--surprise"], 2, "--surprise"),
         (["a", "b"], 2, "b"),
@@ -104,6 +107,20 @@ def test_json_is_the_manifest_on_stdout_and_progress_on_stderr(tiny_llava: Path,
     assert printed["selection"]["keep_tokens"] == 8
     assert printed["verification"] is None
     assert "export decoder_model_merged" in outcome.stderr
+
+
+def test_the_time_is_that_of_the_command_with_the_start_of_pytorch(
+    tiny_export: ExportResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def export_package(*_: object, **__: object) -> ExportResult:
+        return replace(tiny_export, seconds=-1.0)
+
+    clock = iter([100.0, *[107.0] * 99])
+    monkeypatch.setattr(pipeline, "export_package", export_package)
+    monkeypatch.setattr(command.time, "perf_counter", lambda: next(clock))
+    outcome = run(command.main, "-o", str(tmp_path / "out"))
+    assert outcome.exit_code == 0
+    assert "exported in 7.0 s" in outcome.stderr
 
 
 def test_help_has_examples_and_says_that_the_ratio_is_kept() -> None:

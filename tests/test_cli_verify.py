@@ -65,6 +65,49 @@ def test_mistakes(tiny_export: ExportResult, arguments: list[str], exit_code: in
     assert wanted in outcome.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--tolerance", "0"], "received --tolerance without --against or --reference; expected one of those two"),
+        (["--backend", "onnxruntime"], "received --backend without --against or --reference"),
+        (["--against", "onnx-reference", "--images", "3"], "received --images with --against or --reference"),
+        (["--reference", "other", "--model", "m"], "received --model with --against or --reference"),
+        (["--inspect", "--json"], "received --json with --inspect"),
+        (["--inspect", "--images", "0", "--layers"], "received --images and --layers with --inspect"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(
+    tiny_export: ExportResult, arguments: list[str], wanted: str
+) -> None:
+    outcome = run(command.main, str(tiny_export.output), *arguments)
+    assert outcome.exit_code == 2
+    (line,) = outcome.error_lines
+    assert wanted in line
+
+
+@pytest.mark.parametrize("same", [["--against", "onnxruntime"], ["--reference", "."]])
+def test_a_package_is_not_compared_with_itself(
+    tiny_export: ExportResult, same: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_export.output)
+    outcome = run(command.main, str(tiny_export.output), *same)
+    assert outcome.exit_code == 1
+    (line,) = outcome.error_lines
+    assert "received onnxruntime to compare with onnxruntime" in line
+    assert "with itself; expected another backend, or another package" in line
+
+
+def test_a_source_that_is_not_found_is_to_be_named(
+    tiny_export: ExportResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = run(command.main, str(tiny_export.output))
+    assert outcome.exit_code == 1
+    (line,) = outcome.error_lines
+    assert "was made from 'tiny-llava', and there is no model in a folder of that name here" in line
+    assert line.endswith("name it with --model")
+
+
 def test_another_models_weights_are_refused(tiny_export: ExportResult, tmp_path: Path) -> None:
     other = save_tiny_llava(tmp_path / "other", seed=5)
     outcome = run(command.main, str(tiny_export.output), "--model", str(other))

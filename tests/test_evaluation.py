@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL.Image import Image
+from PIL.Image import new as new_image
 
 from promprune.cli import eval as command
 from promprune.config import SelectionConfig
+from promprune.evaluation import runs
 from promprune.evaluation.data import Picture, Question, is_right, load_data
+from promprune.evaluation.gallery import gallery
 from promprune.evaluation.model import TorchModel
 from promprune.evaluation.runs import ALL, Condition, Run, ask_package, ask_torch, conditions
 from promprune.evaluation.scores import difference, scores
 from promprune.export import ExportResult
 from promprune.export.checkpoint import load_checkpoint
 from promprune.export.verify import MAX_NEW_TOKENS, kept_position_ids, torch_answer
-from promprune.runtime import draw_kept_tokens
+from promprune.runtime import TokenSelection, draw_kept_tokens
+from promprune.runtime.results import TokenGrid
 from promprune.scenes import questions, render_scene
 from tests.command_line import run
 
@@ -39,11 +45,11 @@ def test_answers_are_those_of_generate() -> None:
     checkpoint = load_checkpoint(None)
     model, pictures = TorchModel(checkpoint), load_data("embedded", limit=3)
     wanted = conditions(model.num_tokens, [0.12], ["coverage"])
-    runs = ask_torch(model, pictures, wanted, SelectionConfig(), max_new_tokens=6, done=lambda _: None)
+    found = ask_torch(model, pictures, wanted, SelectionConfig(), max_new_tokens=6, done=lambda _: None)
     tokenizer = checkpoint.processor.tokenizer
     for index, picture in enumerate(pictures):
         features = model.encode(picture.load()).features[0]
-        for one in runs:
+        for one in found:
             chosen = one.selections[index].token_indices if one.selections else range(256)
             kept = features[torch.as_tensor(list(chosen))]
             for question, answer in zip(picture.questions, one.answers[index], strict=True):
@@ -70,7 +76,7 @@ def test_crops_and_rotary_positions_answer_as_generate_does(family: str, request
     assert full.answers != pruned.answers != none.answers
     for index, picture in enumerate(pictures):
         tokens = model.encode(picture.load())
-        draw_kept_tokens(full.views[index], pruned.selections[index])  # refuses a view of another size
+        draw_kept_tokens(model.view(picture.load()), pruned.selections[index])  # refuses a view of another size
         for one in (full, pruned):
             chosen = one.selections[index].token_indices if one.selections else range(tokens.num_tokens)
             indices = torch.as_tensor(list(chosen))
@@ -137,13 +143,93 @@ def test_the_command_on_a_folder(tmp_path: Path, tiny_llava: Path) -> None:
     ("argv", "message"),
     [
         (["--ratios", "few"], "such as 0.5,0.12"),
-        (["--runtime", "int8"], "fp32 or fp16"),
+        (["--ratios", "2"], "received ratio = 2; expected fractions above 0 and at most 1"),
+        (["--ratios", "nan"], "received ratio = nan"),
+        (["--runtime", "int8"], "received runtime = 'int8'; expected one of fp32, fp16, bf16"),
+        (["--limit", "0"], "received limit = 0; expected at least 1"),
+        (["--limit", "-5"], "received limit = -5; expected at least 1"),
+        (["--threads", "0"], "received threads = 0; expected at least 1"),
+        (["--max-new-tokens", "0"], "received max_new_tokens = 0; expected at least 1"),
+        (["--gallery-limit", "-1"], "received gallery_limit = -1; expected at least 1"),
+        (["--policies", "half", "--gallery", "page.html"], "promprune among the policies"),
+        (["--ratios", "1", "--gallery", "page.html"], "a ratio below 1"),
+        (["--gallery", "nowhere/page.html"], "in a folder that is not there"),
+        (["--gallery", "."], "which is a folder"),
+        (["--policies", "oracle", "--data", "photos"], "it must know the scene"),
+        (["./nowhere"], "there is no such folder"),
+        (["a-file"], "which is a file"),
+        (["-o", "a-file"], "but a-file is no folder"),
+        (["-o", "a-file/results"], "but a-file is no folder"),
         (["--policies", "best", "--limit", "1"], "one of promprune"),
         (["--data", "/nowhere"], "'embedded', or a folder"),
         (["one", "two"], "2 models"),
     ],
 )
-def test_refusals(argv: list[str], message: str) -> None:
+def test_refusals(argv: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a-file").touch()
     outcome = run(command.main, *argv)
     assert outcome.exit_code == 1
     assert message in " ".join(outcome.stderr.split())
+    assert len(outcome.error_lines) == 1
+
+
+@pytest.mark.parametrize(
+    "option",
+    [["--ratios", "0.5"], ["--policies", "half"], ["--runtime", "fp32"], ["--threads", "2"], ["--gallery", "x.html"]],
+)
+def test_what_only_a_model_understands_is_refused_with_packages_only(
+    option: list[str], tiny_export: ExportResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = run(command.main, str(tiny_export.output), *option)
+    assert outcome.exit_code == 1
+    assert f"received {option[0][2:]} with packages only" in outcome.error_lines[0]
+
+
+def test_bf16_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    from promprune.runtime.sessions import providers
+
+    monkeypatch.setattr(providers, "why_not", lambda name: f"no {name} here")
+    outcome = run(command.main, "--runtime", "bf16", "--limit", "1")
+    assert outcome.exit_code == 1
+    assert "packages in bf16 run on CUDA only, which cannot be used here (no cuda here)" in outcome.error_lines[0]
+
+
+def test_a_missing_matplotlib_is_told_before_anything_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(runs, "ask_torch", pytest.fail)
+    outcome = run(command.main, "--limit", "1", "-o", str(tmp_path / "out"))
+    assert outcome.exit_code == 1
+    assert "promprune[eval]" in outcome.error_lines[0]
+
+
+def test_the_table_is_printed_even_where_nothing_can_be_written(
+    tmp_path: Path, tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(command, "replace_file", full)
+    options = ["--ratios", "0.5", "--policies", " promprune, half ", "--max-new-tokens", "1", "--limit", "1"]
+    outcome = run(command.main, str(tiny_llava), *options, "-o", str(tmp_path / "out"))
+    assert outcome.exit_code == 1
+    assert "No space left" in outcome.error_lines[-1]
+    assert "questions about 1 images" in outcome.stdout
+
+
+def test_the_gallery_makes_what_it_shows_and_nothing_else() -> None:
+    pictures = [_asked(str(number), "1") for number in range(3)]
+    grid = TokenGrid(rows=2, columns=2, left=0, top=0, width=8, height=8)
+    chosen = TokenSelection((grid,), np.array([1]), np.array([True]), (0.4,), "promprune")
+    full = Run(Condition("torch", ALL, 4, 4), (("1",),) * 3)
+    pruned = Run(Condition("torch", "promprune", 1, 4), (("1",), ("2",), ("1",)), (chosen,) * 3)
+    shown: list[str] = []
+
+    def view(picture: Picture) -> Image:
+        shown.append(picture.name)
+        return new_image("RGB", (8, 8))
+
+    page = gallery(full, pruned, pictures, view=view, limit=1)
+    assert shown == ["1"]
+    assert "1 of 3 pictures" in page

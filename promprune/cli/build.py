@@ -102,7 +102,7 @@ def build(
     """
     config = EngineConfig(
         backend=backend,  # type: ignore[arg-type]  # validated by EngineConfig
-        targets=tuple(part for part in target.split(",") if part.strip()),
+        targets=tuple(part.strip() for part in target.split(",") if part.strip()),
         max_prompt_tokens=max_prompt_tokens,
         max_new_tokens=max_new_tokens,
         max_batch=max_batch,
@@ -179,3 +179,7 @@ def _print_summary(results: tuple[BuiltEngines, ...]) -> None:
         identity = result.manifest.identity
         state = f"built in {result.seconds:.1f} s" if result.built else "up to date"
         print(f"{result.folder}: {identity.backend} {identity.tool_version}, {identity.target}, {state}")
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -11,20 +12,23 @@ from promprune.cli.common import (
     console,
     missing_extra,
     option_type,
+    plain,
     print_json,
     progress_over,
     run_command,
 )
 from promprune.cli.export import parse_grids
 from promprune.cli.options import Version
+from promprune.config import MIN_CALIBRATION_IMAGES, CalibrateConfig
 from promprune.errors import ConfigError
+from promprune.sources import folder_images, local_folder
 
 if TYPE_CHECKING:
     from promprune.export.calibration import Calibration
 
 __all__ = ["calibrate", "main"]
 
-DEFAULT_IMAGES: Final = 512
+DEFAULTS: Final = CalibrateConfig()
 _BINS: Final = 16
 _BAR_WIDTH: Final = 40
 
@@ -47,7 +51,7 @@ def calibrate(
         typer.Option(
             help="Most images to look at.", parser=option_type(int, "a whole number of images"), metavar="COUNT"
         ),
-    ] = DEFAULT_IMAGES,
+    ] = DEFAULTS.limit,
     image_grid: Annotated[
         str | None,
         typer.Option(
@@ -58,7 +62,7 @@ def calibrate(
     ] = None,
     write: Annotated[
         bool, typer.Option("--write", help="Write promprune_config.json into MODEL's folder, for promprune-export.")
-    ] = False,
+    ] = DEFAULTS.write,
     plot: Annotated[
         Path | None, typer.Option(help="Also draw the histogram, as .png or .svg.", metavar="FILE", show_default=False)
     ] = None,
@@ -75,33 +79,17 @@ def calibrate(
 
       promprune-calibrate llava-hf/llava-1.5-7b-hf --images photos --plot entropy.png
     """
-    _check(model, images, limit, write)
-    with missing_extra("export"):
-        from promprune.export import calibration as calibration_module
-        from promprune.export.checkpoint import load_checkpoint
-    checkpoint = load_checkpoint(model)
-    if images is None:
-        side = checkpoint.model.config.vision_config.image_size
-        count, pictures = limit, calibration_module.calibration_scenes(limit, side)
-    else:
-        paths = calibration_module.folder_images(images, limit)
-        count, pictures = len(paths), calibration_module.load_images(paths)
-    grids = () if image_grid is None else parse_grids(image_grid)
-    entropies = calibration_module.image_entropies(checkpoint, pictures, grids)
-    found = progress_over(entropies, count, "read the images")
-    fitted = calibration_module.calibrate([entropy for row in found for entropy in row])
-    written = calibration_module.write_calibration(Path(model), fitted) if write and model is not None else None
-    if plot is not None:
-        with missing_extra("eval"):
-            from promprune.evaluation.plots import plot_entropies
-        plot_entropies(fitted, plot)
-    if as_json:
-        print_json({"mu": fitted.mu, "tau": fitted.tau, "images": count, "entropies": list(fitted.entropies)})
-        return
-    _print_histogram(fitted)
-    print(f"--mu {fitted.mu} --tau {fitted.tau}")
-    if written is not None:
-        console.print(f"written to {written}; promprune-export uses it", soft_wrap=True)
+    config = CalibrateConfig(
+        model=model,
+        images=images,
+        limit=limit,
+        image_grids=() if image_grid is None else parse_grids(image_grid),
+        write=write,
+        plot=plot,
+    )
+    fitted, count = _fit(config)
+    _print(fitted, count, as_json=as_json)
+    _write(fitted, config)
 
 
 def main() -> None:
@@ -109,19 +97,58 @@ def main() -> None:
     run_command(calibrate)
 
 
-def _check(model: str | None, images: Path | None, limit: int, write: bool) -> None:
-    if limit < 1:
-        raise ConfigError(f"received --limit {limit}", expected="at least 1")
-    if images is None and model is not None:
-        raise ConfigError("received no images", expected="a folder of images such as those to come", fix="--images DIR")
-    if images is not None and not images.is_dir():
-        raise ConfigError(f"received --images {images}, which is no folder", expected="a folder of images")
-    if write and (model is None or not Path(model).is_dir()):
+def _fit(config: CalibrateConfig) -> tuple[Calibration, int]:
+    """Return the constants, and the number of images they were fitted to."""
+    local_folder(config.model)
+    paths = None if config.images is None else _images(config.images, config.limit)
+    if config.plot is not None:
+        with missing_extra("eval"):
+            importlib.import_module("matplotlib.figure")  # rather now than after the work
+    with missing_extra("export"):
+        from promprune.export import calibration
+        from promprune.export.checkpoint import load_checkpoint
+    checkpoint = load_checkpoint(config.model)
+    if paths is None:
+        from promprune.scenes import CALIBRATION_SEEDS
+
+        side = checkpoint.model.config.vision_config.image_size
+        count = min(config.limit, len(CALIBRATION_SEEDS))
+        pictures = calibration.calibration_scenes(count, side)
+    else:
+        count, pictures = len(paths), calibration.load_images(paths)
+    entropies = calibration.image_entropies(checkpoint, pictures, config.image_grids)
+    found = progress_over(entropies, count, "read the images")
+    return calibration.calibrate([entropy for row in found for entropy in row]), count
+
+
+def _images(folder: Path, limit: int) -> list[Path]:
+    paths = folder_images(folder, limit)
+    if len(paths) < MIN_CALIBRATION_IMAGES:
         raise ConfigError(
-            f"received --write for {model or 'the embedded model'}",
-            expected="a model in a folder of its own",
-            fix="give --mu and --tau to promprune-export instead",
+            f"received --images {folder}, which holds {len(paths)} images",
+            expected=f"at least {MIN_CALIBRATION_IMAGES}; some hundred are better",
         )
+    return paths
+
+
+def _print(fitted: Calibration, count: int, *, as_json: bool) -> None:
+    if as_json:
+        print_json({"mu": fitted.mu, "tau": fitted.tau, "images": count, "entropies": list(fitted.entropies)})
+        return
+    _print_histogram(fitted)
+    print(f"--mu {fitted.mu} --tau {fitted.tau}")
+
+
+def _write(fitted: Calibration, config: CalibrateConfig) -> None:
+    if config.write and config.model is not None:
+        from promprune.export.calibration import write_calibration
+
+        written = write_calibration(Path(config.model), fitted)
+        console.print(f"written to {plain(str(written))}; promprune-export uses it", soft_wrap=True)
+    if config.plot is not None:
+        from promprune.evaluation.plots import plot_entropies
+
+        plot_entropies(fitted, config.plot)
 
 
 def _print_histogram(fitted: Calibration) -> None:
@@ -139,3 +166,7 @@ def _print_histogram(fitted: Calibration) -> None:
         console.print(f"{low + (index + 0.5) * width:8.4f}  {bar:<{_BAR_WIDTH}} {len(found):>7}  {mean}")
     overall = sum(fitted.saliency_shares()) / len(fitted.entropies)
     console.print(f"{len(fitted.entropies)} entropies; on average {overall:.0%} of the budget goes to saliency")
+
+
+if __name__ == "__main__":
+    main()

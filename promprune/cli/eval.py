@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from promprune.atomic import replace_file
-from promprune.cli.common import console, missing_extra, print_json, run_command
+from promprune.cli.common import console, missing_extra, option_type, plain, print_json, run_command
 from promprune.cli.options import Version
 from promprune.config import DTYPES, ExportConfig
-from promprune.errors import ConfigError
-from promprune.package import MANIFEST_FILE
+from promprune.errors import BackendError, ConfigError, PackageError
+from promprune.evaluation.config import DEFAULT_POLICIES, DEFAULT_RATIOS, EMBEDDED_DATA, EvalConfig
+from promprune.package import MANIFEST_FILE, read_manifest
+from promprune.sources import EMBEDDED_MODEL, local_folder
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from promprune.config import SelectionConfig
     from promprune.evaluation.data import Picture
+    from promprune.evaluation.model import TorchModel
     from promprune.evaluation.runs import Run
     from promprune.evaluation.scores import Score
 
 __all__ = ["evaluate", "main"]
 
-DEFAULT_RATIOS: Final = "0.5,0.25,0.12"
-DEFAULT_POLICIES: Final = "promprune,half,coverage,saliency,random"
-EMBEDDED_POLICIES: Final = f"{DEFAULT_POLICIES},oracle,none"
-EMBEDDED: Final = "embedded"
+DEFAULTS: Final = EvalConfig()
+_INT: Final = "a whole number, at least 1"
+_Begin: TypeAlias = Callable[[str, int], Callable[[int], None]]  # starts a bar, and returns what advances it
 
 
 def evaluate(
@@ -49,15 +55,20 @@ def evaluate(
             help="'embedded': rendered scenes; or a folder with images and a *.jsonl of image, question, answers.",
             metavar="DATA",
         ),
-    ] = EMBEDDED,
+    ] = EMBEDDED_DATA,
     ratios: Annotated[
-        str, typer.Option(help="Of a model: fractions of the tokens that are KEPT.", metavar="LIST")
-    ] = DEFAULT_RATIOS,
+        str | None,
+        typer.Option(
+            help="Of a model: fractions of the tokens that are KEPT.",
+            show_default=",".join(f"{ratio:g}" for ratio in DEFAULT_RATIOS),
+            metavar="LIST",
+        ),
+    ] = None,
     policies: Annotated[
         str | None,
         typer.Option(
             help="Of a model: what chooses the kept tokens.",
-            show_default=f"{DEFAULT_POLICIES}; also oracle and none with the embedded data",
+            show_default=f"{','.join(DEFAULT_POLICIES)}; also oracle and none with the embedded data",
             metavar="LIST",
         ),
     ] = None,
@@ -70,11 +81,22 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Most images.", metavar="COUNT", show_default="all")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", metavar="COUNT")] = 16,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Most images.", parser=option_type(int, _INT), metavar="COUNT", show_default="all"),
+    ] = DEFAULTS.limit,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Longest answer, in tokens.", parser=option_type(int, _INT), metavar="COUNT")
+    ] = DEFAULTS.max_new_tokens,
     threads: Annotated[
-        int | None, typer.Option(help="CPU threads of PyTorch.", metavar="COUNT", show_default="all")
-    ] = None,
+        int | None,
+        typer.Option(
+            help="CPU threads of PyTorch, of a model.",
+            parser=option_type(int, _INT),
+            metavar="COUNT",
+            show_default="all",
+        ),
+    ] = DEFAULTS.threads,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -85,7 +107,9 @@ def evaluate(
         Path | None,
         typer.Option(help="Page of pictures with what was kept and answered.", metavar="OUT.html", show_default=False),
     ] = None,
-    gallery_limit: Annotated[int, typer.Option(help="Most pictures on that page.", metavar="COUNT")] = 40,
+    gallery_limit: Annotated[
+        int, typer.Option(help="Most pictures on that page.", parser=option_type(int, _INT), metavar="COUNT")
+    ] = DEFAULTS.gallery_limit,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as one line of JSON on stdout.")] = False,
     version: Version = False,
 ) -> None:
@@ -103,40 +127,29 @@ def evaluate(
     """
     started, cpu_started = time.perf_counter(), time.process_time()
     model, packages = _sorted_out(subjects or [])
-    for dtype in runtime or ():
-        if dtype not in DTYPES or model is None:
-            raise ConfigError(f"received --runtime {dtype}", expected=f"{' or '.join(DTYPES)}, with a model")
-    fractions = _fractions(ratios)
-    with missing_extra("export"):
-        import torch
-
-        from promprune.evaluation.data import load_data
-        from promprune.evaluation.scores import majority_share, scores
-        from promprune.export.checkpoint import selection_config
-    if threads is not None:
-        torch.set_num_threads(threads)
-    chosen = policies or (EMBEDDED_POLICIES if data == EMBEDDED else DEFAULT_POLICIES)
-    pictures = load_data(data, limit=limit)
-    runs: list[Run] = []
-    config: SelectionConfig | None = None
-    with _progress() as progress:
-        if model is not None:
-            subject, runs = _ask_model(model, pictures, fractions, chosen.split(","), max_new_tokens, progress)
-            config = selection_config(subject, ExportConfig())[0]
-        with tempfile.TemporaryDirectory() as scratch:
-            for dtype in runtime or ():
-                packages += _exported(model, dtype, min(fractions), Path(scratch), progress)
-            runs += [_ask_package(package, pictures, max_new_tokens, progress) for package in packages]
-    found = scores(runs, pictures)
-    _write(output, gallery, gallery_limit, runs, found, pictures, config)
+    config = EvalConfig(
+        model=model,
+        packages=packages,
+        data=data,
+        ratios=None if ratios is None else _fractions(ratios),
+        policies=None if policies is None else tuple(dict.fromkeys(_parts(policies))),
+        runtime=tuple(dict.fromkeys(runtime or ())),  # type: ignore[arg-type]  # validated by EvalConfig
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        threads=threads,
+        output=output,
+        gallery=gallery,
+        gallery_limit=gallery_limit,
+    )
+    _check_what_is_here(config)
+    results = _run(config)
     seconds = {"wall": time.perf_counter() - started, "cpu": time.process_time() - cpu_started}
     if as_json:
-        from promprune.evaluation.report import to_dict
-
-        print_json({"data": data, "majority": majority_share(pictures), "seconds": seconds, "runs": to_dict(found)})
-        return
-    _print(found, pictures, majority_share(pictures))
-    console.print(f"{seconds['wall']:.0f} s, of which {seconds['cpu']:.0f} s of one CPU core")
+        _print_json(results, data, seconds)
+    else:
+        _print(results)
+        console.print(f"{seconds['wall']:.0f} s, of which {seconds['cpu']:.0f} s of one CPU core")
+    _write(results, config)
 
 
 def main() -> None:
@@ -144,76 +157,178 @@ def main() -> None:
     run_command(evaluate)
 
 
-def _fractions(text: str) -> list[float]:
+@dataclass(frozen=True)
+class _Asked:
+    """What came of asking the model.
+
+    Attributes:
+        runs: one for every condition.
+        selection: how the kept tokens were chosen.
+        page: the gallery, where one is wanted.
+    """
+
+    runs: list[Run]
+    selection: SelectionConfig
+    page: str | None
+
+
+@dataclass(frozen=True)
+class _Results:
+    """Everything that is printed and written; ``model`` is ``None`` where only packages were asked."""
+
+    pictures: Sequence[Picture]
+    runs: Sequence[Run]
+    scores: Sequence[Score]
+    model: _Asked | None
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
+
+
+def _fractions(text: str) -> tuple[float, ...]:
     try:
-        return [float(part) for part in text.split(",")]
+        return tuple(float(part) for part in _parts(text))
     except ValueError as error:
         raise ConfigError(f"received --ratios {text}", expected="fractions that are kept, such as 0.5,0.12") from error
 
 
-def _sorted_out(subjects: Sequence[str]) -> tuple[str | None, list[Path]]:
+def _sorted_out(subjects: Sequence[str]) -> tuple[str | None, tuple[Path, ...]]:
     """Which of the arguments is the model, and which are packages; the embedded model where nothing is named."""
-    packages = [Path(name) for name in subjects if (Path(name) / MANIFEST_FILE).is_file()]
+    packages = tuple(Path(name) for name in subjects if (Path(name) / MANIFEST_FILE).is_file())
     models = [name for name in subjects if Path(name) not in packages]
     if len(models) > 1:
         raise ConfigError(f"received {len(models)} models: {', '.join(models)}", expected="one, and packages")
     if not subjects:
-        return EMBEDDED, []
+        return EMBEDDED_MODEL, ()
     return (models[0] if models else None), packages
 
 
-def _ask_model(
-    name: str,
-    pictures: Sequence[Picture],
-    ratios: Sequence[float],
-    policies: Sequence[str],
-    max_new_tokens: int,
-    progress: Callable[[str, int], Callable[[int], None]],
-) -> tuple[Path, list[Run]]:
+def _name(config: EvalConfig) -> str | None:
+    """Return the model's name, as the export takes it: ``None`` is the embedded one."""
+    return None if config.model == EMBEDDED_MODEL else config.model
+
+
+def _check_what_is_here(config: EvalConfig) -> None:
+    """Refuse a model, packages or dtypes that cannot be used here, before PyTorch is started and anything is asked."""
+    if config.model is not None:
+        local_folder(_name(config))
+    manifests = {folder: read_manifest(folder) for folder in config.packages}
+    for folder, manifest in manifests.items():
+        if not manifest.has_language_model:
+            raise PackageError(
+                f"{folder} has no language model: it was exported with --vision-only",
+                expected="a package with a language model",
+            )
+    if "bf16" in {*config.runtime, *(manifest.dtype for manifest in manifests.values())}:
+        _check_cuda()
+
+
+def _check_cuda() -> None:
+    """Refuse bf16 where there is no CUDA: the CPU lacks operators for it."""
+    from promprune.runtime.sessions.providers import why_not
+
+    reason = why_not("cuda")
+    if reason is not None:
+        raise BackendError(
+            f"packages in bf16 run on CUDA only, which cannot be used here ({reason})",
+            expected="an NVIDIA GPU with its driver, CUDA and cuDNN",
+            fix="take fp32 or fp16",
+        )
+
+
+def _run(config: EvalConfig) -> _Results:
+    from promprune.evaluation.data import load_data
+
+    pictures = load_data(config.data, limit=config.limit)
+    if config.output is not None and config.compares_promprune:
+        with missing_extra("eval"):
+            importlib.import_module("matplotlib.figure")  # rather now than after everything was asked
+    with missing_extra("export"):
+        import torch
+
+        from promprune.evaluation.scores import scores
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    with _progress() as progress, tempfile.TemporaryDirectory() as scratch:
+        asked = None if config.model is None else _ask_model(config, pictures, progress)
+        packages = [*config.packages, *_exported(config, Path(scratch), progress)]
+        runs = [] if asked is None else list(asked.runs)
+        runs += [_ask_package(package, pictures, config.max_new_tokens, progress) for package in packages]
+    return _Results(pictures, runs, scores(runs, pictures), asked)
+
+
+def _ask_model(config: EvalConfig, pictures: Sequence[Picture], progress: _Begin) -> _Asked:
     from promprune.evaluation.model import TorchModel
     from promprune.evaluation.runs import ask_torch, conditions
     from promprune.export.checkpoint import load_checkpoint, selection_config
 
-    checkpoint = load_checkpoint(None if name == EMBEDDED else name)
+    checkpoint = load_checkpoint(_name(config))
     subject = TorchModel(checkpoint)
-    wanted = conditions(subject.num_tokens, ratios, policies)
-    config, _ = selection_config(checkpoint.folder, ExportConfig())
+    wanted = conditions(subject.num_tokens, config.kept_ratios, config.chosen_policies)
+    if config.gallery is not None and not any(condition.policy == "promprune" for condition in wanted):
+        raise ConfigError(
+            f"received --gallery, but every ratio keeps all {subject.num_tokens} tokens", expected="a smaller one"
+        )
+    selection, _ = selection_config(checkpoint.folder, ExportConfig())
     done = progress(f"PyTorch, {len(wanted)} conditions", len(pictures))
-    return checkpoint.folder, ask_torch(subject, pictures, wanted, config, max_new_tokens=max_new_tokens, done=done)
+    runs = ask_torch(subject, pictures, wanted, selection, max_new_tokens=config.max_new_tokens, done=done)
+    page = None if config.gallery is None else _page(subject, runs, pictures, config.gallery_limit, progress)
+    return _Asked(runs, selection, page)
 
 
-def _ask_package(
-    folder: Path,
-    pictures: Sequence[Picture],
-    max_new_tokens: int,
-    progress: Callable[[str, int], Callable[[int], None]],
-) -> Run:
+def _page(
+    subject: TorchModel, runs: Sequence[Run], pictures: Sequence[Picture], limit: int, progress: _Begin
+) -> str | None:
+    """Draw the gallery while the model is there: what it sees is made again, rather than kept of every picture."""
+    from promprune.evaluation.gallery import gallery
+
+    pruned = _smallest(runs)
+    if pruned is None:
+        return None
+    done = progress("gallery", min(limit, len(pictures)))
+
+    def view(picture: Picture) -> Image:
+        done(1)
+        return subject.view(picture.load())
+
+    return gallery(runs[0], pruned, pictures, view=view, limit=limit)
+
+
+def _smallest(runs: Sequence[Run]) -> Run | None:
+    """Return the run in which PromPrune kept the fewest tokens."""
+    ours = [run for run in runs if run.condition.policy == "promprune" and run.condition.by == "torch"]
+    return min(ours, key=lambda run: run.condition.keep_tokens, default=None)
+
+
+def _ask_package(folder: Path, pictures: Sequence[Picture], max_new_tokens: int, progress: _Begin) -> Run:
     from promprune.evaluation.runs import ask_package
 
     done = progress(f"runtime, {folder.name}", len(pictures))
     return ask_package(folder, pictures, max_new_tokens=max_new_tokens, done=done)
 
 
-def _exported(
-    model: str | None, dtype: str, smallest: float, scratch: Path, progress: Callable[[str, int], Callable[[int], None]]
-) -> list[Path]:
-    """Export the model with all tokens and at the smallest ratio."""
+def _exported(config: EvalConfig, scratch: Path, progress: _Begin) -> list[Path]:
+    """Export the model in every dtype that is asked for, with all tokens and at the smallest ratio."""
+    if not config.runtime:
+        return []
     from promprune.export.pipeline import export_package
 
-    wanted = [1.0, *([smallest] if smallest < 1 else [])]
-    done = progress(f"export, {dtype}", len(wanted))
     folders = []
-    for ratio in wanted:
-        folders.append(scratch / f"{dtype}-{ratio:g}")
-        name = None if model == EMBEDDED else model
-        settings = ExportConfig(model=name, output=folders[-1], ratio=ratio, dtype=dtype, verify=False)  # type: ignore[arg-type]
-        export_package(settings)
-        done(1)
+    wanted = dict.fromkeys((1.0, min(config.kept_ratios)))
+    for dtype in config.runtime:
+        done = progress(f"export, {dtype}", len(wanted))
+        for ratio in wanted:
+            folders.append(scratch / f"{dtype}-{ratio:g}")
+            export_package(
+                ExportConfig(model=_name(config), output=folders[-1], ratio=ratio, dtype=dtype, verify=False)
+            )
+            done(1)
     return folders
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+def _progress() -> Iterator[_Begin]:
     """Yield what starts a bar, and returns what advances it."""
     columns = (TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
@@ -225,43 +340,32 @@ def _progress() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
         yield begin
 
 
-def _write(
-    output: Path | None,
-    gallery: Path | None,
-    gallery_limit: int,
-    runs: Sequence[Run],
-    found: Sequence[Score],
-    pictures: Sequence[Picture],
-    config: SelectionConfig | None,
-) -> None:
-    from promprune.evaluation import report
-    from promprune.evaluation.gallery import gallery as gallery_page
+def _write(results: _Results, config: EvalConfig) -> None:
+    if config.output is not None:
+        _write_folder(results, config.output)
+        console.print(f"wrote {plain(str(config.output))}", soft_wrap=True)
+    page = results.model and results.model.page
+    if config.gallery is not None and page:
+        replace_file(config.gallery, page.encode())
+        console.print(f"wrote {plain(str(config.gallery))}", soft_wrap=True)
 
-    full = next((run for run in runs if run.views), None)
-    selected = [
-        run for run in runs if run.selections and run.condition.policy == "promprune" and run.condition.by == "torch"
-    ]
-    smallest = min(selected, key=lambda run: run.condition.keep_tokens, default=None)
-    if gallery is not None:
-        if full is None or smallest is None:
-            raise ConfigError("received --gallery", expected="it with a model, and promprune among the policies")
-        page = gallery_page(full, smallest, pictures, limit=gallery_limit)
-        replace_file(gallery, page.encode())
-        console.print(f"wrote {gallery}", soft_wrap=True)
-    if output is None:
-        return
+
+def _write_folder(results: _Results, output: Path) -> None:
+    from promprune.evaluation import report
+
     output.mkdir(parents=True, exist_ok=True)
-    for name, rows in _tables(found, pictures).items():
+    for name, rows in _tables(results.scores, results.pictures).items():
         replace_file(output / f"{name}.md", report.markdown(rows).encode())
-    replace_file(output / "results.json", json.dumps(report.to_dict(found), indent=1).encode())
-    replace_file(output / "answers.jsonl", "".join(_answer_lines(runs, pictures)).encode())
-    if full is not None and smallest is not None and config is not None:
-        with missing_extra("eval"):
-            from promprune.evaluation.plots import plot_accuracy, plot_split
-        plot_accuracy(found, output / "accuracy.png")
-        if all(len(selection.spectral_entropies) == 1 for selection in smallest.selections):  # one split per picture
-            plot_split(smallest, config, output / "split.png")
-    console.print(f"wrote {output}", soft_wrap=True)
+    replace_file(output / "results.json", json.dumps(report.to_dict(results.scores), indent=1).encode())
+    replace_file(output / "answers.jsonl", "".join(_answer_lines(results.runs, results.pictures)).encode())
+    smallest = _smallest(results.runs)
+    if results.model is None or smallest is None:
+        return
+    from promprune.evaluation.plots import plot_accuracy, plot_split
+
+    plot_accuracy(results.scores, output / "accuracy.png")
+    if all(len(selection.spectral_entropies) == 1 for selection in smallest.selections):  # one split per picture
+        plot_split(smallest, results.model.selection, output / "split.png")
 
 
 def _tables(found: Sequence[Score], pictures: Sequence[Picture]) -> dict[str, list[list[str]]]:
@@ -287,11 +391,21 @@ def _answer_lines(runs: Sequence[Run], pictures: Sequence[Picture]) -> Iterator[
             yield json.dumps(line, ensure_ascii=False) + "\n"
 
 
-def _print(found: Sequence[Score], pictures: Sequence[Picture], majority: float) -> None:
+def _print_json(results: _Results, data: str, seconds: Mapping[str, float]) -> None:
+    from promprune.evaluation.report import to_dict
+    from promprune.evaluation.scores import majority_share
+
+    majority = majority_share(results.pictures)
+    print_json({"data": data, "majority": majority, "seconds": seconds, "runs": to_dict(results.scores)})
+
+
+def _print(results: _Results) -> None:
     from rich.console import Console
 
     from promprune.evaluation.report import table_of
+    from promprune.evaluation.scores import majority_share
 
+    found, pictures = results.scores, results.pictures
     titles = {
         "overview": f"{found[0].asked} questions about {len(pictures)} images, percent and 95 % intervals",
         "by_group": "Accuracy by question, percent, fewest tokens",
@@ -300,4 +414,8 @@ def _print(found: Sequence[Score], pictures: Sequence[Picture], majority: float)
     screen = Console(highlight=False)
     for name, rows in _tables(found, pictures).items():
         screen.print(table_of(rows, titles[name]))
-    screen.print(f"always the most frequent answer to each type of question: {100 * majority:.1f} %")
+    screen.print(f"always the most frequent answer to each type of question: {100 * majority_share(pictures):.1f} %")
+
+
+if __name__ == "__main__":
+    main()

@@ -24,8 +24,10 @@ from promprune.cli.common import (
     run_command,
 )
 from promprune.cli.options import Version
-from promprune.config import DTYPES, POLICIES, ExportConfig
+from promprune.config import DTYPES, POLICIES, ExportConfig, default_output
 from promprune.errors import ConfigError, VerificationError
+from promprune.package import check_output
+from promprune.sources import local_folder
 
 if TYPE_CHECKING:
     from promprune.export.pipeline import ExportResult
@@ -41,13 +43,14 @@ def export(
         typer.Argument(help="Folder in Hugging Face format, or hub id. Left out: the embedded model.", metavar="MODEL"),
     ] = None,
     ratio: Annotated[
-        float,
+        float | None,
         typer.Option(
             help="Fraction of the visual tokens that is KEPT, in (0, 1]; 1 is the unpruned baseline.",
             parser=option_type(float, "a fraction above 0 and at most 1, such as 0.12"),
             metavar="FRACTION",
+            show_default=f"{DEFAULTS.ratio:g}",
         ),
-    ] = DEFAULTS.ratio,
+    ] = None,
     keep_tokens: Annotated[
         int | None,
         typer.Option(
@@ -124,10 +127,13 @@ def export(
 
       promprune-export ./llava-1.5-7b-hf --ratio 1.0     (the unpruned baseline)
     """
+    started = time.perf_counter()
+    if ratio is not None and keep_tokens is not None:
+        raise typer.BadParameter("received --ratio and --keep-tokens; expected one of them")
     config = ExportConfig(
         model=model,
         output=output,
-        ratio=ratio,
+        ratio=DEFAULTS.ratio if ratio is None else ratio,
         keep_tokens=keep_tokens,
         dtype=dtype,  # type: ignore[arg-type]  # validated by ExportConfig
         image_grids=() if image_grid is None else parse_grids(image_grid),
@@ -142,22 +148,12 @@ def export(
         order=order,  # type: ignore[arg-type]  # validated by SelectionConfig
         policy=policy,  # type: ignore[arg-type]  # validated by SelectionConfig
     )
-    try:
-        with _progress(config) as progress:
-            with progress.step("start PyTorch"), missing_extra("export"):
-                from promprune.export.pipeline import export_package
-            result = export_package(config, progress=progress)
-    except VerificationError as error:
-        if error.checks:
-            console.print(checks_table(error.checks))
-        raise
-    for check in result.manifest.verification.checks if result.manifest.verification else ():
-        if not check.passed:
-            console.print(f"[bold yellow]warning:[/] {check.detail}; fit them with promprune-calibrate", soft_wrap=True)
+    result = _run(config)
+    _print_warnings(result)
     if as_json:
         print_json({"output": str(result.output), **msgspec.to_builtins(result.manifest)})
     else:
-        _print_summary(result)
+        _print_summary(result, time.perf_counter() - started)
 
 
 def main() -> None:
@@ -178,6 +174,21 @@ def parse_grids(text: str) -> tuple[tuple[int, int], ...]:
             f"received --image-grid {text!r}", expected="rows x columns of visual tokens, such as 24x24 or 24x24,18x32"
         )
     return grids
+
+
+def _run(config: ExportConfig) -> ExportResult:
+    """Export, once everything is refused that can be refused without PyTorch, which takes seconds to start."""
+    local_folder(config.model)
+    check_output(config.output or default_output(config), force=config.force)
+    try:
+        with _progress(config) as progress:
+            with progress.step("start PyTorch"), missing_extra("export"):
+                from promprune.export.pipeline import export_package
+            return export_package(config, progress=progress)
+    except VerificationError as error:
+        if error.checks:
+            console.print(checks_table(error.checks))
+        raise
 
 
 class _RichProgress:
@@ -204,7 +215,13 @@ def _progress(config: ExportConfig) -> Iterator[_RichProgress]:
         yield _RichProgress(progress, total)
 
 
-def _print_summary(result: ExportResult) -> None:
+def _print_warnings(result: ExportResult) -> None:
+    for check in result.manifest.verification.checks if result.manifest.verification else ():
+        if not check.passed:
+            console.print(f"[bold yellow]warning:[/] {check.detail}; fit them with promprune-calibrate", soft_wrap=True)
+
+
+def _print_summary(result: ExportResult, seconds: float) -> None:
     manifest = result.manifest
     if manifest.verification is not None:
         print_verification(manifest.verification)
@@ -212,4 +229,8 @@ def _print_summary(result: ExportResult) -> None:
     verified = "not verified" if manifest.verification is None else "verified"
     print(f"{result.output}: {describe_selection(manifest)}, {manifest.dtype}, {size_mb:.1f} MB, {verified}")
     answers = "promprune-run {} --image FILE --prompt TEXT" if manifest.has_language_model else "see docs/runtime.md"
-    console.print(f"exported in {result.seconds:.1f} s; next: {answers.format(result.output)}", soft_wrap=True)
+    console.print(f"exported in {seconds:.1f} s; next: {answers.format(result.output)}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -399,3 +399,7 @@ def _save(picture: Image, target: Path) -> None:
     finally:
         if partial is not None:
             partial.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()

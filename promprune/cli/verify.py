@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -19,6 +19,7 @@ from promprune.cli.common import (
     describe_selection,
     missing_extra,
     option_type,
+    plain,
     print_json,
     print_verification,
     run_command,
@@ -27,6 +28,7 @@ from promprune.cli.options import Version
 from promprune.config import DEFAULT_CHECK_IMAGES, CompareConfig
 from promprune.errors import ConfigError, ModelError
 from promprune.package import Manifest, read_manifest
+from promprune.sources import EMBEDDED_MODEL, local_folder
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -50,14 +52,20 @@ def verify(
         ),
     ] = None,
     images: Annotated[
-        int,
+        int | None,
         typer.Option(
-            help="Rendered images to compare on.", parser=option_type(int, "a whole number of images"), metavar="COUNT"
+            help="Rendered images to compare on.",
+            parser=option_type(int, "a whole number of images"),
+            metavar="COUNT",
+            show_default=str(DEFAULT_CHECK_IMAGES),
         ),
-    ] = DEFAULT_CHECK_IMAGES,
+    ] = None,
     backend: Annotated[
-        str, typer.Option(help=f"What runs the package: {', '.join(BACKENDS)}.", metavar="NAME")
-    ] = DEFAULTS.backend,
+        str | None,
+        typer.Option(
+            help=f"What runs the package: {', '.join(BACKENDS)}.", metavar="NAME", show_default=DEFAULTS.backend
+        ),
+    ] = None,
     against: Annotated[
         str | None,
         typer.Option(
@@ -77,13 +85,14 @@ def verify(
         bool, typer.Option("--layers", help="Look inside the graphs, and name the first tensor past the tolerance.")
     ] = DEFAULTS.layers,
     tolerance: Annotated[
-        float,
+        float | None,
         typer.Option(
             help="Largest error that passes in such a comparison.",
             parser=option_type(float, "a number"),
             metavar="NUMBER",
+            show_default=f"{DEFAULTS.tolerance:g}",
         ),
-    ] = DEFAULTS.tolerance,
+    ] = None,
     inspect: Annotated[
         bool, typer.Option("--inspect", help="Only describe the graphs, layer by layer, on stdout.")
     ] = False,
@@ -104,39 +113,62 @@ def verify(
 
       promprune-verify llava-0.12-fp16 --reference llava-0.12 --layers --tolerance 0.02
     """
+    of_source = {"--model": model, "--images": images}
+    of_graphs = {"--backend": backend, "--layers": layers or None, "--tolerance": tolerance, "--graph": graph or None}
     if inspect:
-        with missing_extra("export"):
-            from promprune.export.compare import describe_graphs
-        print(describe_graphs(package, graph or ()))
-        return
-    if against or reference:
-        _compare(
-            package,
-            CompareConfig(
-                backend=backend,
-                against=against or backend,
-                reference=reference,
-                graphs=tuple(graph or ()),
-                layers=layers,
-                tolerance=tolerance,
-            ),
-            as_json=as_json,
+        rest = {name: value for name, value in of_graphs.items() if name != "--graph"}
+        others = {"--against": against, "--reference": reference, "--json": as_json or None}
+        _refuse({**of_source, **rest, **others}, "with --inspect", "--graph beside it, or nothing")
+        _inspect(package, graph or ())
+    elif against or reference:
+        _refuse(of_source, "with --against or --reference", "it where a package is compared with its source")
+        config = CompareConfig(
+            backend=backend or DEFAULTS.backend,
+            against=against or backend or DEFAULTS.backend,
+            reference=reference,
+            graphs=tuple(graph or ()),
+            layers=layers,
+            tolerance=DEFAULTS.tolerance if tolerance is None else tolerance,
         )
-        return
-    if backend != DEFAULTS.backend or layers or graph:
-        raise typer.BadParameter(
-            "received --backend, --layers or --graph without --against or --reference; expected one of those two"
-        )
+        _compare(package, config, as_json=as_json)
+    else:
+        _refuse(of_graphs, "without --against or --reference", "one of those two")
+        _verify(package, model, DEFAULT_CHECK_IMAGES if images is None else images, as_json=as_json)
+
+
+def main() -> None:
+    """Entry point of ``promprune-verify``."""
+    run_command(verify)
+
+
+def _refuse(options: Mapping[str, object], where: str, expected: str) -> None:
+    """Refuse options that would be ignored."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise typer.BadParameter(f"received {' and '.join(given)} {where}; expected {expected}")
+
+
+def _inspect(package: Path, graphs: Sequence[str]) -> None:
+    with missing_extra("export"):
+        from promprune.export.compare import describe_graphs
+    print(describe_graphs(package, graphs))
+
+
+def _verify(package: Path, model: str | None, images: int, *, as_json: bool) -> None:
+    """Compare a package with its source; what can be refused without PyTorch is refused before it is started."""
     if not 1 <= images <= MAX_IMAGES:
         raise ConfigError(f"received images = {images}", expected=f"1 to {MAX_IMAGES}")
-    manifest = read_manifest(package, check_weights=True)
+    if model is not None:
+        local_folder(model)
+    manifest = read_manifest(package)
+    source = _source(package, manifest) if model is None else model
+    read_manifest(package, check_weights=True)  # of a large package that takes minutes: not before the source is found
     with missing_extra("export"):
-        from promprune.export.checkpoint import EMBEDDED_MODEL, load_checkpoint
+        from promprune.export.checkpoint import load_checkpoint
         from promprune.export.verify import verify_package
-    source = model or manifest.source.model
-    with console.status(f"comparing {package} with {source} on {images} images"):
-        checkpoint = load_checkpoint(None if source == EMBEDDED_MODEL and model is None else source)
-        _check_source(package, manifest, source, checkpoint.source.weights_sha256)
+    with console.status(f"comparing {plain(str(package))} with {plain(source or EMBEDDED_MODEL)} on {images} images"):
+        checkpoint = load_checkpoint(source)
+        _check_source(package, manifest, source or EMBEDDED_MODEL, checkpoint.source.weights_sha256)
         record = verify_package(package, manifest, checkpoint, num_images=images)
     if as_json:
         print_json({"package": str(package), **msgspec.to_builtins(record)})
@@ -147,15 +179,32 @@ def verify(
         raise typer.Exit(EXIT_REFUSED)
 
 
-def main() -> None:
-    """Entry point of ``promprune-verify``."""
-    run_command(verify)
+def _source(package: Path, manifest: Manifest) -> str | None:
+    """Return the model that a package was made from, as it says; ``None`` is the embedded one."""
+    name = manifest.source.model
+    if name == EMBEDDED_MODEL:
+        return None
+    try:
+        local_folder(name)
+    except ModelError as error:
+        raise ModelError(
+            f"{package} was made from {name!r}, and there is no model in a folder of that name here",
+            expected="the model it was made from",
+            fix="name it with --model",
+        ) from error
+    return name
 
 
 def _compare(package: Path, config: CompareConfig, *, as_json: bool) -> None:
+    if config.backend == config.against and (config.reference or package).resolve() == package.resolve():
+        raise ConfigError(
+            f"received {config.backend} to compare with {config.against}, which compares {package} with itself",
+            expected="another backend, or another package",
+            fix="choose another one with --backend, --against or --reference",
+        )
     with missing_extra("export"):
         from promprune.export.compare import compare_package
-    with console.status(f"comparing {package}") as status:
+    with console.status(f"comparing {plain(str(package))}") as status:
         results = compare_package(package, config, progress=_StatusProgress(status))
     if as_json:
         graphs = [{**asdict(result), "passed": result.passed} for result in results]
@@ -207,3 +256,7 @@ def _check_source(package: Path, manifest: Manifest, source: str, weights_sha256
             expected=f"weights with the digest {manifest.source.weights_sha256[:12]}...",
             fix="name the right model with --model, or export again",
         )
+
+
+if __name__ == "__main__":
+    main()

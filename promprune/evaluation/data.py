@@ -23,11 +23,11 @@ from PIL import Image
 
 from promprune import scenes
 from promprune.errors import ConfigError
+from promprune.evaluation.config import EMBEDDED_DATA
 from promprune.runtime import load_image
 
 __all__ = ["EMBEDDED_DATA", "Picture", "Question", "is_right", "load_data", "normalised"]
 
-EMBEDDED_DATA: Final = "embedded"
 _QUESTIONS_FILE: Final = "embedded_questions.jsonl"
 SPARSE_AND_DENSE: Final = "1-5 or 11-16 objects"
 _ANY_TYPE: Final = "question"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from jinja2 import Environment
@@ -74,13 +74,16 @@ _TEMPLATE: Final = """\
 """
 
 
-def gallery(full: Run, pruned: Run, pictures: Sequence[Picture], *, limit: int) -> str:
+def gallery(
+    full: Run, pruned: Run, pictures: Sequence[Picture], *, view: Callable[[Picture], Image.Image], limit: int
+) -> str:
     """Return a page that needs nothing else, in HTML.
 
     Args:
-        full: the run with all tokens, which knows what the model sees.
+        full: the run with all tokens.
         pruned: a run with fewer; must have selections.
         pictures: the data.
+        view: returns what the model sees of a picture; called for those that are shown.
         limit: most pictures to show; those come first whose answers suffered most.
     """
     entries = [_entry(full, pruned, index, picture) for index, picture in enumerate(pictures)]
@@ -88,10 +91,10 @@ def gallery(full: Run, pruned: Run, pictures: Sequence[Picture], *, limit: int) 
     shown = entries[:limit]
     for entry in shown:
         index = entry["index"]
-        view = full.views[index]
-        drawn = draw_kept_tokens(view, pruned.selections[index])
-        without_legend = (0, 0, drawn.width, drawn.width * view.height // view.width)
-        entry["view"], entry["image"] = _encoded(view), _encoded(drawn.crop(without_legend))
+        seen = view(pictures[index])
+        drawn = draw_kept_tokens(seen, pruned.selections[index])
+        without_legend = (0, 0, drawn.width, drawn.width * seen.height // seen.width)
+        entry["view"], entry["image"] = _encoded(seen), _encoded(drawn.crop(without_legend))
     condition = pruned.condition
     each = " of each crop" if any(len(selection.spectral_entropies) > 1 for selection in pruned.selections) else ""
     lost = sum(entry["lost"] for entry in entries)

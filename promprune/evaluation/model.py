@@ -116,6 +116,10 @@ class TorchModel:
         places, grids, view = self._layout(image, reference)
         return VisualTokens(reference=reference, saliency=saliency, places=places, grids=grids, view=view)
 
+    def view(self, image: Image.Image) -> Image.Image:
+        """What the model sees of an image, RGB."""
+        return self.encode(image).view
+
     @torch.inference_mode()
     def keep(self, tokens: VisualTokens, token_indices: Tensor) -> KeptTokens:
         """Some tokens of an image.

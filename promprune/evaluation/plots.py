@@ -11,7 +11,8 @@ import torch
 from matplotlib.figure import Figure
 
 from promprune.config import SelectionConfig
-from promprune.evaluation.runs import ALL, NONE, ORACLE, Run
+from promprune.evaluation.config import ALL, NONE, ORACLE
+from promprune.evaluation.runs import Run
 from promprune.evaluation.scores import Score
 from promprune.prominence import saliency_ratio
 

@@ -19,10 +19,10 @@ from typing import Final, cast
 
 import numpy as np
 import torch
-from PIL import Image
 
 from promprune.config import POLICIES, SelectionConfig, SelectionPolicy
 from promprune.errors import ConfigError
+from promprune.evaluation.config import ALL, CHOICES, NONE, ORACLE, check_conditions
 from promprune.evaluation.data import Picture
 from promprune.evaluation.model import KeptTokens, TorchModel, VisualTokens
 from promprune.package import Manifest
@@ -30,12 +30,19 @@ from promprune.pruning import PrunedTokens, prune_tokens
 from promprune.runtime import TokenSelection, VisionLanguagePipeline
 from promprune.scenes import Scene
 
-__all__ = ["ALL", "CHOICES", "ORACLE", "Condition", "Run", "ask_package", "ask_torch", "conditions", "oracle_saliency"]
+__all__ = [
+    "ALL",
+    "CHOICES",
+    "NONE",
+    "ORACLE",
+    "Condition",
+    "Run",
+    "ask_package",
+    "ask_torch",
+    "conditions",
+    "oracle_saliency",
+]
 
-ALL: Final = "all"
-NONE: Final = "none"
-ORACLE: Final = "oracle"
-CHOICES: Final = (*POLICIES, ORACLE, NONE)
 _PICTURES_AT_ONCE: Final = 32
 
 
@@ -69,13 +76,11 @@ class Run:
         condition: which.
         answers: of every picture's questions, in the order of the data.
         selections: of every picture; empty where nothing is selected.
-        views: of every picture, what the model sees; kept by the run with all tokens only.
     """
 
     condition: Condition
     answers: tuple[tuple[str, ...], ...]
     selections: tuple[TokenSelection, ...] = ()
-    views: tuple[Image.Image, ...] = ()
 
 
 def conditions(num_tokens: int, ratios: Sequence[float], policies: Sequence[str]) -> list[Condition]:
@@ -84,14 +89,10 @@ def conditions(num_tokens: int, ratios: Sequence[float], policies: Sequence[str]
     Raises:
         ConfigError: a ratio or policy is not one.
     """
-    for policy in policies:
-        if policy not in CHOICES:
-            raise ConfigError(f"received policy = {policy!r}", expected="one of " + ", ".join(CHOICES))
+    check_conditions(tuple(ratios), tuple(policies))
     found = [Condition("torch", ALL, num_tokens, num_tokens)]
     found += [Condition("torch", NONE, 0, num_tokens)] if NONE in policies else []
     for ratio in sorted(set(ratios), reverse=True):
-        if not 0 < ratio <= 1:
-            raise ConfigError(f"received ratio = {ratio:g}", expected="fractions above 0 and at most 1")
         keep = max(1, round(ratio * num_tokens))
         if keep < num_tokens:
             found += [Condition("torch", policy, keep, num_tokens) for policy in policies if policy != NONE]
@@ -110,11 +111,9 @@ def ask_torch(
     """Ask every question under every condition; ``done`` is told the number of further pictures."""
     answers: list[list[tuple[str, ...]]] = [[] for _ in wanted]
     selections: list[list[TokenSelection]] = [[] for _ in wanted]
-    views: list[Image.Image] = []
     for start in range(0, len(pictures), _PICTURES_AT_ONCE):
         part = pictures[start : start + _PICTURES_AT_ONCE]
         tokens = [model.encode(picture.load()) for picture in part]
-        views += [one.view for one in tokens]
         questions = [[question.text for question in picture.questions] for picture in part]
         for index, condition in enumerate(wanted):
             kept, chosen = select(model, part, tokens, condition, config)
@@ -123,7 +122,7 @@ def ask_torch(
             selections[index] += chosen
         done(len(part))
     return [
-        Run(condition, tuple(texts), tuple(chosen), tuple(views) if condition.policy == ALL else ())
+        Run(condition, tuple(texts), tuple(chosen))
         for condition, texts, chosen in zip(wanted, answers, selections, strict=True)
     ]
 
