@@ -116,6 +116,7 @@ def selection_record(config: ExportConfig, checkpoint: Checkpoint, num_tokens: i
         saliency_ratio_max=parameters.saliency_ratio_max,
         order=parameters.order,
         policy=parameters.policy,
+        loop=config.loop,
         parameters_from=chosen_by,
     )
 
@@ -178,6 +179,7 @@ def selector(config: ExportConfig, model: AdaptedModel, vision: VisionGraph, sel
         saliency_ratio_max=selection.saliency_ratio_max,
         order=selection.order,
         policy=selection.policy,
+        loop=selection.loop,
         opset=config.opset,
     )
     return ir.from_proto(proto)

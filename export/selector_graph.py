@@ -17,7 +17,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from promprune._version import __version__
-from promprune.config import SelectionConfig, SelectionPolicy, TokenOrder
+from promprune.config import LOOP_FORMS, LoopForm, SelectionConfig, SelectionPolicy, TokenOrder
 from promprune.entropy_table import ENTROPY_TABLE
 from promprune.errors import ConfigError
 from promprune.export.graph_builder import Constant, GraphBuilder, floats, ints
@@ -27,7 +27,6 @@ from promprune.selection import BLANK_NORM, RESIDUAL_FLOOR, TAKEN, random_order
 __all__ = ["FeatureDtype", "LoopForm", "build_selector"]
 
 FeatureDtype = Literal["float32", "float16", "bfloat16"]
-LoopForm = Literal["loop", "unrolled"]
 
 _ELEMENT_TYPES: dict[str, int] = {
     "float32": TensorProto.FLOAT,
@@ -87,7 +86,8 @@ def build_selector(
         dtype: of the features; everything inside is float32.
         mu, tau, saliency_ratio_min, saliency_ratio_max, order, policy: see :class:`promprune.config.SelectionConfig`.
         opset: 18 or later.
-        loop: ``"loop"`` for one ONNX Loop over the coverage stage, ``"unrolled"`` for T copies of its body.
+        loop: ``"loop"`` for one ONNX Loop over the coverage stage, with as many trips as the batch needs; ``"fixed"``
+            for one of always T trips, so that nothing depends on the data; ``"unrolled"`` for T copies of its body.
         token_mask: add the ``token_mask`` input.
 
     Returns:
@@ -142,8 +142,8 @@ def _check(sizes: Sizes, batch_size: int | str, dtype: str, opset: int, loop: st
         raise ConfigError(f"received dtype = {dtype!r}", expected=f"one of {', '.join(_ELEMENT_TYPES)}")
     if opset < 18:
         raise ConfigError(f"received opset = {opset}", expected="18 or later (reductions with axes as an input)")
-    if loop not in ("loop", "unrolled"):
-        raise ConfigError(f"received loop = {loop!r}", expected="'loop' or 'unrolled'")
+    if loop not in LOOP_FORMS:
+        raise ConfigError(f"received loop = {loop!r}", expected=f"one of {', '.join(LOOP_FORMS)}")
 
 
 def _diagonal(g: GraphBuilder, matrix: str, n: int) -> str:
@@ -310,8 +310,8 @@ def _initial_loss(
 
 def _coverage_stage(g: GraphBuilder, kernel: str, loss: str, count: str, sizes: Sizes, loop: LoopForm) -> str:
     """The picks of the coverage stage, [B, T]: each step takes the token with the smallest loss."""
-    if loop == "loop":
-        return _coverage_loop(g, kernel, loss, count, sizes)
+    if loop != "unrolled":
+        return _coverage_loop(g, kernel, loss, count, sizes, loop)
     coordinates, picks = None, []
     for _ in range(sizes.keep):
         loss, new, pick = _greedy_step(g, kernel, loss, coordinates, sizes.tokens)
@@ -320,13 +320,16 @@ def _coverage_stage(g: GraphBuilder, kernel: str, loss: str, count: str, sizes: 
     return g("Squeeze", g("Concat", *picks, axis=1), ints([2]))
 
 
-def _coverage_loop(g: GraphBuilder, kernel: str, loss: str, count: str, sizes: Sizes) -> str:
-    """As many steps as the image with the largest coverage stage needs, and at least one.
+def _coverage_loop(g: GraphBuilder, kernel: str, loss: str, count: str, sizes: Sizes, loop: LoopForm) -> str:
+    """As many steps as the image with the largest coverage stage needs, and at least one; or always T.
 
     Everything that goes around the loop keeps its shape, because TensorRT accepts nothing else: row t of the
     coordinates [B, T, N] and of the picks [B, T, 1] is written by step t.
     """
-    steps = g("Max", g("Sub", ints(sizes.keep), g("ReduceMin", count, keepdims=0)), ints(1))
+    if loop == "fixed":
+        steps: Constant | str = ints(sizes.keep)
+    else:
+        steps = g("Max", g("Sub", ints(sizes.keep), g("ReduceMin", count, keepdims=0)), ints(1))
     coordinates = g("Mul", loss, floats(np.zeros((1, sizes.keep, 1))))
     picks = g("ArgMin", coordinates, axis=2, keepdims=1)  # zeros too, as integers
     image = g("CumSum", g("Clip", count, ints(1), ints(1)), ints(0), exclusive=1)

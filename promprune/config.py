@@ -17,6 +17,7 @@ __all__ = [
     "DEFAULT_CHECK_IMAGES",
     "DTYPES",
     "ENGINE_BACKENDS",
+    "LOOP_FORMS",
     "MIN_CALIBRATION_IMAGES",
     "POLICIES",
     "CalibrateConfig",
@@ -25,6 +26,7 @@ __all__ = [
     "EngineBackend",
     "EngineConfig",
     "ExportConfig",
+    "LoopForm",
     "SelectionConfig",
     "SelectionPolicy",
     "TokenOrder",
@@ -34,9 +36,11 @@ __all__ = [
 TokenOrder = Literal["spatial", "selection"]
 SelectionPolicy = Literal["promprune", "saliency", "coverage", "half", "random"]
 Dtype = Literal["fp32", "fp16", "bf16"]
+LoopForm = Literal["loop", "fixed", "unrolled"]
 EngineBackend = Literal["tensorrt", "tensorrt-rtx"]
 
 DTYPES: Final = get_args(Dtype)
+LOOP_FORMS: Final = get_args(LoopForm)
 POLICIES: Final = get_args(SelectionPolicy)
 ENGINE_BACKENDS: Final = get_args(EngineBackend)
 DEFAULT_CHECK_IMAGES: Final = 8  # rendered images that a package is verified on
@@ -119,6 +123,8 @@ class ExportConfig:
         mu, tau: override the entropy constants of the model (see :class:`SelectionConfig`).
         order: order of the kept tokens.
         policy: what chooses them (see :class:`SelectionConfig`).
+        loop: form of the greedy stage: ``"loop"`` with as many trips as the images need, ``"fixed"`` with always T, so
+            that nothing depends on the data, ``"unrolled"`` without a loop, in twenty times the nodes.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -140,6 +146,7 @@ class ExportConfig:
     tau: float | None = None
     order: TokenOrder = SelectionConfig.order
     policy: SelectionPolicy = SelectionConfig.policy
+    loop: LoopForm = "loop"
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1:
@@ -158,6 +165,8 @@ class ExportConfig:
                 f"received the image grids {', '.join(f'{rows}x{columns}' for rows, columns in grids)}",
                 expected="rows and columns of at least 1, and each grid once",
             )
+        if self.loop not in LOOP_FORMS:
+            raise ConfigError(f"received loop = {self.loop!r}", expected="one of " + ", ".join(LOOP_FORMS))
         if not MIN_OPSET <= self.opset <= MAX_OPSET:
             raise ConfigError(f"received opset = {self.opset}", expected=f"{MIN_OPSET} to {MAX_OPSET}")
         SelectionConfig(order=self.order, policy=self.policy, **self.given_constants)  # refuses what is out of range
@@ -185,11 +194,12 @@ class ExportConfig:
 
 
 def default_output(config: ExportConfig) -> Path:
-    """Return the folder that is written when none is named: ``promprune-<model>-<ratio or T>``, and policy."""
+    """Return the folder that is written when none is named: ``promprune-<model>-<ratio or T>``, and what is unusual."""
     name = EMBEDDED_MODEL if config.model is None else Path(config.model).resolve().name
     kept = f"{config.ratio:g}" if config.keep_tokens is None else f"{config.keep_tokens}-tokens"
-    policy = "" if config.policy == SelectionConfig.policy else f"-{config.policy}"
-    return Path(f"promprune-{name}-{kept}{policy}" + ("" if config.dtype == "fp32" else f"-{config.dtype}"))
+    defaults = ExportConfig
+    other = [value for value in ("policy", "loop", "dtype") if getattr(config, value) != getattr(defaults, value)]
+    return Path("-".join(["promprune", name, kept, *(getattr(config, value) for value in other)]))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 
 from promprune.atomic import writing_folder
-from promprune.config import SelectionPolicy, TokenOrder
+from promprune.config import LoopForm, SelectionPolicy, TokenOrder
 from promprune.errors import OutputError, PackageError
 
 __all__ = [
@@ -119,6 +119,7 @@ class SelectionRecord(Record, frozen=True):
     order: TokenOrder
     parameters_from: str  # who chose mu and tau: "defaults", "model", "command line"
     policy: SelectionPolicy = "promprune"  # what chooses the kept tokens; the others are baselines
+    loop: LoopForm = "loop"  # form of the greedy stage
 
 
 class _Layout(Record, frozen=True):

@@ -31,7 +31,7 @@ from rich.progress import track
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from promprune.bench.authors_method import authors_select
-from promprune.config import SelectionConfig
+from promprune.config import LOOP_FORMS, SelectionConfig
 from promprune.export.selector_graph import build_selector
 from promprune.pruning import _coverage_loop, coverage_picks, prune_tokens
 from promprune.selection import select_tokens
@@ -139,7 +139,7 @@ def race(
 def speed(n: int, d: int, keep: int, threads: int, rounds: int, repeats: int, clock: str) -> dict[str, Any]:
     """The graph in ONNX Runtime against the authors' method in eager PyTorch, on the CPU."""
     torch.set_num_threads(threads)
-    sessions = {loop: open_session(n, d, keep, threads, loop=loop) for loop in ("loop", "unrolled")}
+    sessions = {loop: open_session(n, d, keep, threads, loop=loop) for loop in LOOP_FORMS}
     sets = [feature_set(index, n, d)[1:] for index in range(len(KINDS))]
     images = [(x[None], a[None]) for x, a in sets]
     batch = (np.stack([x for x, _ in sets]), np.stack([a for _, a in sets]))

@@ -1,20 +1,32 @@
 #!/bin/sh
-# Every measurement in docs/benchmarks.md, in a folder of its own: scripts/run scripts/benchmarks.sh FOLDER
+# Every measurement in docs/benchmarks.md but that of the peer, which needs an environment of its own, in a folder:
+#     scripts/run scripts/benchmarks.sh FOLDER
 # Needs 10 GB of memory and 30 GB of disk; leave the machine alone meanwhile.
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$1" && cd "$1"
 
-# LLaVA-1.5's vision tower and a language model of 1.1 billion parameters, twice
+# Measure a model at both ratios, beside PyTorch, in two runs of so many rounds, and compare the runs.
+measure_twice() { # MODEL ROUNDS
+    promprune-export "$1" --ratio 1.0 --no-verify -o "$1-1.0"
+    promprune-export "$1" --ratio 0.12 --no-verify -o "$1-0.12"
+    for run in 1 2; do
+        promprune-bench "$1-1.0" "$1-0.12" --model "$1" --baseline hf,authors --provider cpu \
+            --rounds "$2" --new-tokens 4 -o "$1-run-$run"
+    done
+    promprune-bench compare "$1-run-1/report.json" "$1-run-2/report.json" --relative-to "$1-1.0" || true
+}
+
+# LLaVA-1.5's vision tower and a language model of 1.1 billion parameters
 python "$root/scripts/make_random_llava.py" llava-1b --size 1b
-promprune-export llava-1b --ratio 1.0 --no-verify -o pkg-1.0
-promprune-export llava-1b --ratio 0.12 --no-verify -o pkg-0.12
-for run in 1 2; do
-    promprune-bench pkg-1.0 pkg-0.12 --model llava-1b --baseline hf,authors --provider cpu \
-        --rounds 6 --new-tokens 4 -o "1b-$run"
-done
-promprune-bench compare 1b-1/report.json 1b-2/report.json --relative-to pkg-1.0 || true
-python "$root/scripts/plot_report.py" 1b-1/report.json stages llava-1b-stages.png
+measure_twice llava-1b 6
+python "$root/scripts/plot_report.py" llava-1b-run-1/report.json stages llava-1b-stages.png
+
+# The same proportions at a sixtieth of the size
+PYTHONPATH=$root python -c 'from pathlib import Path
+from tests.test_runtime_speed import save_scaled_llava
+save_scaled_llava(Path("llava-60th"))'
+measure_twice llava-60th 10
 
 # The selection at the width of LLaVA-1.5-7B: its vision half, and one layer of its language model
 python "$root/scripts/make_random_llava.py" llava-7b-1layer --size 7b --layers 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import statistics
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from promprune.bench.contenders import Question
 from promprune.bench.export_cache import packages_of
 from promprune.bench.pytorch import PytorchContender, PytorchModel, PytorchSettings
 from promprune.bench.report import FIRST_TOKEN_STAGES, Report, read_report
+from promprune.bench.tables import grids
 from promprune.cli import bench as command
+from promprune.config import POLICIES
 from promprune.errors import ConfigError
 from promprune.export import ExportResult
 from tests.command_line import run
@@ -35,8 +38,8 @@ def report(
     """Two packages and both PyTorch baselines, in batches and at the same time."""
     output = tmp_path_factory.mktemp("bench") / "out"
     packages = [str(export.output) for export in (tiny_full_export, tiny_export)]
-    options = ["--baseline", "hf,authors", "--model", str(tiny_llava), "--provider", "cpu", "--num-threads", "1"]
-    loads = ["--batch", "1,2", "--concurrency", "1,2", "--rounds", "5", "--new-tokens", "3", "--cold-starts", "0"]
+    options = ["--baseline", "hf, authors", "--model", str(tiny_llava), "--provider", "cpu", "--num-threads", "1"]
+    loads = ["--batch", "2,1", "--concurrency", "1,2", "--rounds", "5", "--new-tokens", "3", "--cold-starts", "0"]
     outcome = run(command.main, *packages, *options, *loads, "-p", PROMPT, "-o", str(output), "--json")
     assert outcome.exit_code == 0, outcome.stderr
     assert {path.name for path in output.iterdir()} == {f"report.{end}" for end in ("json", "csv", "md", "html")}
@@ -59,6 +62,17 @@ def test_every_contender_is_measured_under_every_load(report: Report) -> None:
     for case in report.cases:
         assert case.stages["first_token"].n == 5 * case.concurrency
         assert case.prompts_per_s > 0
+
+
+def test_the_tables_are_of_one_prompt_at_a_time(report: Report) -> None:
+    """Though batches of two were asked for, and so measured, first."""
+    assert report.cases[0].batch == 2
+    assert [grid.title.partition(", ")[2] for grid in grids(report)[:1]] == ["one prompt at a time"]
+
+
+def test_packages_and_baselines_are_named_by_the_same_weights(report: Report) -> None:
+    assert len({contender.model for contender in report.contenders}) == 1
+    assert {contender.device for contender in report.contenders} == {"CPU"}
 
 
 def test_the_stages_add_up_to_the_first_token(report: Report) -> None:
@@ -160,12 +174,34 @@ def test_packages_of_every_family_are_measured(next_export: ExportResult, tiny_q
 
 
 def test_a_process_of_its_own_says_its_memory(tiny_export: ExportResult) -> None:
-    outcome = run(command.main, str(tiny_export.output), "--rounds", "1", "--provider", "cpu", "--json")
+    options = ["--rounds", "1", "--provider", "cpu", "--cold-starts", "2", "--json"]
+    outcome = run(command.main, str(tiny_export.output), *options)
     (contender,) = json.loads(outcome.stdout)["contenders"]
     cold = contender["cold_start"]
+    assert cold["n"] == 2
     assert 20e6 < cold["peak_host_bytes"] < 400e6
     assert cold["first_token_ms"] > 50
     assert cold["peak_device_bytes"] is None
+
+
+def test_what_a_process_refuses_is_the_whole_message(tiny_export: ExportResult, tmp_path: Path) -> None:
+    image = tmp_path / "image.png"
+    image.write_text("no image")
+    outcome = run(command.main, str(tiny_export.output), "--provider", "cpu", "-i", str(image))
+    assert outcome.exit_code == 1
+    assert len(outcome.error_lines) == 1
+    assert outcome.error_lines[0].startswith(f"error: {image} ")
+    assert "process that answers" not in outcome.error_lines[0]
+    assert "ImageError" not in outcome.error_lines[0]
+
+
+def test_a_baseline_of_another_model_is_refused(tiny_export: ExportResult, tiny_siglip: Path) -> None:
+    outcome = run(command.main, str(tiny_export.output), "--baseline", "hf", "--model", str(tiny_siglip))
+    assert outcome.exit_code == 1
+    assert len(outcome.error_lines) == 1
+    assert f"received a baseline of {tiny_siglip}, whose weights have the digest" in outcome.error_lines[0]
+    assert "the package tiny, made from tiny-llava with the digest" in outcome.error_lines[0]
+    assert "expected packages and baselines of one model" in outcome.error_lines[0]
 
 
 class _Silent:
@@ -190,9 +226,13 @@ def test_packages_are_exported_once(tiny_llava: Path, tmp_path: Path) -> None:
     ("arguments", "exit_code", "wanted"),
     [
         (["./nowhere"], 1, "nowhere is not an exported package (no such folder)"),
-        (["a", "--ratios", "1.0"], 2, "received packages and --ratios"),
+        (["a", "--ratios", "1.0"], 2, "received packages and --ratios; expected one of them: --ratios is for --model"),
+        (["a", "--dtype", "fp32"], 2, "received packages and --dtype"),
+        (["a", "--cache", "c"], 2, "received packages and --cache"),
+        (["a", "--model", "m"], 2, "received packages and --model; expected --baseline hf or authors with it"),
         (["a", "--baseline", "random"], 2, "received packages and --baseline random; expected --model"),
-        (["a", "--baseline", "vllm"], 1, "received baseline 'vllm'; expected one of hf, authors"),
+        (["a", "--baseline", "vllm"], 1, f"baseline 'vllm'; expected one of hf, authors, {', '.join(POLICIES[1:])}"),
+        (["a", "--peer", "openvino=.", "--batch", "4"], 1, "received batches = (4,) and a peer"),
         (["a", "--peer", "vllm"], 2, "received --peer 'vllm'; expected openvino=FOLDER"),
         (["a", "--peer", "openvino=./nowhere"], 1, "received peer nowhere, which is no folder"),
         (["a", "--rounds", "0"], 1, "received rounds = 0; expected at least 1"),
@@ -219,6 +259,64 @@ def test_a_report_is_not_replaced_unasked(tmp_path: Path) -> None:
     assert outcome.exit_code == 1
     assert "holds a report already" in outcome.error_lines[0]
     assert (tmp_path / "report.json").read_text() == "precious"
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where a measurement begins."""
+
+    def measure(*_: object) -> None:
+        raise AssertionError("it was measured")
+
+    monkeypatch.setattr("promprune.bench.measure.run_benchmark", measure)
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_what_the_page_needs_is_missed_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "promprune.bench.page", raising=False)
+    outcome = run(command.main, "a", "-o", str(tmp_path / "out"))
+    assert outcome.exit_code == 1
+    assert outcome.error_lines == [
+        "error: this command needs matplotlib, which is not installed; pip install 'promprune[bench]'"
+    ]
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured() -> None:
+    outcome = run(command.main, "a", "-o", "/proc/foo")
+    assert outcome.exit_code == 1
+    assert len(outcome.error_lines) == 1
+    assert outcome.error_lines[0].startswith("error: /proc/foo cannot be written (")
+
+
+def test_a_form_that_fails_does_not_take_the_report_with_it(
+    report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Report) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("promprune.bench.measure.run_benchmark", lambda *_: report)
+    monkeypatch.setattr("promprune.bench.tables.to_csv", fail)
+    outcome = run(command.main, "a", "-o", str(tmp_path))
+    assert outcome.exit_code == 1
+    assert outcome.error_lines == [f"error: {tmp_path} cannot be written (No space left on device); choose another -o"]
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    assert read_report(tmp_path / "report.json") == report
+    assert "Stages, one prompt at a time" in outcome.stdout
+
+
+def test_the_tables_are_on_stdout(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("promprune.bench.measure.run_benchmark", lambda *_: report)
+    outcome = run(command.main, "a")
+    assert outcome.exit_code == 0
+    for wanted in ("Stages, one prompt at a time", "Hugging Face", "CPU, fp32", report.machine.system):
+        assert wanted in outcome.stdout
+        assert wanted not in outcome.stderr
 
 
 @pytest.mark.skipif(importlib.util.find_spec("openvino_genai") is not None, reason="OpenVINO GenAI is installed")

@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from promprune.config import POLICIES, ExportConfig, SelectionConfig, SelectionPolicy
+from promprune.config import LOOP_FORMS, POLICIES, ExportConfig, SelectionConfig, SelectionPolicy
 from promprune.errors import ConfigError
 from promprune.export.pipeline import default_output, export_package
 from promprune.export.selector_graph import build_selector
@@ -73,7 +73,7 @@ def test_random_is_one_frozen_order() -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("loop", ["loop", "unrolled"])
+@pytest.mark.parametrize("loop", LOOP_FORMS)
 @pytest.mark.parametrize("policy", BASELINES)
 def test_graph_and_torch_agree_with_the_method(policy: SelectionPolicy, loop: str, masked: bool) -> None:
     x, a = images(5)

@@ -185,7 +185,7 @@ def test_a_gpu_that_does_not_start_is_passed_over(path: Path, monkeypatch: pytes
     with open_session(path, SessionOptions(provider=AUTO)) as session:
         assert session.device == "CPU"
         assert "not cuda: CUDA failure 100: no CUDA-capable device is detected" in session.notes
-    with pytest.raises(BackendError, match="cannot be loaded by ONNX Runtime .*no CUDA-capable device"):
+    with pytest.raises(BackendError, match=r"cannot be loaded by ONNX Runtime .*no CUDA-capable device"):
         open_session(path, SessionOptions(provider="cuda"))
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from promprune.config import SelectionConfig
+from promprune.config import LOOP_FORMS, SelectionConfig
 from promprune.entropy_table import ENTROPY_TABLE
 from promprune.errors import ConfigError
 from promprune.export.selector_graph import build_selector
@@ -96,7 +96,7 @@ def one(seed: int, n: int = 144, d: int = 160) -> tuple[Array, Array]:
 
 
 class TestAgreement:
-    @pytest.mark.parametrize("loop", ["loop", "unrolled"])
+    @pytest.mark.parametrize("loop", LOOP_FORMS)
     @pytest.mark.parametrize("config", [SelectionConfig(), SELECTION, HALF, COVERAGE])
     def test_orders_and_loops(self, config: SelectionConfig, loop: str) -> None:
         assert_agrees(*batch(range(6), 144, 160), 23, config=config, loop=loop)
@@ -213,7 +213,7 @@ class TestEdgeCases:
         assert got["saliency_count"][0, 0] == want.saliency_count
         assert got["token_indices"][0, :decided].tolist() == want.token_indices[:decided].tolist()
 
-    @pytest.mark.parametrize("loop", ["loop", "unrolled"])
+    @pytest.mark.parametrize("loop", LOOP_FORMS)
     @pytest.mark.parametrize(("n", "d"), [(200, 64), (144, 20), (100, 2)])
     def test_many_picks_after_the_rank_is_exhausted(self, n: int, d: int, loop: str) -> None:
         x, a = batch(range(5), n, d)
@@ -264,7 +264,7 @@ class TestEdgeCases:
         for b in (0, 2):
             assert got["token_indices"][b].tolist() == reference(x[b], a[b], 23, SELECTION).token_indices.tolist()
 
-    @pytest.mark.parametrize("loop", ["loop", "unrolled"])
+    @pytest.mark.parametrize("loop", LOOP_FORMS)
     def test_everything_is_not_finite(self, loop: str) -> None:
         x = np.full((1, 30, 16), math.nan, np.float32)
         got = run(x, np.full((1, 30), math.nan, np.float32), 7, loop=loop)
@@ -285,7 +285,7 @@ class TestEdgeCases:
 
 
 class TestPadding:
-    @pytest.mark.parametrize("loop", ["loop", "unrolled"])
+    @pytest.mark.parametrize("loop", LOOP_FORMS)
     @pytest.mark.parametrize("config", [SelectionConfig(), SELECTION, HALF, COVERAGE])
     def test_agrees(self, config: SelectionConfig, loop: str) -> None:
         x, a = batch(range(6), 144, 160)

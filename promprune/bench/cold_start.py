@@ -10,14 +10,17 @@ import statistics
 import subprocess
 import sys
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
 from promprune.bench.report import ColdStart
-from promprune.errors import BackendError
+from promprune.errors import BackendError, PrompruneError
 
-__all__ = ["ColdStartRequest", "measure_cold_starts"]
+__all__ = ["ColdStartRequest", "ProcessStart", "start_process", "summary_of"]
+
+_EXIT_REFUSED: Final = 3  # with the error's message as the last line of stdout; Python's own failures exit with 1
 
 
 class ColdStartRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,28 +39,40 @@ class _Outcome(msgspec.Struct, frozen=True, kw_only=True):
     peak_device_bytes: int | None
 
 
-def measure_cold_starts(request: ColdStartRequest, count: int) -> ColdStart:
-    """Start a process ``count`` times.
+class ProcessStart(NamedTuple):
+    """One process: the time from its start to the first token, in milliseconds, and its peak memory, in bytes."""
+
+    first_token_ms: float
+    peak_host_bytes: int
+    peak_device_bytes: int | None
+
+
+def start_process(request: ColdStartRequest) -> ProcessStart:
+    """Start one process, and wait for its answer.
 
     Raises:
-        BackendError: it failed; its last line says why.
+        BackendError: it failed; the message is that of its own error, where that was raised on purpose.
     """
     command = [sys.executable, "-m", "promprune.bench.cold_start", msgspec.json.encode(request).decode()]
-    starts, outcomes = [], []
-    for _ in range(count):
-        starts.append(time.time())
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            raise BackendError(f"a process that answers with one token failed ({last})")
-        outcomes.append(msgspec.json.decode(done.stdout.splitlines()[-1], type=_Outcome))
-    devices = [outcome.peak_device_bytes for outcome in outcomes if outcome.peak_device_bytes is not None]
-    times = [(outcome.finished_s - start) * 1000 for start, outcome in zip(starts, outcomes, strict=True)]
+    start = time.time()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == _EXIT_REFUSED:
+        raise BackendError(done.stdout.splitlines()[-1])
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise BackendError(f"a process that answers with one token failed ({last})")
+    outcome = msgspec.json.decode(done.stdout.splitlines()[-1], type=_Outcome)
+    return ProcessStart((outcome.finished_s - start) * 1000, outcome.peak_host_bytes, outcome.peak_device_bytes)
+
+
+def summary_of(starts: Sequence[ProcessStart]) -> ColdStart:
+    """Return the medians of at least one process."""
+    devices = [start.peak_device_bytes for start in starts if start.peak_device_bytes is not None]
     return ColdStart(
-        first_token_ms=round(statistics.median(times), 3),
-        peak_host_bytes=int(statistics.median(outcome.peak_host_bytes for outcome in outcomes)),
+        first_token_ms=round(statistics.median(start.first_token_ms for start in starts), 3),
+        peak_host_bytes=int(statistics.median(start.peak_host_bytes for start in starts)),
         peak_device_bytes=int(statistics.median(devices)) if devices else None,
-        n=count,
+        n=len(starts),
     )
 
 
@@ -74,7 +89,11 @@ def _answer(request: ColdStartRequest) -> None:
 
 
 def _main() -> None:
-    _answer(msgspec.json.decode(sys.argv[1], type=ColdStartRequest))
+    try:
+        _answer(msgspec.json.decode(sys.argv[1], type=ColdStartRequest))
+    except PrompruneError as error:
+        sys.stdout.write(f"{error}\n")
+        sys.exit(_EXIT_REFUSED)
     finished = time.time()
     from promprune.bench.machine import device_bytes_of_this_process, peak_host_bytes
 

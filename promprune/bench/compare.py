@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Final, NamedTuple
 
 from promprune.bench.report import STAGES, Case, Report
-from promprune.bench.statistics import Interval, paired_ratios, quantile, ratio_of_medians
+from promprune.bench.statistics import LEAST_ROUNDS, Interval, paired_ratios, quantile, ratio_of_medians
 from promprune.errors import ConfigError
 
-__all__ = ["CompareConfig", "Difference", "compare_reports"]
+__all__ = ["CompareConfig", "Comparison", "Difference", "MissingCase", "compare_reports"]
+
+# What must be equal in both reports, or their times are of different work.
+_SETTINGS: Final = ("prompt", "image", "image_sha256", "new_tokens", "threads", "provider", "backend")
+_FACTS: Final = ("kind", "model", "dtype", "device", "policy", "num_tokens", "keep_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +54,9 @@ class Difference:
         contender, batch, concurrency: which.
         before, after: medians: milliseconds, or a ratio with ``relative_to``.
         ratio: after over before; above 1 is slower.
-        regression: whether the ratio is past the threshold, and the interval says that it is no accident.
+        rounds: of the report that has fewer.
+        regression: whether the ratio is past the threshold, and the interval says that it is no accident; never
+            without an interval.
     """
 
     contender: str
@@ -57,28 +65,88 @@ class Difference:
     before: float
     after: float
     ratio: Interval
+    rounds: int
     regression: bool
 
+    @property
+    def verdict(self) -> str:
+        """In words, for a person."""
+        if self.ratio.low is None:
+            return f"too few rounds for an interval ({self.rounds} of {LEAST_ROUNDS})"
+        return "SLOWER" if self.regression else "ok"
 
-def compare_reports(before: Report, after: Report, config: CompareConfig) -> list[Difference]:
-    """Compare every case that both reports have.
+
+class MissingCase(NamedTuple):
+    """A case whose stage was measured in one report only.
+
+    Attributes:
+        contender, load: which, the load in words.
+        report: the one that lacks it: ``"A"``, the earlier one, or ``"B"``.
+    """
+
+    contender: str
+    load: str
+    report: str
+
+
+class Comparison(NamedTuple):
+    """What was compared, and what could not be."""
+
+    differences: list[Difference]
+    missing: list[MissingCase]
+
+
+def compare_reports(before: Report, after: Report, config: CompareConfig) -> Comparison:
+    """Compare every case that both reports have, and name those that one of them lacks.
 
     Raises:
-        ConfigError: they have none in common, or ``relative_to`` is not in both.
+        ConfigError: they are of different work or settings, have no case in common, or ``relative_to`` is not in both.
     """
+    _refuse_other_work(before, after)
     found = []
-    for case in before.cases:
+    for case in _cases(before, config):
         other = after.case(case.contender, case.batch, case.concurrency)
-        if other is None or case.contender == config.relative_to:
-            continue
-        if config.stage in case.stages and config.stage in other.stages:
+        if other is not None and config.stage in other.stages:
             found.append(_difference(case, _values(before, case, config), _values(after, other, config), config))
     if not found:
         raise ConfigError(
             f"the reports have no case with the stage {config.stage!r} in common",
             expected="the same contenders, batch and concurrency in both",
         )
-    return found
+    return Comparison(found, [*_missing(before, after, "B", config), *_missing(after, before, "A", config)])
+
+
+def _refuse_other_work(before: Report, after: Report) -> None:
+    for name in _SETTINGS:
+        _refuse_other(name, getattr(before.settings, name), getattr(after.settings, name))
+    known = {contender.name: contender for contender in before.contenders}
+    for other in after.contenders:
+        for name in _FACTS if other.name in known else ():
+            _refuse_other(f"{name} of {other.name}", getattr(known[other.name], name), getattr(other, name))
+
+
+def _refuse_other(what: str, before: object, after: object) -> None:
+    if before != after:
+        raise ConfigError(
+            f"received reports that differ in {what}: {before!r} in A, {after!r} in B",
+            expected="two measurements of the same work",
+            fix="run promprune-bench again as for the other report",
+        )
+
+
+def _cases(report: Report, config: CompareConfig) -> Iterator[Case]:
+    """Yield the cases that are to be compared."""
+    for case in report.cases:
+        if case.contender != config.relative_to and config.stage in case.stages:
+            yield case
+
+
+def _missing(report: Report, other: Report, name: str, config: CompareConfig) -> Iterator[MissingCase]:
+    """Yield the cases of a report that the other one, of that name, lacks."""
+    there = {(case.contender, case.batch, case.concurrency) for case in _cases(other, config)}
+    for case in _cases(report, config):
+        if (case.contender, case.batch, case.concurrency) not in there:
+            yield MissingCase(case.contender, case.load, name)
 
 
 def _values(report: Report, case: Case, config: CompareConfig) -> list[float]:
@@ -104,5 +172,6 @@ def _difference(case: Case, before: list[float], after: list[float], config: Com
         before=quantile(before, 0.5),
         after=quantile(after, 0.5),
         ratio=ratio,
-        regression=ratio.estimate > 1 + config.threshold and ratio.low > 1,
+        rounds=min(len(before), len(after)),
+        regression=ratio.estimate > 1 + config.threshold and ratio.low is not None and ratio.low > 1,
     )

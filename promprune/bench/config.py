@@ -27,9 +27,9 @@ class BenchConfig:
         new_tokens: length of every answer.
         rounds: measured ones; every contender is run once in each, under every load.
         warmup: rounds before, not counted.
-        batches: prompts answered together; one load each.
+        batches: prompts answered together; one load each. With ``openvino``, 1 is one of them.
         concurrencies: calls at the same time; one load each, PyTorch excepted.
-        cold_starts: processes started per contender; 0: none, and no peak memory.
+        cold_starts: processes started per contender, after one that is not counted; 0: none, and no peak memory.
         baselines: ``"hf"``: Hugging Face in PyTorch, unpruned; ``"authors"``: with their selection, at every T.
         model: folder or hub id of the baselines' model.
         openvino: folder of the model as OpenVINO GenAI runs it, at the ratios of the packages; ``None``: not measured.
@@ -48,7 +48,7 @@ class BenchConfig:
     warmup: int = 1
     batches: tuple[int, ...] = (1,)
     concurrencies: tuple[int, ...] = (1,)
-    cold_starts: int = 1
+    cold_starts: int = 3
     baselines: tuple[Baseline, ...] = ()
     model: str | None = None
     openvino: Path | None = None
@@ -71,3 +71,9 @@ class BenchConfig:
             raise ConfigError(f"received image {self.image}, which is no file", expected="an image file")
         if self.openvino is not None and not self.openvino.is_dir():
             raise ConfigError(f"received peer {self.openvino}, which is no folder", expected="a converted model")
+        if self.openvino is not None and 1 not in self.batches:
+            raise ConfigError(
+                f"received batches = {self.batches} and a peer, which answers one prompt at a time",
+                expected="1 among the batches",
+                fix="leave out the peer, or add 1 to --batch",
+            )

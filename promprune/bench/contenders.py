@@ -25,7 +25,16 @@ from promprune.runtime.loading import same_language_model
 from promprune.runtime.results import Result
 from promprune.runtime.sessions import Session, SessionOptions, Value, open_session
 
-__all__ = ["Facts", "Measurable", "PackageContender", "Question", "Sample", "open_packages"]
+__all__ = [
+    "Facts",
+    "Measurable",
+    "PackageContender",
+    "Question",
+    "Sample",
+    "device_of",
+    "open_packages",
+    "source_name",
+]
 
 CUT_BACKEND: Final = "onnxruntime"  # the backend that runs a graph as it is, and so the part of one
 
@@ -187,7 +196,7 @@ class PackageContender(Measurable):
             name=self.name,
             kind="package",
             path=str(self._folder),
-            model=f"{manifest.source.model} {manifest.source.weights_sha256[:12]}",
+            model=source_name(manifest),
             dtype=manifest.dtype,
             device=self.pipeline.device,
             num_tokens=selection.num_tokens,
@@ -230,6 +239,23 @@ def open_packages(folders: Mapping[str, Path], config: RuntimeConfig) -> list[Pa
             loaded.callback(pipeline.close)
         loaded.pop_all()
     return opened
+
+
+def device_of(folder: Path, config: RuntimeConfig) -> str:
+    """Load a package, say where its language model runs, and free it again.
+
+    Raises:
+        PackageError: it is no package with a language model.
+        BackendError: it cannot be loaded.
+    """
+    options: Any = vars(config)
+    with VisionLanguagePipeline.from_package(folder, **options) as pipeline:
+        return pipeline.device
+
+
+def source_name(manifest: Manifest) -> str:
+    """Name what a package was made from: the model, and the beginning of its weights' digest."""
+    return f"{manifest.source.model} {manifest.source.weights_sha256[:12]}"
 
 
 def package_work(

@@ -123,12 +123,12 @@ def _memory_bytes() -> int:
 
 
 def _busy_seconds() -> float | None:
-    """Return the seconds that all CPUs of the machine were busy since it started."""
+    """Return the seconds that all CPUs were busy since the machine started, or taken by others of its host."""
     first = (_read(_CPU_TIMES) or "").partition("\n")[0].split()
-    if first[:1] != ["cpu"]:
+    if first[:1] != ["cpu"] or len(first) < 9:
         return None
-    user, nice, system, _idle, _iowait, irq, softirq = map(int, first[1:8])
-    return float(user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+    user, nice, system, _idle, _iowait, irq, softirq, stolen = map(int, first[1:9])
+    return float(user + nice + system + irq + softirq + stolen) / os.sysconf("SC_CLK_TCK")
 
 
 def _own_seconds() -> float:

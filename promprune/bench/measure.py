@@ -19,10 +19,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
-from promprune.bench.ceilings import CeilingProbe
-from promprune.bench.cold_start import ColdStartRequest, measure_cold_starts
+from promprune.bench.ceilings import CeilingProbe, open_ceiling_probe
+from promprune.bench.cold_start import ColdStartRequest, ProcessStart, start_process, summary_of
 from promprune.bench.config import BenchConfig
-from promprune.bench.contenders import Measurable, Question, Sample, open_packages
+from promprune.bench.contenders import (
+    Facts,
+    Measurable,
+    PackageContender,
+    Question,
+    Sample,
+    device_of,
+    open_packages,
+    source_name,
+)
 from promprune.bench.machine import OtherLoad, describe_machine, load_average, usable_cpus
 from promprune.bench.report import (
     REPORT_VERSION,
@@ -37,7 +46,7 @@ from promprune.bench.report import (
     StageWork,
 )
 from promprune.bench.work import GraphWork
-from promprune.package import Manifest, read_manifest
+from promprune.package import Manifest, read_manifest, sha256_of_file
 from promprune.runtime.config import RuntimeConfig
 
 if TYPE_CHECKING:
@@ -79,7 +88,8 @@ def run_benchmark(config: BenchConfig, progress: Progress) -> Report:
     """Measure, and return the report.
 
     Raises:
-        PrompruneError: a package or baseline cannot be loaded or run, or an image not be read.
+        PrompruneError: a package or baseline cannot be loaded or run, they are not of the same model, or an image
+            cannot be read.
     """
     created, load_before = datetime.now(UTC), load_average()
     config = replace(config, runtime=_settled(config.runtime))
@@ -90,12 +100,10 @@ def run_benchmark(config: BenchConfig, progress: Progress) -> Report:
         pytorch = _pytorch_settings(config, manifests)
         cold_starts = _cold_starts(config, question, pytorch, progress)
         contenders = _open(config, pytorch, manifests, stack, progress)
-        dtype, threads = next(iter(manifests.values())).dtype, config.runtime.num_threads or 1
-        probe = CeilingProbe(dtype, provider=config.runtime.provider, threads=threads)
-        stack.callback(probe.close)
+        probe = _open_probe(config, contenders, manifests, stack)
         loads = _loads(config, contenders)
         measured, others = _rounds(config, question, contenders, loads, probe, progress)
-        ceilings = probe.result()
+        ceilings = None if probe is None else probe.result()
         records = _records(contenders, question, ceilings, cold_starts, loads, measured, progress)
     return Report(
         report_version=REPORT_VERSION,
@@ -128,19 +136,20 @@ def _image(given: Path | None) -> Iterator[Path]:
 
 
 def _pytorch_settings(config: BenchConfig, manifests: Mapping[str, Manifest]) -> dict[str, PytorchSettings]:
-    """Return what the baselines run, by name."""
+    """Return what the baselines run, by name: the packages' model, on the device that the first of them runs on."""
     if not config.baselines:
         return {}
-    import torch
-
-    from promprune.bench.pytorch import PytorchSettings
+    from promprune.bench.pytorch import PytorchSettings, check_weights, torch_device
 
     first = next(iter(manifests.values()))
+    model = config.model or _source_of(first)
+    check_weights(model, manifests)
     unpruned = PytorchSettings(
-        model=config.model or _source_of(first),
+        model=model,
         dtype=first.dtype,
-        device="cuda" if config.runtime.provider != "cpu" and torch.cuda.is_available() else "cpu",
+        device=torch_device(device_of(next(iter(config.packages.values())), config.runtime)),
         threads=config.runtime.num_threads or 1,
+        source=source_name(first),
     )
     found = {"Hugging Face": unpruned} if "hf" in config.baselines else {}
     if "authors" in config.baselines:
@@ -162,7 +171,7 @@ def _source_of(manifest: Manifest) -> str:
 def _cold_starts(
     config: BenchConfig, question: Question, pytorch: Mapping[str, PytorchSettings], progress: Progress
 ) -> dict[str, ColdStart]:
-    """Measure processes of their own, before this one holds anything large."""
+    """Measure processes of their own in turns, before this one holds anything large; the first of each warms up."""
     if config.cold_starts == 0:
         return {}
     asked: dict[str, Any] = {"image": str(question.image), "prompt": question.prompt}
@@ -171,12 +180,17 @@ def _cold_starts(
         **{name: ColdStartRequest(**asked, package=str(f), options=options) for name, f in config.packages.items()},
         **{name: ColdStartRequest(**asked, pytorch=asdict(settings)) for name, settings in pytorch.items()},
     }
-    progress.begin("cold starts", len(requests))
-    found = {}
-    for name, request in requests.items():
-        found[name] = measure_cold_starts(request, config.cold_starts)
-        progress.advance()
-    return found
+    order, shuffle = list(requests), random.Random(0)
+    starts: dict[str, list[ProcessStart]] = defaultdict(list)
+    progress.begin("cold starts", (1 + config.cold_starts) * len(requests))
+    for turn in range(1 + config.cold_starts):
+        shuffle.shuffle(order)
+        for name in order:
+            start = start_process(requests[name])
+            if turn > 0:
+                starts[name].append(start)
+            progress.advance()
+    return {name: summary_of(found) for name, found in starts.items()}
 
 
 def _open(
@@ -212,12 +226,27 @@ def _open(
     return contenders
 
 
+def _open_probe(
+    config: BenchConfig,
+    contenders: Sequence[Measurable],
+    manifests: Mapping[str, Manifest],
+    stack: contextlib.ExitStack,
+) -> CeilingProbe | None:
+    """Return what measures the ceilings of the device that the packages run on, where that can be done."""
+    device = next(contender.pipeline.device for contender in contenders if isinstance(contender, PackageContender))
+    dtypes = dict.fromkeys(manifest.dtype for manifest in manifests.values())
+    probe = open_ceiling_probe(dtypes, device=device, threads=config.runtime.num_threads or 1)
+    if probe is not None:
+        stack.callback(probe.close)
+    return probe
+
+
 def _loads(config: BenchConfig, contenders: Sequence[Measurable]) -> list[_Load]:
     """Every contender one by one, in batches, and several calls at a time; not batches times calls."""
     loads = [(batch, 1) for batch in config.batches] + [(1, calls) for calls in config.concurrencies if calls > 1]
     return [
         _Load(contender, batch, calls)
-        for batch, calls in loads
+        for batch, calls in dict.fromkeys(loads)
         for contender in contenders
         if (calls == 1 or contender.concurrent) and (batch == 1 or contender.batched)
     ]
@@ -228,14 +257,15 @@ def _rounds(
     question: Question,
     contenders: Sequence[Measurable],
     loads: Sequence[_Load],
-    probe: CeilingProbe,
+    probe: CeilingProbe | None,
     progress: Progress,
 ) -> tuple[dict[_Load, _Measured], tuple[float, ...]]:
     """Run the warm-up and the rounds; return the samples, and what others used of the CPUs in each round."""
     order, shuffle = list(loads), random.Random(0)
     progress.begin("warm-up", config.warmup * len(loads))
     for _ in range(config.warmup):
-        probe.run()
+        if probe is not None:
+            probe.run()
         for load in order:
             _call(load, question)
             progress.advance()
@@ -246,7 +276,8 @@ def _rounds(
     progress.begin("rounds", config.rounds * len(loads))
     for _ in range(config.rounds):
         shuffle.shuffle(order)
-        probe.run()
+        if probe is not None:
+            probe.run()
         for load in order:
             time.sleep(_PAUSE_S)
             samples, wall = _call(load, question)
@@ -273,7 +304,7 @@ def _call(load: _Load, question: Question) -> tuple[list[Sample], float]:
 def _records(
     contenders: Sequence[Measurable],
     question: Question,
-    ceilings: Ceilings,
+    ceilings: Ceilings | None,
     cold_starts: Mapping[str, ColdStart],
     loads: Sequence[_Load],
     measured: Mapping[_Load, _Measured],
@@ -284,20 +315,18 @@ def _records(
     for contender in contenders:
         facts = contender.facts(question)
         first = next(load for load in loads if load.contender is contender)
-        work = {name: _stage_work(counted, ceilings) for name, counted in (facts.work or {}).items()}
+        work = {name: _stage_work(counted, facts, ceilings) for name, counted in (facts.work or {}).items()}
         records.append(facts.record(work, measured[first].samples[-1].token_ids, cold_starts.get(contender.name)))
         progress.advance()
     return tuple(records)
 
 
-def _stage_work(work: GraphWork, ceilings: Ceilings) -> StageWork:
-    seconds = max(work.flops / ceilings.product_flops_per_s, work.traffic_bytes / ceilings.copy_bytes_per_s)
-    return StageWork(
-        flops=work.flops,
-        traffic_bytes=work.traffic_bytes,
-        bound_ms=round(seconds * 1000, 4),
-        uncounted=work.uncounted,
-    )
+def _stage_work(work: GraphWork, facts: Facts, ceilings: Ceilings | None) -> StageWork:
+    bound_ms = None
+    if ceilings is not None and facts.device == ceilings.device:
+        computing = work.flops / ceilings.product_flops_per_s[facts.dtype]
+        bound_ms = round(max(computing, work.traffic_bytes / ceilings.memory_bytes_per_s) * 1000, 4)
+    return StageWork(flops=work.flops, traffic_bytes=work.traffic_bytes, bound_ms=bound_ms, uncounted=work.uncounted)
 
 
 def _case(load: _Load, measured: _Measured, config: BenchConfig) -> Case:
@@ -322,6 +351,7 @@ def _settings(config: BenchConfig) -> Settings:
     return Settings(
         command=config.command,
         image="rendered scene 0" if config.image is None else config.image.name,
+        image_sha256=None if config.image is None else sha256_of_file(config.image),
         prompt=config.prompt,
         new_tokens=config.new_tokens,
         rounds=config.rounds,

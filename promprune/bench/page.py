@@ -88,7 +88,7 @@ def _stages_figure(report: Report) -> Figure:
         )
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.set_xlabel("time to first token, ms (medians)")
+    axes.set_xlabel(f"time to first token, ms (medians, {report.load_alone})")
     axes.set_title("Where the time to first token goes", loc="left", fontsize=11, pad=26)
     axes.legend(ncols=6, loc="lower left", bbox_to_anchor=(-0.01, 1.0), frameon=False, fontsize=8.5)
     return figure
@@ -100,22 +100,32 @@ def _gains_figure(report: Report) -> Figure | None:
     if not counted:
         return None
     figure, axes = _figure(5.6, 4.6)
-    most = max(max(1 / float(gain.flops or 1), 1 / gain.time.low) for gain in counted) * 1.12
+    ends = [_speed_ups(gain) for gain in counted]
+    most = (
+        max(max(1 / float(gain.flops or 1), fastest) for gain, (_, fastest) in zip(counted, ends, strict=True)) * 1.12
+    )
     axes.plot([1, most], [1, most], color="#9aa5b1", linewidth=1, linestyle="--")
     axes.annotate("ideal", (most, most), (-12, 3), textcoords="offset points", ha="right", va="bottom", color="#6b7680")
     for gain in counted:
         _draw_gain(axes, gain, _KIND_COLOURS[report.contender(gain.contender).kind])
     axes.set_xlim(left=1)
-    axes.set_ylim(bottom=min(1.0, *(1 / gain.time.high for gain in counted)) * 0.96)
+    axes.set_ylim(bottom=min(1.0, *(slowest for slowest, _ in ends)) * 0.96)
     axes.set_xlabel("FLOPs of the unpruned baseline over FLOPs, up to the first token")
-    axes.set_ylabel("first token: times as fast (95 % interval)")
+    axes.set_ylabel("first token: times as fast" + (" (95 % interval)" if counted[0].time.low is not None else ""))
     axes.set_title("Speed-up against the cut in FLOPs", loc="left", fontsize=11)
     return figure
 
 
+def _speed_ups(gain: Gain) -> tuple[float, float]:
+    """Return the ends of the interval as speed-ups, the slower first; the estimate twice where there is none."""
+    estimate, low, high = gain.time
+    return 1 / (high or estimate), 1 / (low or estimate)
+
+
 def _draw_gain(axes: Any, gain: Gain, colour: str) -> None:
     x, y = 1 / float(gain.flops or 1), 1 / gain.time.estimate
-    spread = [[y - 1 / gain.time.high], [1 / gain.time.low - y]]
+    slowest, fastest = _speed_ups(gain)
+    spread = [[y - slowest], [fastest - y]]
     axes.errorbar([x], [y], yerr=spread, fmt="o", color=colour, capsize=3)
     axes.annotate(gain.contender, (x, y), (7, -12), textcoords="offset points", fontsize=9)
 
@@ -130,7 +140,7 @@ def _first_token_figure(report: Report) -> Figure:
         style = {"color": _KIND_COLOURS[contender.kind], "linestyle": styles[row % len(styles)]}
         axes.step(times, shares, where="post", marker=".", label=contender.name, **style)
     axes.set_ylim(0, 1.03)
-    axes.set_xlabel("time to first token, ms")
+    axes.set_xlabel(f"time to first token, ms ({report.load_alone})")
     axes.set_ylabel("share of calls as fast")
     axes.set_title("Distribution of the time to first token", loc="left", fontsize=11)
     axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -172,7 +182,7 @@ def _svg(figure: Figure) -> str:
 
 def _outcome_first(tables: list[Grid]) -> tuple[str, str]:
     """Lay out the tables: what a reader looks for first, and the rest."""
-    first = [grid for grid in tables if grid.title == GAINS]
+    first = [grid for grid in tables if grid.title.startswith(GAINS)]
     return "".join(map(_table, first)), "".join(_table(grid) for grid in tables if grid not in first)
 
 

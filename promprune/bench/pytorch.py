@@ -22,11 +22,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from promprune.bench.authors_method import AuthorsSelection, authors_select
 from promprune.bench.contenders import Facts, Measurable, Question, Sample
-from promprune.errors import ConfigError
-from promprune.export.checkpoint import TORCH_DTYPES, ImageTextProcessor, family_of, load_model, load_processor, resolve
+from promprune.errors import BackendError, ConfigError
+from promprune.export.checkpoint import (
+    TORCH_DTYPES,
+    ImageTextProcessor,
+    family_of,
+    load_checkpoint,
+    load_model,
+    load_processor,
+    resolve,
+)
 from promprune.export.prompts import prompt_text
+from promprune.package import Manifest
 
-__all__ = ["PytorchContender", "PytorchModel", "PytorchSettings", "first_token"]
+__all__ = ["PytorchContender", "PytorchModel", "PytorchSettings", "check_weights", "first_token", "torch_device"]
 
 AUTHORS_FAMILY: Final = "llava"  # the one that the authors' method is written for here
 
@@ -40,6 +49,7 @@ class PytorchSettings:
         dtype: ``"fp32"``, ``"fp16"`` or ``"bf16"``.
         device: ``"cpu"`` or ``"cuda"``.
         threads: of the CPU.
+        source: how the report names the model; ``None``: as ``model``.
         keep_tokens: T of the authors' method; ``None``: unpruned.
         mu, tau: of the authors' method.
     """
@@ -48,6 +58,7 @@ class PytorchSettings:
     dtype: str
     device: str
     threads: int
+    source: str | None = None
     keep_tokens: int | None = None
     mu: float = 0.42
     tau: float = 0.02
@@ -146,7 +157,7 @@ class PytorchContender(Measurable):
             name=self.name,
             kind="hugging_face" if keep is None else "authors",
             path=settings.model,
-            model=settings.model,
+            model=settings.source or settings.model,
             dtype=settings.dtype,
             device="CUDA" if settings.device == "cuda" else "CPU",
             num_tokens=self._num_tokens if self._selected is None else self._selected.num_tokens,
@@ -277,6 +288,40 @@ class _FirstToken(transformers.generation.streamers.BaseStreamer):
 
     def end(self) -> None:
         """Take the end of the answer."""
+
+
+def check_weights(model: str, manifests: Mapping[str, Manifest]) -> None:
+    """Refuse a model that packages, by their names, were not made from.
+
+    Raises:
+        ConfigError: its weights have another digest.
+        ModelError: it cannot be loaded.
+    """
+    digest = load_checkpoint(model).source.weights_sha256
+    for name, manifest in manifests.items():
+        made_from = manifest.source
+        if made_from.weights_sha256 != digest:
+            raise ConfigError(
+                f"received a baseline of {model}, whose weights have the digest {digest[:12]}, and the package {name}, "
+                f"made from {made_from.model} with the digest {made_from.weights_sha256[:12]}",
+                expected="packages and baselines of one model",
+                fix="name the packages' model with --model, or export it again",
+            )
+
+
+def torch_device(device: str) -> str:
+    """Return PyTorch's name of the device that the packages run on, ``"CPU"`` or ``"CUDA"``.
+
+    Raises:
+        BackendError: this PyTorch cannot use it.
+    """
+    if device == "CUDA" and not torch.cuda.is_available():
+        raise BackendError(
+            f"the packages run on CUDA, which PyTorch {torch.__version__} cannot use for the baselines",
+            expected="a PyTorch built for this machine's CUDA",
+            fix="use --provider cpu, or leave out --baseline",
+        )
+    return device.lower()
 
 
 def first_token(settings: PytorchSettings, image: str, prompt: str) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Final, Literal, NamedTuple
 
 import msgspec
 
-from promprune.bench.statistics import Interval, paired_ratios, quantile, ratio_of_medians
+from promprune.bench.statistics import Interval, median_interval, paired_ratios, quantile
 from promprune.errors import PackageError
 
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
     "read_report",
 ]
 
-REPORT_VERSION: Final = 1
+REPORT_VERSION: Final = 2
 # The stages that follow one another up to the first token.
 FIRST_TOKEN_STAGES: Final = ("preprocess", "vision", "selection", "splice", "prefill")
 STAGES: Final = (*FIRST_TOKEN_STAGES, "first_token", "decode", "total")
@@ -70,6 +70,7 @@ class Settings(_Record, frozen=True):
 
     command: str
     image: str
+    image_sha256: str | None  # of the file; None for the rendered scene
     prompt: str
     new_tokens: Count
     rounds: Count
@@ -80,12 +81,19 @@ class Settings(_Record, frozen=True):
 
 
 class Ceilings(_Record, frozen=True):
-    """What the device reaches at its best, measured in the same process: one large product, one large copy."""
+    """What the device reaches at its best, measured in the same process: large products, one large copy, one sum."""
 
-    product_flops_per_s: float
-    product: str  # of what size and dtype
+    device: str
+    product_flops_per_s: dict[str, float]  # by the dtypes of the packages
+    product: str  # of what size
     copy_bytes_per_s: float  # read and written
-    copy: str
+    read_bytes_per_s: float  # read, with next to nothing written
+    memory: str  # of what size both were
+
+    @property
+    def memory_bytes_per_s(self) -> float:
+        """The faster of both, which no stage's traffic can beat."""
+        return max(self.copy_bytes_per_s, self.read_bytes_per_s)
 
 
 class StageWork(_Record, frozen=True):
@@ -93,12 +101,12 @@ class StageWork(_Record, frozen=True):
 
     flops: Size  # 2 per multiply-add of matrix products, convolutions and attention; nothing else
     traffic_bytes: Size  # each weight once, and the graph's inputs and outputs: what cannot be avoided
-    bound_ms: Milliseconds  # the longer of both at the measured ceilings
+    bound_ms: Milliseconds | None  # the longer of both at the measured ceilings; None where there are none
     uncounted: tuple[str, ...]  # operators outside the ONNX standard, which the count leaves out
 
 
 class ColdStart(_Record, frozen=True):
-    """Processes of their own, each from its start to the first token."""
+    """Processes of their own, each from its start to the first token, after one that is not counted."""
 
     first_token_ms: Milliseconds  # median; from starting the process
     peak_host_bytes: Size  # most resident memory, median
@@ -165,6 +173,12 @@ class Case(_Record, frozen=True):
     prompts_per_s: float  # answered, in the median round
     tokens_per_s: float  # generated, in the median round
 
+    @property
+    def load(self) -> str:
+        """In words: how many prompts together, and how many calls at once."""
+        together = "one prompt at a time" if self.batch == 1 else f"{self.batch} prompts together"
+        return together if self.concurrency == 1 else f"{together}, {self.concurrency} calls at once"
+
     def per_round(self, stage: str) -> tuple[float, ...]:
         """Return one time per round, in milliseconds: the mean of its concurrent calls."""
         samples, k = self.stages[stage].samples_ms, self.concurrency
@@ -178,7 +192,7 @@ class Report(_Record, frozen=True):
     created: str  # UTC, ISO 8601
     machine: Machine
     settings: Settings
-    ceilings: Ceilings
+    ceilings: Ceilings | None  # None where none can be measured on the device that the packages run on
     contenders: tuple[Contender, ...]
     cases: tuple[Case, ...]
 
@@ -192,9 +206,21 @@ class Report(_Record, frozen=True):
         return next((case for case in self.cases if (case.contender, case.batch, case.concurrency) == wanted), None)
 
     def alone(self) -> Iterator[tuple[Contender, Case]]:
-        """Yield the contenders with their first case: one prompt at a time, unless only others were measured."""
+        """Yield the contenders, each answering one prompt at a time, or in its first case where it never did."""
         for contender in self.contenders:
-            yield contender, next(case for case in self.cases if case.contender == contender.name)
+            first = next(case for case in self.cases if case.contender == contender.name)
+            yield contender, self.case(contender.name, 1, 1) or first
+
+    @property
+    def load_alone(self) -> str:
+        """The load of :meth:`alone`, in words."""
+        return " or ".join(dict.fromkeys(case.load for _, case in self.alone()))
+
+
+class _Versioned(msgspec.Struct):
+    """The one key of a report that is read before its version is known."""
+
+    report_version: int
 
 
 class Gain(NamedTuple):
@@ -202,7 +228,8 @@ class Gain(NamedTuple):
 
     Attributes:
         contender, baseline: names.
-        time: first-token time over that of the baseline, median over rounds, with its 95 % interval.
+        time: first-token time over that of the baseline, median over rounds, with its 95 % interval where there are
+            rounds enough for one.
         flops: counted work over that of the baseline; ``None`` where one was not counted.
     """
 
@@ -218,7 +245,7 @@ class Gain(NamedTuple):
 
 
 def gains(report: Report) -> list[Gain]:
-    """Compare every contender with the unpruned one of its toolchain, one prompt at a time."""
+    """Compare every contender with the unpruned one of its toolchain, at the load of :meth:`Report.alone`."""
     alone = list(report.alone())
     full = {_toolchain(contender): (contender, case) for contender, case in alone if _keeps_all(contender)}
     found = []
@@ -227,7 +254,7 @@ def gains(report: Report) -> list[Gain]:
             continue
         baseline, reference = full[_toolchain(contender)]
         ratios = paired_ratios(case.per_round("first_token"), reference.per_round("first_token"))
-        time = ratio_of_medians(ratios, [1.0])
+        time = median_interval(ratios)
         counted = contender.first_token_flops, baseline.first_token_flops
         flops = counted[0] / counted[1] if counted[0] and counted[1] else None
         found.append(Gain(contender.name, baseline.name, time, flops))
@@ -247,16 +274,14 @@ def read_report(path: Path) -> Report:
             f"{path} cannot be read ({error.strerror})", expected="a report.json of promprune-bench"
         ) from error
     try:
-        report = msgspec.json.decode(content, type=Report)
+        version = msgspec.json.decode(content, type=_Versioned).report_version
+        if version == REPORT_VERSION:
+            return msgspec.json.decode(content, type=Report)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise PackageError(f"{path} is not a benchmark report ({error})", fix="run promprune-bench again") from error
-    if report.report_version != REPORT_VERSION:
-        raise PackageError(
-            f"{path} has report version {report.report_version}",
-            expected=f"{REPORT_VERSION}",
-            fix="run promprune-bench again",
-        )
-    return report
+    raise PackageError(
+        f"{path} has report version {version}", expected=f"{REPORT_VERSION}", fix="run promprune-bench again"
+    )
 
 
 def _keeps_all(contender: Contender) -> bool:

@@ -8,7 +8,9 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Interval", "paired_ratios", "quantile", "ratio_of_medians"]
+__all__ = ["LEAST_ROUNDS", "Interval", "median_interval", "paired_ratios", "quantile", "ratio_of_medians"]
+
+LEAST_ROUNDS: Final = 6  # for an interval: of fewer, it would cover the truth less often than it says
 
 _RESAMPLES: Final = 4000
 _SEED: Final = 0
@@ -17,11 +19,11 @@ Floats = npt.NDArray[np.float64]
 
 
 class Interval(NamedTuple):
-    """An estimate and its confidence interval."""
+    """An estimate and its confidence interval, whose ends are ``None`` below :data:`LEAST_ROUNDS` rounds."""
 
     estimate: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 def quantile(values: Sequence[float], fraction: float) -> float:
@@ -43,10 +45,30 @@ def ratio_of_medians(numerator: Sequence[float], denominator: Sequence[float], *
     """
     random = np.random.default_rng(_SEED)
     above, below = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
-    ratios = _resampled_medians(above, random) / _resampled_medians(below, random)
+    estimate = float(np.median(above) / np.median(below))
+    if min(len(above), len(below)) < LEAST_ROUNDS:
+        return Interval(estimate, None, None)
+    return _interval(estimate, _resampled_medians(above, random) / _resampled_medians(below, random), confidence)
+
+
+def median_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
+    """Return the median, with its interval from rounds drawn again.
+
+    Args:
+        values: one per round.
+        confidence: of the interval.
+    """
+    drawn_from = np.asarray(values, np.float64)
+    estimate = float(np.median(drawn_from))
+    if len(values) < LEAST_ROUNDS:
+        return Interval(estimate, None, None)
+    return _interval(estimate, _resampled_medians(drawn_from, np.random.default_rng(_SEED)), confidence)
+
+
+def _interval(estimate: float, resampled: Floats, confidence: float) -> Interval:
     tail = (1 - confidence) / 2
-    low, high = np.quantile(ratios, [tail, 1 - tail])
-    return Interval(float(np.median(above) / np.median(below)), float(low), float(high))
+    low, high = np.quantile(resampled, [tail, 1 - tail])
+    return Interval(estimate, float(low), float(high))
 
 
 def _resampled_medians(values: Floats, random: np.random.Generator) -> Floats:

@@ -7,11 +7,12 @@ import io
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from promprune.bench.report import STAGES, Case, Contender, Report, gains
+from promprune.bench.report import STAGES, Case, Ceilings, Contender, Report, StageWork, gains
+from promprune.bench.statistics import LEAST_ROUNDS, Interval
 
 __all__ = ["GAINS", "Grid", "grids", "machine_lines", "to_csv", "to_markdown"]
 
-GAINS: Final = "Gains"
+GAINS: Final = "Gains"  # how the title of that table begins
 _BUSY: Final = 0.25  # of the CPU; above it, times say more about the others
 _STAGE_TITLES: Final = {"first_token": "first token", "decode": "decode, per token"}
 
@@ -67,21 +68,19 @@ def to_csv(report: Report) -> str:
 
 def machine_lines(report: Report) -> list[str]:
     """Say on what machine, with what settings, and in what company it was measured."""
-    machine, settings, ceilings = report.machine, report.settings, report.ceilings
+    machine, settings = report.machine, report.settings
     clock = f", {machine.cpu_mhz:.0f} MHz" if machine.cpu_mhz else ""
     governor = f", governor {machine.governor}" if machine.governor else ""
     memory = f"{machine.memory_bytes / 2**30:.0f} GiB"
     run = f"{settings.rounds} rounds after {settings.warmup} of warm-up, in turns; {settings.new_tokens} new tokens"
     asked = f"{settings.threads} threads, {settings.backend}, image: {settings.image}, prompt: {settings.prompt!r}"
-    product = f"{ceilings.product_flops_per_s / 1e9:.1f} GFLOP/s ({ceilings.product})"
-    copy = f"{ceilings.copy_bytes_per_s / 1e9:.1f} GB/s ({ceilings.copy})"
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
     lines = [
         f"{machine.cpu}, {machine.cpus} CPUs{clock}{governor}, {memory}, {machine.system}",
         *machine.gpus,
         versions,
         f"{run}, {asked}",
-        f"ceilings measured: {product}, {copy}",
+        _ceilings_line(report.ceilings),
         f"load average before and after: {machine.load_before}, {machine.load_after}",
     ]
     if machine.other_cpu_fraction:
@@ -92,14 +91,24 @@ def machine_lines(report: Report) -> list[str]:
     return [*lines, f"`{settings.command}`"]
 
 
+def _ceilings_line(ceilings: Ceilings | None) -> str:
+    if ceilings is None:
+        return "no ceilings measured, so no bounds: ONNX Runtime cannot use the device that the packages run on"
+    rates = ", ".join(f"{rate / 1e9:.1f} GFLOP/s in {dtype}" for dtype, rate in ceilings.product_flops_per_s.items())
+    copy, read = (rate / 1e9 for rate in (ceilings.copy_bytes_per_s, ceilings.read_bytes_per_s))
+    memory = f"{copy:.1f} GB/s copying and {read:.1f} GB/s reading ({ceilings.memory})"
+    return f"ceilings measured on {ceilings.device}: {rates} ({ceilings.product}), {memory}"
+
+
 def _stages(report: Report) -> Grid:
     alone = list(report.alone())
     measured = [stage for stage in STAGES if any(stage in case.stages for _, case in alone)]
     rows = [(_STAGE_TITLES.get(stage, stage), *(_cell(case, stage) for _, case in alone)) for stage in measured]
     tokens = [f"{contender.keep_tokens} of {contender.num_tokens}" for contender, _ in alone]
-    rows.insert(0, ("visual tokens", *tokens))
+    devices = [f"{contender.device}, {contender.dtype}" for contender, _ in alone]
+    rows[:0] = [("device", *devices), ("visual tokens", *tokens)]
     note = "Milliseconds: median (p10 ... p90). Preprocess to prefill add up to the first token, but for its choice."
-    return Grid("Stages", note, ("", *(contender.name for contender, _ in alone)), rows)
+    return Grid(f"Stages, {report.load_alone}", note, ("", *(contender.name for contender, _ in alone)), rows)
 
 
 def _cell(case: Case, stage: str) -> str:
@@ -127,35 +136,43 @@ def _gains(report: Report) -> Grid:
             (
                 gain.contender,
                 gain.baseline,
-                f"{1 / time.estimate:.2f}x ({1 / time.high:.2f} ... {1 / time.low:.2f})",
+                _speed_up(time),
                 f"{time.estimate - 1:+.1%}",
                 *counted,
             )
         )
-    header = ("", "against", "first token faster (95 % interval)", "time", "FLOPs", "of what FLOPs allow")
-    return Grid(GAINS, "Medians over rounds of the ratio within a round; FLOPs up to the first token.", header, rows)
+    note, faster = "Medians over rounds of the ratio within a round; FLOPs up to the first token.", "first token faster"
+    if report.settings.rounds < LEAST_ROUNDS:
+        note += f" Too few rounds for an interval ({report.settings.rounds} of {LEAST_ROUNDS})."
+    else:
+        faster += " (95 % interval)"
+    header = ("", "against", faster, "time", "FLOPs", "of what FLOPs allow")
+    return Grid(f"{GAINS}, {report.load_alone}", note, header, rows)
+
+
+def _speed_up(time: Interval) -> str:
+    interval = "" if time.low is None or time.high is None else f" ({1 / time.high:.2f} ... {1 / time.low:.2f})"
+    return f"{1 / time.estimate:.2f}x{interval}"
 
 
 def _work(report: Report) -> Grid:
     rows = []
     for contender, case in report.alone():
         for stage, work in contender.work.items():
-            times = case.stages.get(stage)
-            median = None if times is None else times.median_ms
-            rows.append(
-                (
-                    contender.name,
-                    _STAGE_TITLES.get(stage, stage),
-                    f"{work.flops / 1e9:.3f}",
-                    f"{work.traffic_bytes / 1e6:.1f}",
-                    _ms(work.bound_ms),
-                    "" if median is None else _ms(median),
-                    "" if not median else _percent(work.bound_ms / median),
-                )
-            )
+            counted = (f"{work.flops / 1e9:.3f}", f"{work.traffic_bytes / 1e6:.1f}")
+            rows.append((contender.name, _STAGE_TITLES.get(stage, stage), *counted, *_against_bound(case, stage, work)))
     header = ("", "stage", "GFLOP", "MB moved", "bound, ms", "measured, ms", "of the ceiling")
-    note = "From the graphs' shapes, one image; the bound is at the measured ceilings."
-    return Grid("Counted work", note, header, rows)
+    note = "From the graphs' shapes; the bound is at the measured ceilings."
+    return Grid(f"Counted work of one image, measured: {report.load_alone}", note, header, rows)
+
+
+def _against_bound(case: Case, stage: str, work: StageWork) -> tuple[str, str, str]:
+    """Return the bound, the median, and the share of the one in the other where both are of one image."""
+    times, bound = case.stages.get(stage), work.bound_ms
+    median = None if times is None else times.median_ms
+    one_image = (case.batch, case.concurrency) == (1, 1)
+    share = bound / median if one_image and median and bound is not None else None
+    return "" if bound is None else _ms(bound), "" if median is None else _ms(median), _percent(share)
 
 
 def _memory(report: Report) -> Grid:

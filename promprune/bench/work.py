@@ -42,13 +42,6 @@ class GraphWork:
     traffic_bytes: int
     uncounted: tuple[str, ...] = ()
 
-    def __add__(self, other: GraphWork) -> GraphWork:
-        return GraphWork(
-            flops=self.flops + other.flops,
-            traffic_bytes=self.traffic_bytes + other.traffic_bytes,
-            uncounted=tuple(sorted({*self.uncounted, *other.uncounted})),
-        )
-
 
 def load_graph(path: Path) -> onnx.ModelProto:
     """Read a graph without its weights."""

@@ -5,23 +5,27 @@ from __future__ import annotations
 import importlib
 import shlex
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
 import typer
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from promprune.bench.config import BenchConfig
+from promprune.atomic import replace_file
+from promprune.bench.config import BASELINES, BenchConfig
 from promprune.cli.common import (
     EXIT_REFUSED,
     console,
     missing_extra,
     missing_package,
     option_type,
+    plain,
     print_json,
     run_command,
 )
@@ -31,7 +35,7 @@ from promprune.errors import ConfigError, OutputError
 from promprune.runtime.config import RuntimeConfig
 
 if TYPE_CHECKING:
-    from promprune.bench.compare import Difference
+    from promprune.bench.compare import Comparison, Difference, MissingCase
     from promprune.bench.report import Report
 
 __all__ = ["bench", "compare", "main"]
@@ -39,7 +43,10 @@ __all__ = ["bench", "compare", "main"]
 EXTRA: Final = "bench"
 OPENVINO: Final = ("openvino-genai", "openvino_genai", "openvino")  # how it is installed, and imported
 DEFAULT_RATIOS: Final = "1.0,0.12"
+DEFAULT_DTYPE: Final = "fp32"
 _INT: Final = "a whole number"
+_FILE_COLUMNS: Final = 240  # of the tables where stdout is no terminal
+_POLICIES: Final = POLICIES[1:]  # the first is the method itself
 
 
 def bench(
@@ -56,9 +63,15 @@ def bench(
         ),
     ] = None,
     ratios: Annotated[
-        str, typer.Option(help="Fractions KEPT of the packages that are exported.", metavar="LIST")
-    ] = DEFAULT_RATIOS,
-    dtype: Annotated[str, typer.Option(help=f"Of those packages: {' or '.join(DTYPES)}.")] = "fp32",
+        str | None,
+        typer.Option(
+            help="Fractions KEPT of the packages that are exported.", show_default=DEFAULT_RATIOS, metavar="LIST"
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help=f"Of those packages: {' or '.join(DTYPES)}.", show_default=DEFAULT_DTYPE, metavar="NAME"),
+    ] = None,
     cache: Annotated[
         Path | None,
         typer.Option(help="Folder they are kept in.", show_default="~/.cache/promprune/bench", metavar="FOLDER"),
@@ -67,7 +80,7 @@ def bench(
         str,
         typer.Option(
             help="Measure also: hf (Hugging Face in PyTorch, unpruned), authors (with their selection, eager); with "
-            f"--model, other policies of selection: {', '.join(POLICIES[1:])}.",
+            f"--model, other policies of selection: {', '.join(_POLICIES)}.",
             show_default="none",
             metavar="LIST",
         ),
@@ -100,7 +113,7 @@ def bench(
     cold_starts: Annotated[
         int,
         typer.Option(
-            help="Processes started of each, for peak memory and the time from nothing.",
+            help="Processes started of each, after one more, for peak memory and the time from nothing.",
             parser=option_type(int, _INT),
             metavar="COUNT",
         ),
@@ -129,19 +142,15 @@ def bench(
 
       promprune-bench --model ./llava-1.5-7b-hf --ratios 1.0,0.5,0.25,0.12 --batch 1,4 --concurrency 1,2
     """
-    if packages and ratios != DEFAULT_RATIOS:
-        raise typer.BadParameter("received packages and --ratios; expected one of them: --ratios is for --model")
     if output is not None:
         _check_output(output, force=force)
     with missing_extra(EXTRA):
         from promprune.bench.measure import run_benchmark
 
-    named = list(filter(None, baseline.split(",")))
-    policies = [name for name in named if name in POLICIES]
-    if packages and policies:
-        raise typer.BadParameter(
-            f"received packages and --baseline {policies[0]}; expected --model, or packages exported with --policy"
-        )
+    baselines, policies = _baselines(baseline)
+    if packages:
+        exporting = {"--ratios": ratios, "--dtype": dtype, "--cache": cache, "--model": None if baselines else model}
+        _refuse_with_packages(exporting, policies)
     asked: dict[str, Any] = {
         "image": image,
         "prompt": prompt,
@@ -151,7 +160,7 @@ def bench(
         "batches": _numbers(batch, int, "--batch", "whole numbers such as 1,4"),
         "concurrencies": _numbers(concurrency, int, "--concurrency", "whole numbers such as 1,2"),
         "cold_starts": cold_starts,
-        "baselines": tuple(name for name in named if name not in POLICIES),
+        "baselines": baselines,
         "model": model,
         "openvino": _openvino(peer),
         "runtime": RuntimeConfig(
@@ -165,16 +174,22 @@ def bench(
     given = {_name(folder): folder for folder in packages or []}
     if packages and len(given) < len(packages):
         raise ConfigError("received packages of the same name", expected="folders with different names")
-    wanted = _numbers(ratios, float, "--ratios", "fractions such as 1.0,0.12")
+    wanted = _numbers(DEFAULT_RATIOS if ratios is None else ratios, float, "--ratios", "fractions such as 1.0,0.12")
     BenchConfig(packages=given or {"none yet": Path()}, **asked)  # refuses what is wrong before anything is exported
+    if output is not None:
+        _prepare_output(output)
     with _bar() as progress, missing_extra("export"), missing_package(*OPENVINO):
         if peer is not None:
             importlib.import_module("openvino_genai")  # rather now than after the first measurements
-        folders = given or _exported(model, wanted, dtype, policies, cache, progress)
+        folders = given or _exported(
+            model, wanted, DEFAULT_DTYPE if dtype is None else dtype, policies, cache, progress
+        )
         report = run_benchmark(BenchConfig(packages=folders, **asked), progress)
-    if output is not None:
-        _write(report, output)
-    _print(report, as_json=as_json)
+    try:
+        if output is not None:
+            _write(report, output)
+    finally:  # what was measured is not lost with a disk that is full by now
+        _print(report, as_json=as_json)
 
 
 def compare(
@@ -200,12 +215,16 @@ def compare(
             metavar="CONTENDER",
         ),
     ] = None,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Accept cases that only one report has.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON on stdout.")] = False,
 ) -> None:
-    """Compare two reports. Exits with 1 if B is slower than A by more than the threshold.
+    """Compare two reports of the same work. Exits with 1 if B is slower than A by more than the threshold.
 
     A regression is a ratio of medians past the threshold whose confidence interval, from rounds drawn again and
-    again, lies above 1 as a whole.
+    again, lies above 1 as a whole; below 6 rounds there is no interval. It exits with 1 also where one report lacks
+    a case of the other.
 
     Examples:
 
@@ -219,12 +238,14 @@ def compare(
     config = CompareConfig(stage=stage, threshold=threshold, confidence=confidence, relative_to=relative_to)
     found = compare_reports(read_report(before), read_report(after), config)
     if as_json:
-        print_json({"stage": stage, "threshold": threshold, "differences": [_plain(entry) for entry in found]})
+        print_json({"stage": stage, "threshold": threshold, **_as_plain(found)})
     else:
-        console.print(_differences(found, config.stage, relative_to))
-    slower = [entry for entry in found if entry.regression]
-    print(f"{len(slower)} of {len(found)} cases are slower by more than {threshold:.1%}", file=sys.stderr)
-    if slower:
+        _results().print(_differences(found.differences, config.stage, relative_to))
+    for missing in found.missing:
+        console.print(_missing_line(missing), soft_wrap=True)
+    slower = [entry for entry in found.differences if entry.regression]
+    print(f"{len(slower)} of {len(found.differences)} cases are slower by more than {threshold:.1%}", file=sys.stderr)
+    if slower or (found.missing and not allow_missing):
         raise typer.Exit(EXIT_REFUSED)
 
 
@@ -270,6 +291,27 @@ def _numbers(text: str, convert: Callable[[str], Any], option: str, expected: st
         raise typer.BadParameter(f"received {option} {text!r}; expected {expected}") from error
 
 
+def _baselines(text: str) -> tuple[tuple[str, ...], list[str]]:
+    """Return the baselines in PyTorch, and the other policies of selection, that a list names."""
+    named = [name.strip() for name in text.split(",") if name.strip()]
+    for name in named:
+        if name not in (*BASELINES, *_POLICIES):
+            raise ConfigError(f"received baseline {name!r}", expected=f"one of {', '.join((*BASELINES, *_POLICIES))}")
+    return tuple(name for name in named if name in BASELINES), [name for name in named if name in _POLICIES]
+
+
+def _refuse_with_packages(exporting: Mapping[str, object], policies: list[str]) -> None:
+    """Refuse options that say how packages are exported, beside packages."""
+    for option, value in exporting.items():
+        if value is not None:
+            use = "--baseline hf or authors with it" if option == "--model" else f"one of them: {option} is for --model"
+            raise typer.BadParameter(f"received packages and {option}; expected {use}")
+    if policies:
+        raise typer.BadParameter(
+            f"received packages and --baseline {policies[0]}; expected --model, or packages exported with --policy"
+        )
+
+
 def _openvino(peer: str | None) -> Path | None:
     """Return the folder of the one peer that is known."""
     if peer is None:
@@ -307,21 +349,47 @@ def _check_output(output: Path, *, force: bool) -> None:
         )
 
 
+def _prepare_output(output: Path) -> None:
+    """Make sure, before anything is measured, that the reports can be written."""
+    with missing_extra(EXTRA):
+        importlib.import_module("promprune.bench.page")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output) as scratch:
+            scratch.write(b"promprune")
+    except OSError as error:
+        raise _unwritable(output, error) from error
+
+
 def _write(report: Report, output: Path) -> None:
-    """Write all four forms, each of which appears whole or not at all."""
+    """Write all four forms, each of which appears whole or not at all, the one that the others follow from first."""
     from promprune.bench.page import to_html
     from promprune.bench.tables import to_csv, to_markdown
 
-    content = msgspec.json.format(msgspec.json.encode(report), indent=2).decode() + "\n"
-    texts = {"json": content, "csv": to_csv(report), "md": to_markdown(report), "html": to_html(report)}
+    forms: dict[str, Callable[[Report], str]] = {
+        "json": _json_text,
+        "csv": to_csv,
+        "md": to_markdown,
+        "html": to_html,
+    }
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        for suffix, text in texts.items():
-            partial = output / f".report.{suffix}.partial"
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(output / f"report.{suffix}")
+        for suffix, text_of in forms.items():
+            replace_file(output / f"report.{suffix}", text_of(report).encode())
     except OSError as error:
-        raise OutputError(f"{output} cannot be written ({error.strerror})", fix="choose another -o") from error
+        raise _unwritable(output, error) from error
+
+
+def _json_text(report: Report) -> str:
+    return msgspec.json.format(msgspec.json.encode(report), indent=2).decode() + "\n"
+
+
+def _unwritable(output: Path, error: OSError) -> OutputError:
+    return OutputError(f"{output} cannot be written ({error.strerror})", fix="choose another -o")
+
+
+def _results() -> Console:
+    """Return what tables are printed with on stdout; in a file, they may be wider than a terminal."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _FILE_COLUMNS)
 
 
 def _print(report: Report, *, as_json: bool) -> None:
@@ -330,15 +398,16 @@ def _print(report: Report, *, as_json: bool) -> None:
         return
     from promprune.bench.tables import grids, machine_lines
 
+    results = _results()
     for line in machine_lines(report):
-        console.print(line, style="dim", markup=False, soft_wrap=True)
+        results.print(plain(line), style="dim", soft_wrap=True)
     for grid in grids(report):
         table = Table(title=grid.title, caption=grid.note or None, title_justify="left", title_style="bold")
         for number, title in enumerate(grid.header):
-            table.add_column(title, justify="right" if number else "left")
+            table.add_column(plain(title), justify="right" if number else "left")
         for row in grid.rows:
-            table.add_row(*row)
-        console.print(table)
+            table.add_row(*map(plain, row))
+        results.print(table)
 
 
 def _differences(found: list[Difference], stage: str, relative_to: str | None) -> Table:
@@ -347,12 +416,22 @@ def _differences(found: list[Difference], stage: str, relative_to: str | None) -
     for number, title in enumerate(("", "batch", "calls at once", f"A, {unit}", f"B, {unit}", "B / A", "interval", "")):
         table.add_column(title, justify="right" if number else "left")
     for entry in found:
-        ratio, interval = f"{entry.ratio.estimate:.3f}", f"{entry.ratio.low:.3f} ... {entry.ratio.high:.3f}"
+        ratio, low, high = entry.ratio
+        interval = "" if low is None or high is None else f"{low:.3f} ... {high:.3f}"
         load = (str(entry.batch), str(entry.concurrency), f"{entry.before:.4g}", f"{entry.after:.4g}")
-        verdict = "[bold red]SLOWER[/]" if entry.regression else "[green]ok[/]"
-        table.add_row(entry.contender, *load, ratio, interval, verdict)
+        colour = "bold red" if entry.regression else "green" if interval else "yellow"
+        table.add_row(plain(entry.contender), *load, f"{ratio:.3f}", interval, f"[{colour}]{entry.verdict}[/]")
     return table
 
 
-def _plain(entry: Difference) -> dict[str, Any]:
-    return {**vars(entry), "ratio": entry.ratio._asdict()}
+def _missing_line(case: MissingCase) -> str:
+    return f"[yellow]missing[/] in {case.report}: {plain(case.contender)}, {case.load}"
+
+
+def _as_plain(found: Comparison) -> dict[str, Any]:
+    differences = [{**vars(entry), "ratio": entry.ratio._asdict()} for entry in found.differences]
+    return {"differences": differences, "missing": [case._asdict() for case in found.missing]}
+
+
+if __name__ == "__main__":
+    main()

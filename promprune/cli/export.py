@@ -64,7 +64,10 @@ def export(
         typer.Option("-o", "--output", help="Folder to write.", metavar="OUT", show_default="promprune-MODEL-RATIO"),
     ] = DEFAULTS.output,
     dtype: Annotated[
-        str, typer.Option(help=f"Of weights and activations: {' or '.join(DTYPES)}. The selection is always fp32.")
+        str,
+        typer.Option(
+            help=f"Of weights and activations: {' or '.join(DTYPES)}. The selection is always fp32.", metavar="DTYPE"
+        ),
     ] = DEFAULTS.dtype,
     image_grid: Annotated[
         str | None,
@@ -91,11 +94,23 @@ def export(
         ),
     ] = DEFAULTS.tau,
     order: Annotated[
-        str, typer.Option(help="Of the kept tokens: spatial, or selection (the authors' order).")
+        str, typer.Option(help="Of the kept tokens: spatial, or selection (the authors' order).", metavar="ORDER")
     ] = DEFAULTS.order,
     policy: Annotated[
-        str, typer.Option(help=f"What chooses the kept tokens: {', '.join(POLICIES)}; all but the first are baselines.")
+        str,
+        typer.Option(
+            help=f"What chooses the kept tokens: {', '.join(POLICIES)}; all but the first are baselines.",
+            metavar="POLICY",
+        ),
     ] = DEFAULTS.policy,
+    loop: Annotated[
+        str,
+        typer.Option(
+            help="Form of the greedy stage: loop, as many trips as the images need; fixed, always as many, so that "
+            "nothing depends on the data; unrolled, without a loop.",
+            metavar="FORM",
+        ),
+    ] = DEFAULTS.loop,
     split_selector: Annotated[
         bool, typer.Option("--split-selector", help="Also write the selection as a graph of its own.")
     ] = DEFAULTS.split_selector,
@@ -147,6 +162,7 @@ def export(
         tau=tau,
         order=order,  # type: ignore[arg-type]  # validated by SelectionConfig
         policy=policy,  # type: ignore[arg-type]  # validated by SelectionConfig
+        loop=loop,  # type: ignore[arg-type]  # validated by ExportConfig
     )
     result = _run(config)
     _print_warnings(result)
