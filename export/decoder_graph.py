@@ -104,11 +104,13 @@ def decoder_graph(model: AdaptedModel, *, opset: int) -> ir.Model:
 
 
 def _refuse_unsupported(text_config: Any) -> None:
+    """Refuse rotary frequencies that depend on the length of the text: a graph has one set, and a cache keeps it."""
     rope = getattr(text_config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "dynamic":
+    kind, original = rope.get("rope_type"), rope.get("original_max_position_embeddings")
+    if kind == "dynamic" or (kind == "longrope" and (original or 0) < text_config.max_position_embeddings):
         raise UnsupportedModelError(
-            "the language model has rope_type = 'dynamic': its rotary frequencies change with the length of the text",
-            expected="frequencies that stay, as those of default, linear, yarn, llama3 or longrope",
+            f"the language model has rope_type = {kind!r}: its rotary frequencies change with the length of the text",
+            expected="frequencies that stay, as those of default, linear, llama3 or yarn",
         )
 
 

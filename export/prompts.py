@@ -12,8 +12,12 @@ def chat_template(processor: Any) -> Any:
 
     Of several with names, the one for plain conversations.
     """
-    template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
-    return template.get("default") if isinstance(template, dict) else template
+    for owner in (processor, processor.tokenizer):
+        template = getattr(owner, "chat_template", None)
+        template = template.get("default") if isinstance(template, dict) else template
+        if template:
+            return template
+    return None
 
 
 def prompt_text(processor: Any, image_token_id: int, question: str) -> str:

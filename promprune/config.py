@@ -124,7 +124,7 @@ class ExportConfig:
         order: order of the kept tokens.
         policy: what chooses them (see :class:`SelectionConfig`).
         loop: form of the greedy stage: ``"loop"`` with as many trips as the images need, ``"fixed"`` with always T, so
-            that nothing depends on the data, ``"unrolled"`` without a loop, in twenty times the nodes.
+            that nothing depends on the data, ``"unrolled"`` without a loop, some twenty nodes per kept token.
 
     Raises:
         ConfigError: a value is out of its range.

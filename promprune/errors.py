@@ -111,7 +111,7 @@ def one_line(text: str) -> str:
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", " ".join(text.split()))
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of what another library says of its error, or else the error's kind."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:200]

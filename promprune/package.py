@@ -406,7 +406,7 @@ def writing_package(output: Path, *, force: bool = False) -> Iterator[Path]:
         OutputError: ``output`` exists and ``force`` is off, or it exists and is no package, or cannot be written.
     """
     check_output(output, force=force)
-    with writing_folder(output, replace=force, fix="free space there, or choose another output folder") as partial:
+    with writing_folder(output, replace=force, fix="choose another output folder, or add --force") as partial:
         yield partial
 
 

@@ -9,7 +9,14 @@ from typing import Final
 
 from promprune.errors import ImageError, ModelError
 
-__all__ = ["EMBEDDED_MODEL", "EXPECTED_MODEL", "embedded_model_folder", "folder_images", "local_folder"]
+__all__ = [
+    "EMBEDDED_MODEL",
+    "EXPECTED_MODEL",
+    "embedded_model_folder",
+    "folder_images",
+    "local_folder",
+    "source_of_package",
+]
 
 EMBEDDED_MODEL: Final = "embedded"
 EXPECTED_MODEL: Final = "a folder in Hugging Face format, a hub id such as llava-hf/llava-1.5-7b-hf, or nothing"
@@ -44,6 +51,32 @@ def local_folder(name: str | None) -> Path | None:
     if not _HUB_ID.match(name):
         raise ModelError(f"received {name!r}: there is no such folder", expected=EXPECTED_MODEL)
     return None
+
+
+def source_of_package(package: Path, name: str) -> str | None:
+    """Return the model that a package was made from, where it can be found by what its manifest says.
+
+    Args:
+        package: its folder.
+        name: of the source, in its manifest: a hub id, or of a folder without the way to it.
+
+    Returns:
+        A folder or hub id; ``None`` is the embedded model.
+
+    Raises:
+        ModelError: it is no hub id, and there is no such folder here.
+    """
+    if name == EMBEDDED_MODEL:
+        return None
+    try:
+        local_folder(name)
+    except ModelError as error:
+        raise ModelError(
+            f"{package} was made from {name!r}, and there is no model in a folder of that name here",
+            expected="the model it was made from",
+            fix="name it with --model",
+        ) from error
+    return name
 
 
 def folder_images(folder: Path, limit: int) -> list[Path]:

@@ -55,7 +55,7 @@ def torch_bytes(array: Array) -> bytes:
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr("archive/data.pkl", _pickled(array))
         archive.writestr("archive/byteorder", sys.byteorder)
-        archive.writestr("archive/data/0", np.ascontiguousarray(array).tobytes())
+        archive.writestr("archive/data/0", np.ascontiguousarray(array, array.dtype.newbyteorder("=")).tobytes())
         archive.writestr("archive/version", "3\n")
     return stream.getvalue()
 

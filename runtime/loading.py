@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from promprune.errors import PackageError
-from promprune.package import DECODER, EMBED_TOKENS, Manifest
+from promprune.package import DECODER, EMBED_TOKENS, VISION_ENCODER, Manifest
 from promprune.runtime.config import RuntimeConfig
 from promprune.runtime.layouts import ImageLayout
 from promprune.runtime.layouts.base import expect
@@ -58,15 +58,20 @@ def open_language_model(folder: Path, manifest: Manifest, config: RuntimeConfig)
     return embed, decoder
 
 
-def expect_same_width(vision: Mapping[str, Session], hidden_size: int) -> None:
+def expect_same_width(manifest: Manifest) -> None:
     """Compare the size of the visual tokens with that of the language model's embeddings.
+
+    The manifest's own words: every graph is compared with them when it is opened.
 
     Raises:
         PackageError: they differ.
     """
-    for session in vision.values():
-        made = session.outputs["image_features"]
-        expect(f"size of the visual tokens of {session.name}", made.shape[-1], hidden_size)
+    decoder = manifest.graphs.get(DECODER)
+    wanted = [tensor.shape[-1] for tensor in decoder.inputs if tensor.name == "inputs_embeds"] if decoder else []
+    for name, graph in manifest.graphs.items():
+        for tensor in graph.outputs if wanted and name.startswith(VISION_ENCODER) else ():
+            if tensor.name == "image_features":
+                expect(f"size of the visual tokens of {name}", tensor.shape[-1], wanted[0])
 
 
 def steps_in_place(folder: Path, decoder: Session) -> bool:

@@ -90,12 +90,12 @@ class VisionLanguagePipeline:
         config = RuntimeConfig(**options)
         folder = Path(path)
         manifest = read_manifest(folder, check_weights=config.check_weights)
+        expect_same_width(manifest)
+        prompts = PromptBuilder.from_package(folder, manifest)  # before the graphs, which take longer
+        eos = eos_token_ids_of(read_json(folder / "generation_config.json"))
         embed, decoder = open_language_model(folder, manifest, config)
         encoder = ImageEncoder.open(folder, manifest, config)
-        eos = eos_token_ids_of(read_json(folder / "generation_config.json"))
-        prompts = PromptBuilder.from_package(folder, manifest)
         language_model = Decoder(decoder, config.prefill_chunk, in_place=steps_in_place(folder, decoder))
-        expect_same_width(encoder.sessions, language_model.hidden_size)
         return cls(encoder, prompts, embed, language_model, eos)
 
     def with_vision_of(self, path: str | Path, **options: Unpack[RuntimeOptions]) -> Self:
@@ -119,9 +119,9 @@ class VisionLanguagePipeline:
             raise PackageError(
                 f"{folder} has another language model", expected="the same files as the package that is loaded"
             )
-        encoder = ImageEncoder.open(folder, manifest, config)
-        expect_same_width(encoder.sessions, self._decoder.hidden_size)
+        expect_same_width(manifest)
         prompts = PromptBuilder.from_package(folder, manifest)
+        encoder = ImageEncoder.open(folder, manifest, config)
         return type(self)(encoder, prompts, self._embed, self._decoder, self._eos_token_ids)
 
     def generate(self, images: Images = (), prompt: Prompt = "", **options: Unpack[GenerationOptions]) -> Result:

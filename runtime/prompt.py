@@ -6,7 +6,8 @@ A message is ``{"role": "user", "content": TEXT}`` or ``{"role": ..., "content":
 Only the chat template writes special tokens. The caller's texts may not contain the image placeholder: it would stand
 for an image that is not there, so it is refused. Other special tokens in a text (``</s>``, ``<|im_end|>``), and all in
 what the assistant said, are read as the characters they are written with, also where they begin in one text and end in
-the next: a text cannot end its turn and begin another's.
+the next, or in the template: a text cannot end its turn and begin another's. Special tokens that a package's tokenizer
+finds in normalized text only (``"normalized": true``) are an exception.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from promprune.errors import PackageError, PrompruneError, PromptError
+from promprune.errors import PackageError, PrompruneError, PromptError, first_line
 from promprune.package import CHAT_TEMPLATE_FILE, Manifest
 
 if TYPE_CHECKING:
@@ -54,11 +55,12 @@ FALLBACK_TEMPLATE: Final = """\
 {%- for part in message.content if part.type == 'text' %}{{ part.text + ' ' }}{% endfor %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
-# In texts while the template has them: code points that are no characters, and never will be. One is in front of every
-# special token, the other after every beginning of one with which a text ends: any text might follow.
+# In texts while the template has them: code points that are no characters, and never will be. A special token stands
+# between the two. The second one is also at the end of a text that ends with the beginning of one, and at the start of
+# a text that starts with the end of one: any text might follow, or stand before.
 _LITERAL: Final = "\ufdd0"
-_TEXT_END: Final = "\ufdd1"
-_MARKS: Final = re.compile(f"([{_LITERAL}{_TEXT_END}])")
+_EDGE: Final = "\ufdd1"
+_MARKS: Final = re.compile(f"([{_LITERAL}{_EDGE}])")
 _ROLE: Final = re.compile("[A-Za-z_]+")
 _MAX_RENDERED_CHARACTERS: Final = 8_000_000
 _SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -259,10 +261,12 @@ class PromptBuilder:
         plain = "".join([*texts, last])
         places = list(accumulate(map(len, texts)))  # of the marks in the plain text
         literal = {place for place, mark in zip(places, marks, strict=True) if mark == _LITERAL}
+        edges = {place for place, mark in zip(places, marks, strict=True) if mark == _EDGE}
         done = 0
         for match in self._special.finditer(plain):
             begin, end = match.span()
-            if begin in literal or bisect_right(places, begin) < bisect_left(places, end):
+            between = begin in literal and end in edges  # both: a template may have cut what one of them belonged to
+            if between or bisect_right(places, begin) < bisect_left(places, end):
                 yield plain[done:begin], False
                 yield match[0], True
                 done = end
@@ -301,16 +305,11 @@ class PromptBuilder:
         """Finds special tokens, the longest first."""
         return re.compile("|".join(map(re.escape, sorted(self._special_texts, key=len, reverse=True))))
 
-    def _begins_special(self, text: str) -> bool:
-        """Say whether a text ends with the beginning of a special token."""
-        special = self._special_texts
-        longest = max(map(len, special))
-        for begin in range(max(0, len(text) - longest), len(text)):
-            end = text[begin:]
-            place = bisect_left(special, end)  # of what begins with it, if any does
-            if place < len(special) and special[place].startswith(end):
-                return True
-        return False
+    @cached_property
+    def _parts_of_special(self) -> tuple[frozenset[str], frozenset[str]]:
+        """What special tokens begin with, and what they end with."""
+        cuts = [(text[:place], text[place:]) for text in self._special_texts for place in range(1, len(text))]
+        return frozenset(head for head, _ in cuts), frozenset(tail for _, tail in cuts)
 
     def _checked(self, message: Message) -> dict[str, Any]:
         """Return a message of plain strings, lists and dicts, with its content as a list of parts."""
@@ -343,10 +342,16 @@ class PromptBuilder:
         return {"type": "text", "text": self._marked(text)}
 
     def _marked(self, text: str) -> str:
-        """Mark what is, or may become, a special token; space at the end stays there, for templates that trim it."""
-        marked = self._special.sub(rf"{_LITERAL}\g<0>", text)
-        said = marked.rstrip()
-        return f"{said}{_TEXT_END}{marked[len(said) :]}" if self._begins_special(said) else marked
+        """Mark what is, or may become, a special token; space around it stays outside, for templates that trim it."""
+        said = text.strip()
+        if not said:
+            return text
+        heads, tails = self._parts_of_special
+        lengths = range(1, min(len(said), max(map(len, self._special_texts))) + 1)
+        before = _EDGE if any(said[:length] in tails for length in lengths) else ""
+        behind = _EDGE if any(said[-length:] in heads for length in lengths) else ""
+        marked = self._special.sub(rf"{_LITERAL}\g<0>{_EDGE}", said)
+        return text.replace(said, f"{before}{marked}{behind}", 1)
 
 
 def as_messages(prompt: str | Sequence[Message], num_images: int) -> list[Message]:
@@ -390,10 +395,10 @@ def tokenizer_errors(received: str) -> Iterator[None]:
     """
     try:
         yield
-    except (PrompruneError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (PrompruneError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        raise PackageError(f"{received} ({str(error)[:200]})", fix=_AGAIN) from error
+        raise PackageError(f"{received} ({first_line(error)})", fix=_AGAIN) from error
 
 
 def _joined(parts: Iterator[str]) -> str:

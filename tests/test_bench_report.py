@@ -25,7 +25,7 @@ from promprune.bench.report import (
     gains,
     read_report,
 )
-from promprune.bench.statistics import median_interval, paired_ratios, quantile, ratio_of_medians
+from promprune.bench.statistics import least_rounds, median_interval, paired_ratios, quantile, ratio_of_medians
 from promprune.bench.tables import machine_lines, to_csv, to_markdown
 from promprune.cli import bench as command
 from promprune.errors import ConfigError, PackageError
@@ -225,7 +225,6 @@ def test_of_few_rounds_compare_says_so_and_finds_no_regression(tmp_path: Path) -
     ("changes", "wanted"),
     [
         ({"prompt": "other"}, "differ in prompt: 'p' in A, 'other' in B; expected two measurements of the same work"),
-        ({"image": "other.png"}, "differ in image: 'i' in A"),
         ({"image_sha256": "1" * 64}, "differ in image_sha256"),
         ({"new_tokens": 2}, "differ in new_tokens: 1 in A, 2 in B"),
         ({"threads": 1}, "differ in threads"),
@@ -257,6 +256,32 @@ def test_contenders_of_one_name_that_are_not_the_same_are_not_compared(changes: 
     other = msgspec.structs.replace(report, contenders=(full, msgspec.structs.replace(pruned, **changes)))
     with pytest.raises(ConfigError, match=wanted):
         compare_reports(report, other, CompareConfig())
+
+
+def test_another_name_of_the_image_and_the_automatic_provider_are_no_difference() -> None:
+    report = report_of(BASE)
+    settings = msgspec.structs.replace(report.settings, image="copy.png", provider="auto")
+    other = msgspec.structs.replace(report, settings=settings)
+    assert len(compare_reports(report, other, CompareConfig()).differences) == 2
+
+
+def test_a_load_without_the_reference_is_missing_and_no_mistake() -> None:
+    """PyTorch runs no concurrent calls, so there is nothing to compare with in those."""
+    report = report_of(BASE)
+    two_at_once = msgspec.structs.replace(report.case("pruned", 1, 1), concurrency=2)
+    both = msgspec.structs.replace(report, cases=(*report.cases, two_at_once))
+    found = compare_reports(both, both, CompareConfig(relative_to="full"))
+    assert [(d.contender, d.concurrency) for d in found.differences] == [("pruned", 1)]
+    with pytest.raises(ConfigError, match="relative to 'nobody', which a report lacks; expected one of full, pruned"):
+        compare_reports(both, both, CompareConfig(relative_to="nobody"))
+
+
+@pytest.mark.parametrize(("confidence", "rounds"), [(0.9, 5), (0.95, 6), (0.99, 8), (0.999, 11)])
+def test_an_interval_needs_rounds_for_its_confidence(confidence: float, rounds: int) -> None:
+    values = [float(value) for value in range(1, rounds + 1)]
+    assert least_rounds(confidence) == rounds
+    assert median_interval(values, confidence=confidence).low is not None
+    assert median_interval(values[1:], confidence=confidence).low is None
 
 
 def test_cases_that_one_report_lacks_are_named(tmp_path: Path) -> None:

@@ -32,10 +32,17 @@ def test_values_of_a_wrong_type(tiny_llava: Path, tmp_path: Path, changes: dict[
     assert not (tmp_path / "out").exists()
 
 
-def test_rotary_frequencies_that_change_with_the_length(tmp_path: Path) -> None:
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("dynamic", {}),
+        ("longrope", {"original_max_position_embeddings": 32, "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}),
+    ],
+)
+def test_rotary_frequencies_that_change_with_the_length(tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
+    rope = {"rope_type": kind, "factor": 2.0, "rope_theta": 10000.0, **changes}
     checkpoint = save_tiny_llava(tmp_path / "checkpoint", text={"rope_parameters": rope})
-    with pytest.raises(UnsupportedModelError, match="rope_type = 'dynamic'"):
+    with pytest.raises(UnsupportedModelError, match=f"rope_type = '{kind}'"):
         export_package(ExportConfig(model=str(checkpoint), output=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
@@ -50,3 +57,9 @@ def test_of_several_chat_templates_the_default_one_is_taken(tiny_llava: Path, tm
     assert prompt_text(loaded, 3, "Why?") == "USER: <image>\nWhy? ASSISTANT:"
     result = export_package(ExportConfig(model=str(checkpoint), ratio=0.25, output=tmp_path / "out"))
     assert (result.output / "chat_template.jinja").read_text() == CHAT_TEMPLATE
+
+
+def test_without_a_default_one_the_tokenizers_template_is_taken(tiny_llava: Path) -> None:
+    processor = load_processor(tiny_llava)
+    processor.chat_template, processor.tokenizer.chat_template = {"tool_use": "no"}, "plain"
+    assert chat_template(processor) == "plain"

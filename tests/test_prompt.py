@@ -298,6 +298,24 @@ def test_what_a_template_writes_around_a_text_stays_special(tmp_path: Path, text
 
 
 @pytest.mark.parametrize(
+    ("cut", "text", "kept"),
+    [
+        ("{{ messages[0].content[0].text.split('<pad>')[0] }}", "hi<pad>rest", "hi"),
+        ("{{ messages[0].content[0].text | replace('<pad>', '') }}", "hi<pad>", "hi"),
+        ("{{ messages[0].content[0].text | trim }}", "  </s>  ", "</s>"),
+        ("<{{ messages[0].content[0].text }}", "/s>", "</s>"),
+        ("{{ messages[0].content[0].text }}s>", "</", "</s>"),
+    ],
+)
+def test_what_a_template_makes_of_a_text_is_no_special_token(tmp_path: Path, cut: str, text: str, kept: str) -> None:
+    folder = make_folder(tmp_path / "p", "{{ bos_token }}" + cut + "{{ eos_token }}")
+    ids = builder_of(folder).build([{"role": "user", "content": text}], []).tolist()
+    assert (ids[0], ids[-1]) == (1, 2)
+    assert make_tokenizer().decode(ids[1:-1], skip_special_tokens=False) == kept
+    assert min(ids[1:-1]) > 3
+
+
+@pytest.mark.parametrize(
     ("template", "message"),
     [
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),

@@ -170,6 +170,20 @@ def test_what_was_chosen_and_why_nothing_else(path: Path, monkeypatch: pytest.Mo
         assert session.notes[0] == "provider cpu: asked for"
 
 
+def test_why_the_gpu_does_not_do_is_said_where_the_cpu_fails_too(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a package in bf16, which the CPU lacks operators for."""
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        on_gpu = options["providers"][0][0] == "CUDAExecutionProvider"
+        raise RuntimeError("CUDA out of memory" if on_gpu else "NOT_IMPLEMENTED : MatMul(13)")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fail)
+    monkeypatch.setattr(providers, "_why_no_driver", lambda: None)
+    monkeypatch.setattr(providers.ort, "get_available_providers", lambda: [p.ort_name for p in PROVIDERS.values()])
+    with pytest.raises(BackendError, match=r"NOT_IMPLEMENTED : MatMul\(13\); not cuda: CUDA out of memory\)"):
+        open_session(path, SessionOptions(provider=AUTO))
+
+
 def test_a_gpu_that_does_not_start_is_passed_over(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA's libraries load, its driver is there, and still no session can be made."""
     real = onnxruntime.InferenceSession

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from promprune.bench.report import STAGES, Case, Report
-from promprune.bench.statistics import LEAST_ROUNDS, Interval, paired_ratios, quantile, ratio_of_medians
+from promprune.bench.statistics import CONFIDENCE, Interval, least_rounds, paired_ratios, quantile, ratio_of_medians
 from promprune.errors import ConfigError
+from promprune.runtime.sessions.providers import AUTO
 
 __all__ = ["CompareConfig", "Comparison", "Difference", "MissingCase", "compare_reports"]
 
 # What must be equal in both reports, or their times are of different work.
-_SETTINGS: Final = ("prompt", "image", "image_sha256", "new_tokens", "threads", "provider", "backend")
+_SETTINGS: Final = ("prompt", "image_sha256", "new_tokens", "threads", "backend")
 _FACTS: Final = ("kind", "model", "dtype", "device", "policy", "num_tokens", "keep_tokens")
 
 
@@ -34,7 +35,7 @@ class CompareConfig:
 
     stage: str = "first_token"
     threshold: float = 0.05
-    confidence: float = 0.95
+    confidence: float = CONFIDENCE
     relative_to: str | None = None
 
     def __post_init__(self) -> None:
@@ -55,6 +56,7 @@ class Difference:
         before, after: medians: milliseconds, or a ratio with ``relative_to``.
         ratio: after over before; above 1 is slower.
         rounds: of the report that has fewer.
+        needed: rounds for an interval of the confidence that was asked for.
         regression: whether the ratio is past the threshold, and the interval says that it is no accident; never
             without an interval.
     """
@@ -66,13 +68,14 @@ class Difference:
     after: float
     ratio: Interval
     rounds: int
+    needed: int
     regression: bool
 
     @property
     def verdict(self) -> str:
         """In words, for a person."""
         if self.ratio.low is None:
-            return f"too few rounds for an interval ({self.rounds} of {LEAST_ROUNDS})"
+            return f"too few rounds for an interval ({self.rounds} of {self.needed})"
         return "SLOWER" if self.regression else "ok"
 
 
@@ -103,10 +106,12 @@ def compare_reports(before: Report, after: Report, config: CompareConfig) -> Com
         ConfigError: they are of different work or settings, have no case in common, or ``relative_to`` is not in both.
     """
     _refuse_other_work(before, after)
+    for report in (before, after) if config.relative_to is not None else ():
+        _expect_contender(report, config.relative_to)
     found = []
     for case in _cases(before, config):
         other = after.case(case.contender, case.batch, case.concurrency)
-        if other is not None and config.stage in other.stages:
+        if other is not None and _is_compared(after, other, config):
             found.append(_difference(case, _values(before, case, config), _values(after, other, config), config))
     if not found:
         raise ConfigError(
@@ -119,6 +124,9 @@ def compare_reports(before: Report, after: Report, config: CompareConfig) -> Com
 def _refuse_other_work(before: Report, after: Report) -> None:
     for name in _SETTINGS:
         _refuse_other(name, getattr(before.settings, name), getattr(after.settings, name))
+    providers = before.settings.provider, after.settings.provider
+    if AUTO not in providers:  # it became one of the others, which the devices below tell
+        _refuse_other("provider", *providers)
     known = {contender.name: contender for contender in before.contenders}
     for other in after.contenders:
         for name in _FACTS if other.name in known else ():
@@ -136,9 +144,25 @@ def _refuse_other(what: str, before: object, after: object) -> None:
 
 def _cases(report: Report, config: CompareConfig) -> Iterator[Case]:
     """Yield the cases that are to be compared."""
-    for case in report.cases:
-        if case.contender != config.relative_to and config.stage in case.stages:
-            yield case
+    return (case for case in report.cases if _is_compared(report, case, config))
+
+
+def _is_compared(report: Report, case: Case, config: CompareConfig) -> bool:
+    """Say whether a case is to be compared: with ``relative_to``, where that was measured under the same load."""
+    if case.contender == config.relative_to or config.stage not in case.stages:
+        return False
+    return config.relative_to is None or _reference(report, case, config.relative_to, config.stage) is not None
+
+
+def _reference(report: Report, case: Case, relative_to: str, stage: str) -> Case | None:
+    found = report.case(relative_to, case.batch, case.concurrency)
+    return found if found is not None and stage in found.stages else None
+
+
+def _expect_contender(report: Report, name: str | None) -> None:
+    names = [contender.name for contender in report.contenders]
+    if name not in names:
+        raise ConfigError(f"received relative to {name!r}, which a report lacks", expected=f"one of {', '.join(names)}")
 
 
 def _missing(report: Report, other: Report, name: str, config: CompareConfig) -> Iterator[MissingCase]:
@@ -154,12 +178,8 @@ def _values(report: Report, case: Case, config: CompareConfig) -> list[float]:
     own = case.per_round(config.stage)
     if config.relative_to is None:
         return list(own)
-    reference = report.case(config.relative_to, case.batch, case.concurrency)
-    if reference is None or config.stage not in reference.stages:
-        raise ConfigError(
-            f"received relative to {config.relative_to!r}, which a report lacks",
-            expected=f"one of {', '.join(contender.name for contender in report.contenders)}",
-        )
+    reference = _reference(report, case, config.relative_to, config.stage)
+    assert reference is not None  # of every case that is compared
     return paired_ratios(own, reference.per_round(config.stage))
 
 
@@ -173,5 +193,6 @@ def _difference(case: Case, before: list[float], after: list[float], config: Com
         after=quantile(after, 0.5),
         ratio=ratio,
         rounds=min(len(before), len(after)),
+        needed=least_rounds(config.confidence),
         regression=ratio.estimate > 1 + config.threshold and ratio.low is not None and ratio.low > 1,
     )

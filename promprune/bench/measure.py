@@ -48,6 +48,7 @@ from promprune.bench.report import (
 from promprune.bench.work import GraphWork
 from promprune.package import Manifest, read_manifest, sha256_of_file
 from promprune.runtime.config import RuntimeConfig
+from promprune.sources import embedded_model_folder, source_of_package
 
 if TYPE_CHECKING:
     from promprune.bench.pytorch import PytorchSettings
@@ -141,13 +142,13 @@ def _pytorch_settings(config: BenchConfig, manifests: Mapping[str, Manifest]) ->
         return {}
     from promprune.bench.pytorch import PytorchSettings, check_weights, torch_device
 
-    first = next(iter(manifests.values()))
-    model = config.model or _source_of(first)
+    package, first = next(iter(config.packages.values())), next(iter(manifests.values()))
+    model = config.model or source_of_package(package, first.source.model) or str(embedded_model_folder())
     check_weights(model, manifests)
     unpruned = PytorchSettings(
         model=model,
         dtype=first.dtype,
-        device=torch_device(device_of(next(iter(config.packages.values())), config.runtime)),
+        device=torch_device(device_of(package, config.runtime)),
         threads=config.runtime.num_threads or 1,
         source=source_name(first),
     )
@@ -159,13 +160,6 @@ def _pytorch_settings(config: BenchConfig, manifests: Mapping[str, Manifest]) ->
                 unpruned, keep_tokens=selection.keep_tokens, mu=selection.mu, tau=selection.tau
             )
     return found
-
-
-def _source_of(manifest: Manifest) -> str:
-    from promprune.export.checkpoint import EMBEDDED_MODEL, embedded_model_folder
-
-    model = manifest.source.model
-    return str(embedded_model_folder()) if model == EMBEDDED_MODEL else model
 
 
 def _cold_starts(

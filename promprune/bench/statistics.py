@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["LEAST_ROUNDS", "Interval", "median_interval", "paired_ratios", "quantile", "ratio_of_medians"]
+__all__ = ["CONFIDENCE", "Interval", "least_rounds", "median_interval", "paired_ratios", "quantile", "ratio_of_medians"]
 
-LEAST_ROUNDS: Final = 6  # for an interval: of fewer, it would cover the truth less often than it says
+CONFIDENCE: Final = 0.95
 
 _RESAMPLES: Final = 4000
 _SEED: Final = 0
@@ -19,11 +20,20 @@ Floats = npt.NDArray[np.float64]
 
 
 class Interval(NamedTuple):
-    """An estimate and its confidence interval, whose ends are ``None`` below :data:`LEAST_ROUNDS` rounds."""
+    """An estimate and its confidence interval, whose ends are ``None`` below :func:`least_rounds` rounds."""
 
     estimate: float
     low: float | None
     high: float | None
+
+
+def least_rounds(confidence: float = CONFIDENCE) -> int:
+    """Return how many rounds an interval needs to cover the truth as often as it says: 6 for 95 %, 8 for 99 %.
+
+    The interval ends at the smallest and the largest of n values at most, and all of them lie on one side of the true
+    median in 2 of 2^n cases.
+    """
+    return math.ceil(1 - math.log2(1 - confidence))
 
 
 def quantile(values: Sequence[float], fraction: float) -> float:
@@ -36,7 +46,9 @@ def paired_ratios(numerator: Sequence[float], denominator: Sequence[float]) -> l
     return [above / below for above, below in zip(numerator, denominator, strict=True)]
 
 
-def ratio_of_medians(numerator: Sequence[float], denominator: Sequence[float], *, confidence: float = 0.95) -> Interval:
+def ratio_of_medians(
+    numerator: Sequence[float], denominator: Sequence[float], *, confidence: float = CONFIDENCE
+) -> Interval:
     """Return the ratio of two medians, with its interval from rounds drawn again on each side by itself.
 
     Args:
@@ -46,12 +58,12 @@ def ratio_of_medians(numerator: Sequence[float], denominator: Sequence[float], *
     random = np.random.default_rng(_SEED)
     above, below = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
     estimate = float(np.median(above) / np.median(below))
-    if min(len(above), len(below)) < LEAST_ROUNDS:
+    if min(len(above), len(below)) < least_rounds(confidence):
         return Interval(estimate, None, None)
     return _interval(estimate, _resampled_medians(above, random) / _resampled_medians(below, random), confidence)
 
 
-def median_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
+def median_interval(values: Sequence[float], *, confidence: float = CONFIDENCE) -> Interval:
     """Return the median, with its interval from rounds drawn again.
 
     Args:
@@ -60,7 +72,7 @@ def median_interval(values: Sequence[float], *, confidence: float = 0.95) -> Int
     """
     drawn_from = np.asarray(values, np.float64)
     estimate = float(np.median(drawn_from))
-    if len(values) < LEAST_ROUNDS:
+    if len(values) < least_rounds(confidence):
         return Interval(estimate, None, None)
     return _interval(estimate, _resampled_medians(drawn_from, np.random.default_rng(_SEED)), confidence)
 

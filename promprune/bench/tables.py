@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from promprune.bench.report import STAGES, Case, Ceilings, Contender, Report, StageWork, gains
-from promprune.bench.statistics import LEAST_ROUNDS, Interval
+from promprune.bench.statistics import Interval, least_rounds
 
 __all__ = ["GAINS", "Grid", "grids", "machine_lines", "to_csv", "to_markdown"]
 
@@ -142,8 +142,8 @@ def _gains(report: Report) -> Grid:
             )
         )
     note, faster = "Medians over rounds of the ratio within a round; FLOPs up to the first token.", "first token faster"
-    if report.settings.rounds < LEAST_ROUNDS:
-        note += f" Too few rounds for an interval ({report.settings.rounds} of {LEAST_ROUNDS})."
+    if report.settings.rounds < least_rounds():
+        note += f" Too few rounds for an interval ({report.settings.rounds} of {least_rounds()})."
     else:
         faster += " (95 % interval)"
     header = ("", "against", faster, "time", "FLOPs", "of what FLOPs allow")

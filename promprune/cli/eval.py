@@ -273,26 +273,24 @@ def _ask_model(config: EvalConfig, pictures: Sequence[Picture], progress: _Begin
     selection, _ = selection_config(checkpoint.folder, ExportConfig())
     done = progress(f"PyTorch, {len(wanted)} conditions", len(pictures))
     runs = ask_torch(subject, pictures, wanted, selection, max_new_tokens=config.max_new_tokens, done=done)
-    page = None if config.gallery is None else _page(subject, runs, pictures, config.gallery_limit, progress)
+    pruned = _smallest(runs) if config.gallery is not None else None
+    page = None if pruned is None else _page(subject, runs[0], pruned, pictures, config.gallery_limit, progress)
     return _Asked(runs, selection, page)
 
 
 def _page(
-    subject: TorchModel, runs: Sequence[Run], pictures: Sequence[Picture], limit: int, progress: _Begin
-) -> str | None:
+    subject: TorchModel, whole: Run, pruned: Run, pictures: Sequence[Picture], limit: int, progress: _Begin
+) -> str:
     """Draw the gallery while the model is there: what it sees is made again, rather than kept of every picture."""
     from promprune.evaluation.gallery import gallery
 
-    pruned = _smallest(runs)
-    if pruned is None:
-        return None
     done = progress("gallery", min(limit, len(pictures)))
 
     def view(picture: Picture) -> Image:
         done(1)
         return subject.view(picture.load())
 
-    return gallery(runs[0], pruned, pictures, view=view, limit=limit)
+    return gallery(whole, pruned, pictures, view=view, limit=limit)
 
 
 def _smallest(runs: Sequence[Run]) -> Run | None:

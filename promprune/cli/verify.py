@@ -28,7 +28,7 @@ from promprune.cli.options import Version
 from promprune.config import DEFAULT_CHECK_IMAGES, CompareConfig
 from promprune.errors import ConfigError, ModelError
 from promprune.package import Manifest, read_manifest
-from promprune.sources import EMBEDDED_MODEL, local_folder
+from promprune.sources import EMBEDDED_MODEL, local_folder, source_of_package
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -161,7 +161,7 @@ def _verify(package: Path, model: str | None, images: int, *, as_json: bool) -> 
     if model is not None:
         local_folder(model)
     manifest = read_manifest(package)
-    source = _source(package, manifest) if model is None else model
+    source = source_of_package(package, manifest.source.model) if model is None else model
     read_manifest(package, check_weights=True)  # of a large package that takes minutes: not before the source is found
     with missing_extra("export"):
         from promprune.export.checkpoint import load_checkpoint
@@ -177,22 +177,6 @@ def _verify(package: Path, model: str | None, images: int, *, as_json: bool) -> 
         print(f"{package}: {describe_selection(manifest)}, {'verified' if record.passed else 'FAILED'}")
     if not record.passed:
         raise typer.Exit(EXIT_REFUSED)
-
-
-def _source(package: Path, manifest: Manifest) -> str | None:
-    """Return the model that a package was made from, as it says; ``None`` is the embedded one."""
-    name = manifest.source.model
-    if name == EMBEDDED_MODEL:
-        return None
-    try:
-        local_folder(name)
-    except ModelError as error:
-        raise ModelError(
-            f"{package} was made from {name!r}, and there is no model in a folder of that name here",
-            expected="the model it was made from",
-            fix="name it with --model",
-        ) from error
-    return name
 
 
 def _compare(package: Path, config: CompareConfig, *, as_json: bool) -> None:

@@ -136,7 +136,7 @@ def _load(path: Path, options: SessionOptions) -> _Loaded:
         raise BackendError(f"{path} does not exist", fix="copy the package again, or export it again")
     obstacles: dict[str, str] = {}
     for name in _candidates(options.provider):
-        session, obstacle = _session(path, options, name)
+        session, obstacle = _session(path, options, name, obstacles)
         if session is not None:
             return _Loaded(session, name, _notes(name, options.provider, obstacles))
         obstacles[name] = obstacle
@@ -158,8 +158,12 @@ def _notes(chosen: str, asked: str, obstacles: Mapping[str, str]) -> tuple[str, 
     return tuple(notes)
 
 
-def _session(path: Path, options: SessionOptions, name: str) -> tuple[ort.InferenceSession | None, str]:
+def _session(
+    path: Path, options: SessionOptions, name: str, obstacles: Mapping[str, str]
+) -> tuple[ort.InferenceSession | None, str]:
     """Load with one provider, and what it falls back to; ``None``, and the reason, where it cannot be had.
+
+    ``obstacles`` says why not with the providers that were tried before.
 
     Raises:
         BackendError: it can, but fails; with ``"auto"``, that of a GPU is a reason to go on to the next one.
@@ -181,7 +185,8 @@ def _session(path: Path, options: SessionOptions, name: str) -> tuple[ort.Infere
             return None, _NO_LIBRARIES
         if name != CPU and options.provider == AUTO:
             return None, first_line(error)
-        raise _failure(f"{path} cannot be loaded by ONNX Runtime", error) from error
+        before = "".join(f"; not {other}: {reason}" for other, reason in obstacles.items())
+        raise _failure(f"{path} cannot be loaded by ONNX Runtime", error, before) from error
     got = PROVIDERS[name].ort_name in session.get_providers()
     return (session, "") if got else (None, _NO_LIBRARIES)
 
@@ -214,10 +219,10 @@ def _spec(node: Any, path: Path) -> TensorSpec:
     return TensorSpec(node.name, _DTYPES[node.type], shape)
 
 
-def _failure(what: str, error: Exception) -> BackendError:
+def _failure(what: str, error: Exception, before: str = "") -> BackendError:
     if isinstance(error, BackendError):
         return error
-    return BackendError(f"{what} ({first_line(error)})", fix=_hint(str(error)))
+    return BackendError(f"{what} ({first_line(error)}{before})", fix=_hint(str(error)))
 
 
 def _hint(text: str) -> str:
