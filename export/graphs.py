@@ -21,7 +21,7 @@ from onnxscript.rewriter import RewritePass, onnx_fusions
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from promprune.export.attention import drop_nan_guards
+from promprune.export.attention import simplify_attention
 from promprune.export.layers import Repetition, repeat_layer
 from promprune.export.placement import Placement
 from promprune.export.skeleton import fake_mode_of
@@ -218,7 +218,7 @@ def _optimize(model: ir.Model) -> None:
     ):
         step(model)
     onnx_fusions.fuse(model)
-    drop_nan_guards(model)
+    simplify_attention(model)
 
 
 def _tensor_record(value: ir.Value) -> TensorRecord:

@@ -155,13 +155,16 @@ class PiecewiseSession:
 def stream_weights(model: nn.Module, *, rounded_to: torch.dtype) -> None:
     """Let the modules of a model on the meta device read their weights when they are called, and forget them then.
 
+    Convolutions keep theirs, a few megabytes: the vision graph of Qwen takes the weight of one without calling it.
+
     Args:
         model: every parameter linked to its tensor of a checkpoint.
         rounded_to: dtype that the weights are rounded to before they take the model's.
     """
     for module in model.modules():
         links = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
-        if sum(parameter.nbytes for parameter in links.values()) < KEPT_BYTES:
+        small = sum(parameter.nbytes for parameter in links.values()) < KEPT_BYTES
+        if small or isinstance(module, (nn.Conv2d, nn.Conv3d)):
             _Load(links, rounded_to)(module, ())
             continue
         module.register_forward_pre_hook(_Load(links, rounded_to))

@@ -1,6 +1,6 @@
 """What half precision costs PyTorch itself, beside what the verification of a package measures.
 
-    python scripts/measure_precision.py                 # tiny random models of every family
+    python scripts/measure_precision.py                 # tiny random models of every family, some of them deep
     python scripts/measure_precision.py CHECKPOINT...
 
 For each model and dtype: the error of transformers' own model in that dtype, and of the exported package, both against
@@ -21,6 +21,7 @@ from typing import Any, Final
 import torch
 import transformers
 from torch import Tensor
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -28,12 +29,37 @@ from promprune.config import ExportConfig
 from promprune.export import export_package
 from promprune.export.checkpoint import Checkpoint, load_checkpoint
 from promprune.export.verify import check_samples, relative_error, verify_package
-from tests.tiny_models import save_tiny_llava, save_tiny_llava_next, save_tiny_qwen, tiny_qwen2_5_vl, tiny_qwen2_vl
+from tests.tiny_models import (
+    randomised,
+    save_tiny_llava,
+    save_tiny_llava_next,
+    save_tiny_qwen,
+    save_tiny_siglip_llava,
+    tiny_qwen2_5_vl,
+    tiny_qwen2_vl,
+)
 
 IMAGES: Final = 2
+MEASURED: Final = ("features", "logits", "saliency")
 DTYPES: Final = {"fp16": torch.float16, "bf16": torch.bfloat16}
+# As many layers as real models have, and heads of as many dimensions: the scale of these is no power of two.
+DEEP: Final = {"vision": {"num_hidden_layers": 24}, "text": {"num_hidden_layers": 32, "head_dim": 128}}
+DEEP_SIGLIP: Final = {"num_hidden_layers": 27, "num_attention_heads": 2, "hidden_size": 2 * 72}
+
+
+def save_deep_siglip(folder: Path, seed: int) -> Path:
+    """Write a random LLaVA with SigLIP whose tower is as deep as that of 400 million parameters."""
+    config = LlavaConfig.from_pretrained(save_tiny_siglip_llava(folder))
+    config.vision_config.update(DEEP_SIGLIP)
+    randomised(LlavaForConditionalGeneration, config, seed).save_pretrained(folder)
+    return folder
+
+
 TINY: Final[Mapping[str, Callable[[Path, int], Any]]] = {
     "LLaVA": lambda folder, seed: save_tiny_llava(folder, seed=seed),
+    "LLaVA, deep": lambda folder, seed: save_tiny_llava(folder, seed=seed, **DEEP),
+    "LLaVA, SigLIP": lambda folder, seed: save_tiny_siglip_llava(folder, seed=seed),
+    "LLaVA, SigLIP, deep": save_deep_siglip,
     "LLaVA-NeXT": lambda folder, seed: save_tiny_llava_next(folder, seed=seed),
     "Qwen2.5-VL": lambda folder, seed: save_tiny_qwen(folder, tiny_qwen2_5_vl(seed=seed)),
     "Qwen2-VL": lambda folder, seed: save_tiny_qwen(folder, tiny_qwen2_vl(seed=seed)),
@@ -41,18 +67,22 @@ TINY: Final[Mapping[str, Callable[[Path, int], Any]]] = {
 
 
 @torch.inference_mode()
-def values(checkpoint: Checkpoint, model: Any, texts: Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
-    """Features of some images, and logits behind some texts, in the model's dtype."""
+def values(checkpoint: Checkpoint, model: Any, texts: Sequence[str]) -> dict[str, list[Tensor]]:
+    """Features and saliency of some images, and logits behind some texts, in the model's dtype."""
     family, processor = checkpoint.family, checkpoint.processor
     adapted = family.adapted(model, processor)
     samples = check_samples(IMAGES, sizes=adapted.sample_sizes)
-    features = [family.reference(model, processor, sample.image, adapted).features for sample in samples]
+    references = [family.reference(model, processor, sample.image, adapted) for sample in samples]
     logits = []
     for text in texts:
         embeds = adapted.embed_tokens(torch.tensor([processor.tokenizer(text).input_ids]))
         hidden = adapted.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
         logits.append(adapted.lm_head(hidden[:, -1]))
-    return features, logits
+    return {
+        "features": [reference.features for reference in references],
+        "logits": logits,
+        "saliency": [reference.saliency for reference in references if reference.saliency is not None],
+    }
 
 
 def torch_errors(checkpoint: Checkpoint, dtype: str) -> dict[str, float]:
@@ -65,8 +95,9 @@ def torch_errors(checkpoint: Checkpoint, dtype: str) -> dict[str, float]:
         model = model_class.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
     want = values(checkpoint, model.float(), texts)
     return {
-        name: max(relative_error(g.float().numpy(), w.numpy()) for g, w in zip(some, exact, strict=True))
-        for name, some, exact in zip(("features", "logits"), got, want, strict=True)
+        name: max(relative_error(g.float().numpy(), w.numpy()) for g, w in zip(got[name], want[name], strict=True))
+        for name in got
+        if got[name]
     }
 
 
@@ -105,15 +136,15 @@ def main() -> None:
         if not folders:
             for name, save in TINY.items():
                 for seed in range(given.seeds):
-                    folders[f"{name} {seed}"] = save(work / f"{name}-{seed}", seed)
-        print("| model | dtype | features: torch | package | logits: torch | package | saliency: package |")
-        print("|---|---|---|---|---|---|---|")
+                    folders[f"{name} {seed}"] = save(work / f"{name} {seed}", seed)
+        print("| model | dtype | features: torch | package | logits: torch | package | saliency: torch | package |")
+        print("|---|---|---|---|---|---|---|---|")
         for name, folder in folders.items():
             report[name] = measure(folder, work)
             for dtype, errors in report[name].items():
-                ours, theirs = errors["package"], errors["torch"]
-                pairs = [theirs["features"], ours["features"], theirs["logits"], ours["logits"], ours["saliency"]]
-                print(f"| {name} | {dtype} | {' | '.join(f'{error:.1e}' for error in pairs)} |", flush=True)
+                measured = [errors[side].get(what) for what in MEASURED for side in ("torch", "package")]
+                cells = ["-" if error is None else f"{error:.1e}" for error in measured]
+                print(f"| {name} | {dtype} | {' | '.join(cells)} |", flush=True)
     print(json.dumps(report))
 
 

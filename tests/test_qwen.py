@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -20,6 +23,7 @@ from promprune.errors import ConfigError, PackageError, UnsupportedModelError
 from promprune.export import ExportResult, export_package
 from promprune.export.checkpoint import load_checkpoint
 from promprune.export.families.qwen2_5_vl import GridVisionEncoder, default_grids
+from promprune.export.verify import check_samples, verify_package
 from promprune.package import GridLayout, read_manifest
 from promprune.runtime import EncodedImage, ImageEncoder, VisionLanguagePipeline
 from promprune.runtime.overlay import draw_kept_tokens
@@ -240,6 +244,66 @@ def test_bf16_is_verified(tiny_qwen: Path, tmp_path: Path) -> None:
         }
 
 
+def test_a_streamed_verification_runs_every_vision_graph(tiny_qwen: Path, tmp_path: Path) -> None:
+    """bf16 is always streamed, on two images where the package has no more grids; the third graph is wrong here."""
+    config = ExportConfig(
+        model=str(tiny_qwen), image_grids=((2, 2), (2, 3), (3, 2)), dtype="bf16", output=tmp_path / "p", verify=False
+    )
+    package, source = export_package(config), load_checkpoint(str(tiny_qwen))
+    record = verify_package(package.output, package.manifest, source)
+    assert record.passed
+    assert "more than 3 images" in record.not_verified
+    weights = package.output / "onnx/vision_encoder_3x2.onnx_data"
+    values = np.random.default_rng(0).standard_normal(weights.stat().st_size // 2).astype(ml_dtypes.bfloat16)
+    weights.write_bytes(values.tobytes())
+    record = verify_package(package.output, package.manifest, source)
+    assert "image features, relative error" in {check.name for check in record.checks if not check.passed}
+
+
+def test_a_vision_graph_that_no_image_is_for_is_noticed(
+    tiny_qwen: Path, tiny_qwen_export: ExportResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it would be of a family whose sample sizes do not reach all of its graphs."""
+    monkeypatch.setattr(
+        "promprune.export.verify.check_samples", lambda count, *, sizes: check_samples(2, sizes=sizes[:1])
+    )
+    record = verify_package(tiny_qwen_export.output, tiny_qwen_export.manifest, load_checkpoint(str(tiny_qwen)))
+    (check,) = (check for check in record.checks if check.name == "vision graphs without an image")
+    assert (check.passed, check.detail) == (False, "vision_encoder_4x7")
+
+
+@pytest.mark.parametrize("axes", [[1, 0, 2], [0, 2, 1]], ids=["time and rows", "rows and columns"])
+def test_exchanged_axes_are_noticed_without_an_answer(
+    axes: list[int], tiny_qwen: Path, tiny_qwen_export: ExportResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where memory is short, the logits of a text are all that says which axis is which."""
+    monkeypatch.setattr("promprune.export.verify.available_memory", lambda: 0)
+    package = Path(shutil.copytree(tiny_qwen_export.output, tmp_path / "package"))
+    path = package / "onnx/decoder_model_merged.onnx"
+    model = onnx.load(path, load_external_data=False)
+    for node in model.graph.node:
+        node.input[:] = ["exchanged" if name == "position_ids" else name for name in node.input]
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(axes), "axes"))
+    model.graph.node.insert(0, onnx.helper.make_node("Gather", ["position_ids", "axes"], ["exchanged"]))
+    path.write_bytes(model.SerializeToString())
+    record = verify_package(package, tiny_qwen_export.manifest, load_checkpoint(str(tiny_qwen)))
+    failed = {check.name for check in record.checks if not check.passed and not check.advisory}
+    assert failed == {"prefill logits, relative error", "decode logits, relative error"}
+
+
+def test_the_generation_config_of_a_model_does_not_fail_it(tmp_path: Path) -> None:
+    """The published Qwen2.5-VL has a repetition penalty; the runtime is greedy unless it is told otherwise."""
+    model = tiny_qwen2_5_vl()
+    model.generation_config.update(repetition_penalty=1.05, no_repeat_ngram_size=2, suppress_tokens=[10, 11, 12])
+    checkpoint = save_tiny_qwen(tmp_path / "checkpoint", model)
+    package = export_package(ExportConfig(model=str(checkpoint), image_grids=((4, 7),), output=tmp_path / "package"))
+    assert package.manifest.verification is not None
+    answers = [c for c in package.manifest.verification.checks if c.name == "greedy answers equal to torch's"]
+    assert [check.measured for check in answers] == [1.0]
+    own = json.loads((package.output / "generation_config.json").read_text())
+    assert own["repetition_penalty"] == 1.05
+
+
 def test_the_positions_matter(
     whole: VisionLanguagePipeline, reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,6 +386,7 @@ def test_a_package_whose_grid_has_no_graph_is_refused(tiny_qwen_export: ExportRe
     [
         (((9, 9),), "received the image grid 9x9, 81 tokens; expected 4 to 64 tokens"),
         (((1, 3),), "3 tokens; expected 4 to 64"),
+        (((1, 300),), "grid 1x300; expected at most 200 times as long as wide"),
     ],
 )
 def test_a_grid_that_the_image_processor_never_makes_is_refused(
@@ -330,6 +395,23 @@ def test_a_grid_that_the_image_processor_never_makes_is_refused(
     with pytest.raises(UnsupportedModelError, match=message):
         export_package(ExportConfig(model=str(tiny_qwen), image_grids=grids, output=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tower_that_never_looks_at_the_whole_image_is_refused(tmp_path: Path) -> None:
+    model = tiny_qwen2_5_vl(fullatt_block_indexes=[7, 15, 23, 31])
+    checkpoint = save_tiny_qwen(tmp_path / "checkpoint", model)
+    with pytest.raises(UnsupportedModelError, match=r"= \[7, 15, 23, 31\] in a tower of 3; expected"):
+        export_package(ExportConfig(model=str(checkpoint), output=tmp_path / "out"))
+
+
+def test_grids_share_the_weights_of_the_tower(tiny_qwen_export: ExportResult) -> None:
+    """Each graph has the constants of its grid for itself."""
+    first, second = (tiny_qwen_export.manifest.graphs[name] for name in ("vision_encoder", "vision_encoder_4x7"))
+    assert first.weights == ("onnx/vision_encoder.onnx_data",)
+    assert set(second.weights) >= set(first.weights)
+    sizes = {file.path: file.size_bytes for file in tiny_qwen_export.manifest.files}
+    own = sum(sizes[name] for name in second.weights if name not in first.weights)
+    assert own < sizes["onnx/vision_encoder.onnx_data"] / 5
 
 
 def test_grids_are_for_families_that_take_them(tiny_llava: Path, tmp_path: Path) -> None:
@@ -370,6 +452,8 @@ def test_qwen2_vl_answers_as_transformers(tiny_qwen2_export: ExportResult) -> No
     answers = [check for check in verification.checks if check.name == "greedy answers equal to torch's"]
     assert [check.measured for check in answers] == [1.0]
     assert tiny_qwen2_export.manifest.family == "qwen2_vl"
+    (saliency,) = (check for check in verification.checks if check.name == "saliency, relative error")
+    assert saliency.detail == "against the exported module, not transformers"
 
 
 def test_rotary_frequencies_keep_their_precision_in_half(tiny_qwen: Path) -> None:

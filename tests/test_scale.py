@@ -101,6 +101,15 @@ def test_a_link_that_cannot_be_made_is_refused_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_weights_that_have_to_be_converted_are_not_linked(deep_llava: Path, tmp_path: Path) -> None:
+    config = ExportConfig(model=str(deep_llava), dtype="fp16", output=tmp_path / "out", copy_weights=False)
+    with pytest.raises(
+        OutputError, match=r"cannot be linked: it is stored as F32.*choose the checkpoint's own --dtype"
+    ):
+        export_package(config)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture
 def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     """No memory, and pieces of a few nodes."""
@@ -117,6 +126,23 @@ def test_a_streamed_verification_agrees(deep_export: ExportResult, deep_llava: P
     assert deep_export.manifest.verification is not None
     whole = {check.name for check in deep_export.manifest.verification.checks}
     assert whole - {check.name for check in record.checks} == {"greedy answers equal to torch's"}
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "package"),
+    [
+        ("tiny_siglip", "siglip_export"),
+        ("tiny_llava_next", "next_export"),
+        ("tiny_qwen", "tiny_qwen_export"),
+        ("tiny_qwen2", "tiny_qwen2_export"),
+    ],
+)
+def test_every_tower_can_be_streamed(checkpoint: str, package: str, request: pytest.FixtureRequest) -> None:
+    """Also weights that are taken from a module which is not called, as the patch embedding of Qwen."""
+    export: ExportResult = request.getfixturevalue(package)
+    source = load_checkpoint(str(request.getfixturevalue(checkpoint)))
+    request.getfixturevalue("streamed")  # not before the package is there, which other tests use as well
+    assert verify_package(export.output, export.manifest, source).passed
 
 
 @pytest.mark.usefixtures("streamed")
@@ -166,11 +192,14 @@ def test_layers_that_differ_in_a_setting_are_not_alike() -> None:
 
 
 @pytest.mark.parametrize(("stored", "dtype"), [("fp16", "fp16"), ("bf16", "fp16"), ("fp16", "fp32")])
-def test_a_checkpoint_in_half_precision(tmp_path: Path, stored: str, dtype: Dtype) -> None:
+def test_a_checkpoint_in_half_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: str, dtype: Dtype
+) -> None:
     """Half precision on disk: linked where it is the package's, converted where it is not."""
+    monkeypatch.setattr("promprune.export.placement.LINK_MIN_BYTES", 0)
     torch_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[stored]
     checkpoint = save_tiny_llava(tmp_path / "checkpoint", dtype=torch_dtype)
-    config = ExportConfig(model=str(checkpoint), ratio=0.25, dtype=dtype, output=tmp_path / "out", copy_weights=False)
+    config = ExportConfig(model=str(checkpoint), ratio=0.25, dtype=dtype, output=tmp_path / "out")
     result = export_package(config)
     assert result.manifest.verification is not None
     assert result.manifest.verification.passed

@@ -107,10 +107,13 @@ class VisionReference:
         graph: name of the one of the model's vision graphs that takes this image.
         feeds: all inputs of that graph, by name, ``token_mask`` included where it takes one.
         features: ``[B, N, D]``, as transformers computes them.
+        saliency: ``[B, N]``, fp32, from transformers' own attention weights; ``None`` where the family gives none, and
+            the graph's saliency can only be compared with the module that was exported.
     """
 
     feeds: Mapping[str, Tensor]
     features: Tensor
+    saliency: Tensor | None = None
     graph: str = VISION_ENCODER
 
 

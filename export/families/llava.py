@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from promprune.export.families.base import AdaptedModel, Grids, SampleInput, Vis
 from promprune.export.families.towers import vision_encoder
 from promprune.package import CropLayout
 
-__all__ = ["adapt", "kept_features", "reference"]
+__all__ = ["adapt", "kept_features", "reference", "with_saliency"]
 
 
 def adapt(model: Any, processor: Any, grids: Grids = ()) -> AdaptedModel:
@@ -44,8 +46,45 @@ def adapt(model: Any, processor: Any, grids: Grids = ()) -> AdaptedModel:
 def reference(model: Any, processor: Any, image: Image.Image, adapted: AdaptedModel) -> VisionReference:
     """Preprocess and encode one image with transformers."""
     pixel_values = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
-    features = torch.stack(list(model.get_image_features(pixel_values, return_dict=True).pooler_output))
-    return VisionReference(feeds={"pixel_values": pixel_values}, features=features)
+    features, saliency = with_saliency(
+        model, lambda: torch.stack(list(model.get_image_features(pixel_values, return_dict=True).pooler_output))
+    )
+    return VisionReference(feeds={"pixel_values": pixel_values}, features=features, saliency=saliency)
+
+
+def with_saliency(model: Any, encode: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """Let the vision tower of a LLaVA run, and score what it saw by transformers' own attention weights.
+
+    Args:
+        model: ``LlavaForConditionalGeneration`` or ``LlavaNextForConditionalGeneration``.
+        encode: runs the tower once, on B images.
+
+    Returns:
+        What ``encode`` returned, and the saliency ``[B, N]``, fp32: of the layer that the features are read from, what
+        CLS pays to each patch; where there is no CLS token, what each patch receives from all. Mean over heads.
+    """
+    layer = model.config.vision_feature_layer  # hidden_states[k] is the output of layer k, counted from 1
+    attention = model.model.vision_tower.encoder.layers[layer if layer < 0 else layer - 1].self_attn
+    seen: list[Tensor] = []
+    hook = attention.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
+    )
+    try:
+        features = encode()
+    finally:
+        hook.remove()
+    has_cls = model.config.vision_feature_select_strategy == "default"  # as of every tower that is exported
+    rows = [weights[:, 0, 1:] if has_cls else weights.mean(dim=1) for weights in _attention_weights(attention, seen[0])]
+    return features, torch.cat(rows)
+
+
+def _attention_weights(attention: Any, hidden_states: Tensor) -> Iterator[Tensor]:
+    """Yield what a layer of transformers weighs one image with after the other, mean over heads: fp32 ``[1, L, L]``."""
+    eager = copy.copy(attention)
+    eager.config = copy.copy(attention.config)
+    eager.config._attn_implementation = "eager"  # no other one returns its weights
+    for states in hidden_states.split(1):
+        yield eager(hidden_states=states, attention_mask=None)[1].float().mean(dim=1)
 
 
 def kept_features(model: Any, reference: VisionReference, token_indices: Tensor) -> Tensor:

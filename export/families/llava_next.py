@@ -12,6 +12,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 
 from promprune.errors import UnsupportedModelError
 from promprune.export.families.base import AdaptedModel, Grids, SampleInput, VisionGraph, VisionReference
+from promprune.export.families.llava import with_saliency
 from promprune.export.families.towers import vision_encoder
 from promprune.package import IMAGE_NEWLINE_FILE, AnyresLayout
 
@@ -68,8 +69,13 @@ def reference(model: Any, processor: Any, image: Image.Image, adapted: AdaptedMo
     inputs = processor.image_processor(images=[image], return_tensors="pt")
     image_size = (image.height, image.width)
     pixel_values = inputs["pixel_values"][0].float()
-    hidden = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
-    features = model.model.multi_modal_projector(hidden[config.vision_feature_layer][:, 1:])
+    hidden, saliency = with_saliency(
+        model,
+        lambda: model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[
+            config.vision_feature_layer
+        ],
+    )
+    features = model.model.multi_modal_projector(hidden[:, 1:])
     places = torch.arange(features[1:].shape[:2].numel(), dtype=torch.float64).view(-1, features.shape[1], 1)
     mask = torch.zeros(places.numel(), dtype=torch.bool)
     mask[_unpadded(config, places, image_size).flatten().long()] = True
@@ -78,6 +84,7 @@ def reference(model: Any, processor: Any, image: Image.Image, adapted: AdaptedMo
     return AnyresReference(
         feeds={"pixel_values": pixel_values[used], "token_mask": mask[used]},
         features=features[used],
+        saliency=saliency[used],
         all_features=features,
         image_size=image_size,
     )
