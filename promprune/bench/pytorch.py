@@ -79,7 +79,11 @@ class PytorchModel:
         self.processor = load_processor(folder)
         self.model: Any = load_model(folder, family_of(folder), dtype=TORCH_DTYPES[settings.dtype])
         self.model.to(settings.device)
-        self.model.generation_config.eos_token_id = None  # every answer has the length that was asked for
+        # Plainly greedy, and without an end: every answer has the length that was asked for.
+        pad = self.model.generation_config.pad_token_id
+        self.model.generation_config = transformers.GenerationConfig(
+            do_sample=False, pad_token_id=0 if pad is None else pad
+        )
 
     @property
     def image_token_id(self) -> int:
