@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import itertools
 import re
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -25,6 +26,7 @@ _COLOURS: Final = {
     "prefill": "#3f9a6b",
     "rest": "#dfe3e8",
 }
+_MARKERS: Final = "os^DvPX"  # names would lie on each other where speed-ups are alike
 _KIND_COLOURS: Final = {"package": "#2f6db5", "hugging_face": "#b5432f", "authors": "#e07b1a", "peer": "#6b4fa0"}
 _LEGIBLE: Final = 0.7  # of a plot's own width
 _STYLE: Final = """
@@ -99,15 +101,16 @@ def _gains_figure(report: Report) -> Figure | None:
     counted = [gain for gain in gains(report) if gain.flops]
     if not counted:
         return None
-    figure, axes = _figure(5.6, 4.6)
+    figure, axes = _figure(7.6, 4.6)
     ends = [_speed_ups(gain) for gain in counted]
     most = (
         max(max(1 / float(gain.flops or 1), fastest) for gain, (_, fastest) in zip(counted, ends, strict=True)) * 1.12
     )
     axes.plot([1, most], [1, most], color="#9aa5b1", linewidth=1, linestyle="--")
     axes.annotate("ideal", (most, most), (-12, 3), textcoords="offset points", ha="right", va="bottom", color="#6b7680")
-    for gain in counted:
-        _draw_gain(axes, gain, _KIND_COLOURS[report.contender(gain.contender).kind])
+    for gain, marker in zip(counted, itertools.cycle(_MARKERS), strict=False):
+        _draw_gain(axes, gain, _KIND_COLOURS[report.contender(gain.contender).kind], marker)
+    axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=8.5)
     axes.set_xlim(left=1)
     axes.set_ylim(bottom=min(1.0, *(slowest for slowest, _ in ends)) * 0.96)
     axes.set_xlabel("FLOPs of the unpruned baseline over FLOPs, up to the first token")
@@ -122,12 +125,11 @@ def _speed_ups(gain: Gain) -> tuple[float, float]:
     return 1 / (high or estimate), 1 / (low or estimate)
 
 
-def _draw_gain(axes: Any, gain: Gain, colour: str) -> None:
+def _draw_gain(axes: Any, gain: Gain, colour: str, marker: str) -> None:
     x, y = 1 / float(gain.flops or 1), 1 / gain.time.estimate
     slowest, fastest = _speed_ups(gain)
     spread = [[y - slowest], [fastest - y]]
-    axes.errorbar([x], [y], yerr=spread, fmt="o", color=colour, capsize=3)
-    axes.annotate(gain.contender, (x, y), (7, -12), textcoords="offset points", fontsize=9)
+    axes.errorbar([x], [y], yerr=spread, fmt=marker, color=colour, capsize=3, label=gain.contender)
 
 
 def _first_token_figure(report: Report) -> Figure:
