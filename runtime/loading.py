@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from promprune.errors import PackageError
-from promprune.package import DECODER, EMBED_TOKENS, VISION_ENCODER, Manifest
+from promprune.package import DECODER, EMBED_TOKENS, VISION_ENCODER, Manifest, TensorRecord
 from promprune.runtime.config import RuntimeConfig
 from promprune.runtime.layouts import ImageLayout
 from promprune.runtime.layouts.base import expect
@@ -67,11 +67,15 @@ def expect_same_width(manifest: Manifest) -> None:
         PackageError: they differ.
     """
     decoder = manifest.graphs.get(DECODER)
-    wanted = [tensor.shape[-1] for tensor in decoder.inputs if tensor.name == "inputs_embeds"] if decoder else []
+    wanted = _width(decoder.inputs, "inputs_embeds") if decoder else None
     for name, graph in manifest.graphs.items():
-        for tensor in graph.outputs if wanted and name.startswith(VISION_ENCODER) else ():
-            if tensor.name == "image_features":
-                expect(f"size of the visual tokens of {name}", tensor.shape[-1], wanted[0])
+        if wanted is not None and name.startswith(VISION_ENCODER):
+            expect(f"size of the visual tokens of {name}", _width(graph.outputs, "image_features"), wanted)
+
+
+def _width(tensors: Sequence[TensorRecord], name: str) -> int | str | None:
+    """Return the last dimension of a tensor; ``None``: there is none of that name, or it has no dimension."""
+    return next((tensor.shape[-1] for tensor in tensors if tensor.name == name and tensor.shape), None)
 
 
 def steps_in_place(folder: Path, decoder: Session) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import onnx
 import pytest
 from onnx import TensorProto, helper
@@ -74,6 +75,18 @@ def test_visual_tokens_of_another_size_are_refused(tmp_path: Path) -> None:
     graphs = {**manifest.graphs, "vision_encoder": graph_record("vision_encoder", model)}
     rewrite_manifest(package, manifest, graphs=graphs)
     with pytest.raises(PackageError, match=f"size of the visual tokens of .*: {2 * HIDDEN}; expected {HIDDEN};"):
+        VisionLanguagePipeline.from_package(package, provider="cpu")
+
+
+def test_a_manifest_whose_visual_tokens_have_no_size_is_refused(tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    write_fake_package(package)
+    manifest = read_manifest(package)
+    vision = manifest.graphs["vision_encoder"]
+    outputs = tuple(msgspec.structs.replace(tensor, shape=()) for tensor in vision.outputs)
+    graphs = {**manifest.graphs, "vision_encoder": msgspec.structs.replace(vision, outputs=outputs)}
+    rewrite_manifest(package, manifest, graphs=graphs)
+    with pytest.raises(PackageError, match=f"size of the visual tokens of vision_encoder: None; expected {HIDDEN};"):
         VisionLanguagePipeline.from_package(package, provider="cpu")
 
 
