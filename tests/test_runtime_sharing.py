@@ -19,6 +19,7 @@ from promprune.runtime import VisionLanguagePipeline
 from tests.fake_package import EOS, HIDDEN, FakeModel, graph_record, rewrite_manifest, write_fake_package
 from tests.tiny_models import save_tiny_llava
 
+VISION = "onnx/vision_encoder.onnx"
 PICTURE = Image.effect_mandelbrot((90, 70), (-2, -1, 1, 1), 40).convert("RGB")
 
 
@@ -59,21 +60,25 @@ def test_other_linked_weights_are_another_language_model(tmp_path: Path) -> None
         pipeline.with_vision_of(packages[1], provider="cpu")
 
 
+def replace_vision(package: Path, model: onnx.ModelProto) -> None:
+    """Give a package another vision graph, and say so in its manifest."""
+    manifest = read_manifest(package)
+    onnx.save(model, package / VISION)
+    graphs = {**manifest.graphs, "vision_encoder": graph_record("vision_encoder", model)}
+    rewrite_manifest(package, manifest, graphs=graphs)
+
+
 def test_visual_tokens_of_another_size_are_refused(tmp_path: Path) -> None:
     """They would be read as other rows: twice as many of half the size, say."""
     package = tmp_path / "package"
     write_fake_package(package)
-    manifest = read_manifest(package)
-    path = package / "onnx/vision_encoder.onnx"
-    model = onnx.load(path)
+    model = onnx.load(package / VISION)
     node = next(node for node in model.graph.node if "image_features" in node.output)
     node.output[0] = "half"
     model.graph.node.append(helper.make_node("Concat", ["half", "half"], ["image_features"], axis=2))
     output = next(value for value in model.graph.output if value.name == "image_features")
     output.type.tensor_type.shape.dim[2].dim_value = 2 * HIDDEN
-    onnx.save(model, path)
-    graphs = {**manifest.graphs, "vision_encoder": graph_record("vision_encoder", model)}
-    rewrite_manifest(package, manifest, graphs=graphs)
+    replace_vision(package, model)
     with pytest.raises(PackageError, match=f"size of the visual tokens of .*: {2 * HIDDEN}; expected {HIDDEN};"):
         VisionLanguagePipeline.from_package(package, provider="cpu")
 
@@ -97,9 +102,7 @@ def test_a_manifest_whose_visual_tokens_have_no_size_is_refused(tmp_path: Path) 
 def test_a_report_of_another_form_is_refused(tmp_path: Path, name: str, dtype: str, shape: list[Any]) -> None:
     package = tmp_path / "package"
     write_fake_package(package)
-    manifest = read_manifest(package)
-    path = package / "onnx/vision_encoder.onnx"
-    model = onnx.load(path)
+    model = onnx.load(package / VISION)
     node = next(node for node in model.graph.node if name in node.output)
     node.output[:] = [f"{name}_raw" if made == name else made for made in node.output]
     for user in model.graph.node:
@@ -111,9 +114,7 @@ def test_a_report_of_another_form_is_refused(tmp_path: Path, name: str, dtype: s
     index = next(i for i, value in enumerate(model.graph.output) if value.name == name)
     elements = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT}
     model.graph.output[index].CopyFrom(helper.make_tensor_value_info(name, elements[dtype], shape))
-    onnx.save(model, path)
-    graphs = {**manifest.graphs, "vision_encoder": graph_record("vision_encoder", model)}
-    rewrite_manifest(package, manifest, graphs=graphs)
+    replace_vision(package, model)
     with pytest.raises(PackageError, match=f"{name}: .*; expected"):
         VisionLanguagePipeline.from_package(package, provider="cpu")
 

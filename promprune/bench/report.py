@@ -14,6 +14,7 @@ import msgspec
 
 from promprune.bench.statistics import Interval, median_interval, paired_ratios, quantile
 from promprune.errors import PackageError
+from promprune.package import Record
 
 __all__ = [
     "FIRST_TOKEN_STAGES",
@@ -44,11 +45,7 @@ Milliseconds = Annotated[float, msgspec.Meta(ge=0)]
 Kind = Literal["package", "hugging_face", "authors", "peer"]
 
 
-class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of the report's parts: immutable, and strict about unknown keys."""
-
-
-class Machine(_Record, frozen=True):
+class Machine(Record, frozen=True):
     """Where it ran, and in what company."""
 
     cpu: str
@@ -65,7 +62,7 @@ class Machine(_Record, frozen=True):
     other_cpu_fraction: tuple[float, ...]
 
 
-class Settings(_Record, frozen=True):
+class Settings(Record, frozen=True):
     """What was asked for."""
 
     command: str
@@ -80,7 +77,7 @@ class Settings(_Record, frozen=True):
     threads: Count
 
 
-class Ceilings(_Record, frozen=True):
+class Ceilings(Record, frozen=True):
     """What the device reaches at its best, measured in the same process: large products, one large copy, one sum."""
 
     device: str
@@ -96,7 +93,7 @@ class Ceilings(_Record, frozen=True):
         return max(self.copy_bytes_per_s, self.read_bytes_per_s)
 
 
-class StageWork(_Record, frozen=True):
+class StageWork(Record, frozen=True):
     """Counted from the shapes of the graph, not measured."""
 
     flops: Size  # 2 per multiply-add of matrix products, convolutions and attention; nothing else
@@ -105,7 +102,7 @@ class StageWork(_Record, frozen=True):
     uncounted: tuple[str, ...]  # operators outside the ONNX standard, which the count leaves out
 
 
-class ColdStart(_Record, frozen=True):
+class ColdStart(Record, frozen=True):
     """Processes of their own, each from its start to the first token, after one that is not counted."""
 
     first_token_ms: Milliseconds  # median; from starting the process
@@ -114,7 +111,7 @@ class ColdStart(_Record, frozen=True):
     n: Count
 
 
-class Contender(_Record, frozen=True):
+class Contender(Record, frozen=True):
     """One of those that were measured."""
 
     name: str
@@ -137,7 +134,7 @@ class Contender(_Record, frozen=True):
     cold_start: ColdStart | None
 
 
-class Distribution(_Record, frozen=True):
+class Distribution(Record, frozen=True):
     """Times of one stage of one case. ``decode`` is per token after the first; the others are per call."""
 
     n: Count
@@ -163,7 +160,7 @@ class Distribution(_Record, frozen=True):
         )
 
 
-class Case(_Record, frozen=True):
+class Case(Record, frozen=True):
     """One contender under one load."""
 
     contender: str
@@ -185,7 +182,7 @@ class Case(_Record, frozen=True):
         return tuple(sum(samples[i : i + k]) / k for i in range(0, len(samples), k))
 
 
-class Report(_Record, frozen=True):
+class Report(Record, frozen=True):
     """The content of ``report.json``."""
 
     report_version: int
