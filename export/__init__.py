@@ -9,17 +9,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from promprune.export.config import ExportConfig
+    from promprune.export.graphs.selector import build_selector
     from promprune.export.pipeline import ExportResult, export_package
-    from promprune.export.selector_graph import build_selector
-    from promprune.export.verify import verify_package
+    from promprune.export.verify.verification import verify_package
 
-__all__ = ["ExportResult", "build_selector", "export_package", "verify_package"]
+__all__ = ["ExportConfig", "ExportResult", "build_selector", "export_package", "verify_package"]
 
 _HOME = {
+    "ExportConfig": "promprune.export.config",
     "ExportResult": "promprune.export.pipeline",
-    "build_selector": "promprune.export.selector_graph",
+    "build_selector": "promprune.export.graphs.selector",
     "export_package": "promprune.export.pipeline",
-    "verify_package": "promprune.export.verify",
+    "verify_package": "promprune.export.verify.verification",
 }
 
 

@@ -17,35 +17,34 @@ import numpy as np
 import onnx_ir as ir
 
 from promprune._version import __version__
-from promprune.config import ExportConfig, default_output
 from promprune.errors import VerificationError
-from promprune.export.checkpoint import TORCH_DTYPES, Checkpoint, load_checkpoint, selection_config
-from promprune.export.decoder_graph import decoder_graph, embed_tokens_graph
+from promprune.export.checkpoint.loading import TORCH_DTYPES, Checkpoint, load_checkpoint, selection_config
+from promprune.export.checkpoint.meta_model import make_fake
+from promprune.export.checkpoint.prompts import chat_template
+from promprune.export.config import ExportConfig, default_output
 from promprune.export.families import AdaptedModel, VisionGraph
-from promprune.export.graphs import graph_record, save_graph
-from promprune.export.placement import Placement, link_weights
-from promprune.export.progress import NO_PROGRESS, Progress
-from promprune.export.prompts import chat_template
-from promprune.export.selector_graph import FeatureDtype, build_selector
-from promprune.export.skeleton import make_fake
-from promprune.export.verify import verify_package
-from promprune.export.vision_graph import drop_saliency, fuse_selector, vision_graph
-from promprune.package import (
+from promprune.export.graphs.decoder import decoder_graph, embed_tokens_graph
+from promprune.export.graphs.external_data import Placement, link_weights
+from promprune.export.graphs.selector import FeatureDtype, build_selector
+from promprune.export.graphs.trace import graph_record, save_graph
+from promprune.export.graphs.vision import drop_saliency, fuse_selector, vision_graph
+from promprune.export.verify.verification import verify_package
+from promprune.package.image import CropLayout, ImageRecord
+from promprune.package.manifest import (
     CHAT_TEMPLATE_FILE,
     DECODER,
     EMBED_TOKENS,
     SCHEMA_VERSION,
     TOKEN_SELECTOR,
     VISION_ENCODER,
-    CropLayout,
     GraphRecord,
-    ImageRecord,
     Manifest,
     SelectionRecord,
     file_records,
     write_manifest,
     writing_package,
 )
+from promprune.progress import NO_PROGRESS, Progress
 
 __all__ = ["ExportResult", "default_output", "export_package"]
 
@@ -102,7 +101,9 @@ def export_package(config: ExportConfig, *, progress: Progress = NO_PROGRESS) ->
 def selection_record(config: ExportConfig, checkpoint: Checkpoint, num_tokens: int) -> SelectionRecord:
     """Settle N, T and the parameters of the selection, as the manifest records them."""
     keep_tokens = config.keep_tokens_of(num_tokens)
-    parameters, chosen_by = selection_config(checkpoint.folder, config)
+    parameters, chosen_by = selection_config(
+        checkpoint.folder, config.given_constants, order=config.order, policy=config.policy
+    )
     return SelectionRecord(
         num_tokens=num_tokens,
         keep_tokens=keep_tokens,

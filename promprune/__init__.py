@@ -13,15 +13,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from promprune._version import __version__
-from promprune.config import ExportConfig, SelectionConfig
 from promprune.errors import PrompruneError
+from promprune.method.config import SelectionConfig
 
 if TYPE_CHECKING:
-    from promprune.pruning import PrunedTokens, prune_tokens
-    from promprune.selection import Selection, select_tokens
+    from promprune.method.batched import PrunedTokens, prune_tokens
+    from promprune.method.reference import Selection, select_tokens
 
 __all__ = [
-    "ExportConfig",
     "PrompruneError",
     "PrunedTokens",
     "Selection",
@@ -32,10 +31,10 @@ __all__ = [
 ]
 
 _HOME = {
-    "PrunedTokens": "promprune.pruning",
-    "Selection": "promprune.selection",
-    "prune_tokens": "promprune.pruning",
-    "select_tokens": "promprune.selection",
+    "PrunedTokens": "promprune.method.batched",
+    "Selection": "promprune.method.reference",
+    "prune_tokens": "promprune.method.batched",
+    "select_tokens": "promprune.method.reference",
 }
 
 

@@ -86,7 +86,7 @@ class VerificationError(PrompruneError):
 
     Args:
         received: what was found.
-        checks: every check that was made, passed or not (:class:`promprune.package.CheckRecord`).
+        checks: every check that was made, passed or not (:class:`promprune.package.manifest.CheckRecord`).
     """
 
     def __init__(self, received: str, *, expected: str = "", fix: str = "", checks: tuple[Any, ...] = ()) -> None:

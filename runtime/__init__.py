@@ -11,13 +11,15 @@
 
 from __future__ import annotations
 
-from promprune.runtime.config import GenerationConfig, RuntimeConfig
-from promprune.runtime.encoder import ImageEncoder
-from promprune.runtime.handoff import image_embeds_part
-from promprune.runtime.overlay import draw_kept_tokens
+from promprune.runtime.engine.config import GenerationConfig
+from promprune.runtime.engine.result import Result, Timings
+from promprune.runtime.images.encoded import EncodedImage, TokenSelection
+from promprune.runtime.images.encoder import ImageEncoder
+from promprune.runtime.images.overlay import draw_kept_tokens
+from promprune.runtime.images.preprocess import load_image
+from promprune.runtime.integrations.vllm import image_embeds_part
 from promprune.runtime.pipeline import AnswerStream, Chat, VisionLanguagePipeline
-from promprune.runtime.preprocess import load_image
-from promprune.runtime.results import EncodedImage, Result, Timings, TokenSelection
+from promprune.runtime.sessions.config import RuntimeConfig
 
 __all__ = [
     "AnswerStream",

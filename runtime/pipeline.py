@@ -19,23 +19,19 @@ import numpy as np
 import numpy.typing as npt
 
 from promprune.errors import BackendError, ConfigError, PackageError
-from promprune.package import DECODER, EMBED_TOKENS, read_manifest
-from promprune.runtime.config import (
-    DEFAULT_NEW_TOKENS,
-    GenerationConfig,
-    GenerationOptions,
-    RuntimeConfig,
-    RuntimeOptions,
-)
-from promprune.runtime.decoder import Cache, Decoder
-from promprune.runtime.encoder import ImageEncoder, ImageSource
-from promprune.runtime.generation import Row, eos_token_ids_of
-from promprune.runtime.layouts import PreparedImage
-from promprune.runtime.loading import expect_same_width, open_language_model, same_language_model, steps_in_place
-from promprune.runtime.positions import ImagePositions, PromptPositions, prompt_positions
-from promprune.runtime.prompt import Message, PromptBuilder, TokenIds, as_messages, read_json
-from promprune.runtime.results import EncodedImage, Result, Stopwatch, Timings
+from promprune.package.manifest import DECODER, EMBED_TOKENS, read_manifest
+from promprune.runtime.engine.config import DEFAULT_NEW_TOKENS, GenerationConfig, GenerationOptions
+from promprune.runtime.engine.decoder import Cache, Decoder
+from promprune.runtime.engine.loading import expect_same_width, open_language_model, same_language_model, steps_in_place
+from promprune.runtime.engine.prompt import Message, PromptBuilder, TokenIds, as_messages, read_json
+from promprune.runtime.engine.result import Result, Stopwatch, Timings
+from promprune.runtime.engine.sampling import Row, eos_token_ids_of
+from promprune.runtime.images import PreparedImage
+from promprune.runtime.images.encoded import EncodedImage
+from promprune.runtime.images.encoder import ImageEncoder, ImageSource
+from promprune.runtime.images.positions import ImagePositions, PromptPositions, prompt_positions
 from promprune.runtime.sessions import Rows, Session, Value
+from promprune.runtime.sessions.config import RuntimeConfig, RuntimeOptions
 
 __all__ = ["AnswerStream", "Chat", "Images", "Prompt", "VisionLanguagePipeline"]
 

@@ -30,11 +30,11 @@ from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from promprune.bench.authors_method import authors_select
-from promprune.config import LOOP_FORMS, SelectionConfig
-from promprune.export.selector_graph import build_selector
-from promprune.pruning import _coverage_loop, coverage_picks, prune_tokens
-from promprune.selection import select_tokens
+from promprune.export.baselines.authors_method import authors_select
+from promprune.export.graphs.selector import build_selector
+from promprune.method.batched import _coverage_loop, coverage_picks, prune_tokens
+from promprune.method.config import LOOP_FORMS, SelectionConfig
+from promprune.method.reference import select_tokens
 from tests.feature_sets import KINDS, feature_set
 
 BUDGETS = (64, 69, 128, 192)

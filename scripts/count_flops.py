@@ -20,11 +20,11 @@ from transformers import LlavaForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from promprune.bench.work import count_work
-from promprune.export.decoder_graph import decoder_graph
 from promprune.export.families.llava import adapt
-from promprune.export.selector_graph import build_selector
-from promprune.export.vision_graph import vision_graph
+from promprune.export.graphs.decoder import decoder_graph
+from promprune.export.graphs.selector import build_selector
+from promprune.export.graphs.vision import vision_graph
+from promprune.export.roofline.work import count_work
 from scripts.make_random_llava import TEXTS, config_of, processor_of
 
 OPSET = 20

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize
 
-from promprune.entropy_table import EntropyTable
+from promprune.method.entropy_table import EntropyTable
 
 Array = NDArray[np.float64]
 

@@ -25,10 +25,10 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from promprune.config import ExportConfig
 from promprune.export import export_package
-from promprune.export.checkpoint import Checkpoint, load_checkpoint
-from promprune.export.verify import check_samples, relative_error, verify_package
+from promprune.export.checkpoint.loading import Checkpoint, load_checkpoint
+from promprune.export.config import ExportConfig
+from promprune.export.verify.verification import check_samples, relative_error, verify_package
 from tests.tiny_models import (
     randomised,
     save_tiny_llava,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from embedded_model.evaluation import saliency_auc
 
-EMBEDDED = Path(__file__).resolve().parents[1] / "promprune" / "assets" / "embedded"
+EMBEDDED = Path(__file__).resolve().parents[1] / "promprune" / "embedded" / "model"
 
 
 def main() -> None:

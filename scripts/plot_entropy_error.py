@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from promprune.entropy_table import ENTROPY_TABLE, EntropyTable  # noqa: E402
+from promprune.method.entropy_table import ENTROPY_TABLE, EntropyTable  # noqa: E402
 from scripts.fit_entropy_polynomial import error_bound, evaluate, fit  # noqa: E402
 from tests.feature_sets import feature_set  # noqa: E402
 

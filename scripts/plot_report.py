@@ -8,8 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from promprune.bench.page import figures
-from promprune.bench.report import read_report
+from promprune.runtime.bench.page import figures
+from promprune.runtime.bench.report import read_report
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from promprune.bench.machine import describe_machine, load_average
+from promprune.runtime.bench.machine import describe_machine, load_average
 from scripts.make_random_llava import FAMILIES, TEXTS, config_of, save
 
 MAX_RESIDENT_BYTES = 1_500_000_000

@@ -15,7 +15,7 @@ from embedded_model.calibration import calibrate_folder
 from embedded_model.evaluation import packed_accuracy
 from embedded_model.training import Probes, Schedule, make_trainer, train_language, train_vision
 
-EMBEDDED = Path(__file__).resolve().parents[1] / "promprune" / "assets" / "embedded"
+EMBEDDED = Path(__file__).resolve().parents[1] / "promprune" / "embedded" / "model"
 
 
 def main() -> None:

@@ -17,16 +17,16 @@ import typer
 from typer.cli import get_docs_for_click
 from typer.main import get_command
 
-# Name on the command line -> module of promprune.cli, and its function.
+# Name on the command line -> module of promprune, and its function.
 COMMANDS: Final = {
-    "promprune-export": ("export", "export"),
-    "promprune-run": ("run", "run"),
-    "promprune-build": ("build", "build"),
-    "promprune-verify": ("verify", "verify"),
-    "promprune-calibrate": ("calibrate", "calibrate"),
-    "promprune-eval": ("eval", "evaluate"),
-    "promprune-bench": ("bench", "bench"),
-    "promprune-bench compare": ("bench", "compare"),
+    "promprune-export": ("export.commands.export", "export"),
+    "promprune-run": ("runtime.commands.run", "run"),
+    "promprune-build": ("export.commands.build", "build"),
+    "promprune-verify": ("export.commands.verify", "verify"),
+    "promprune-calibrate": ("export.commands.calibrate", "calibrate"),
+    "promprune-eval": ("export.commands.eval", "evaluate"),
+    "promprune-bench": ("runtime.commands.bench", "bench"),
+    "promprune-bench compare": ("runtime.commands.bench", "compare"),
 }
 PAGE: Final = Path(__file__).resolve().parent.parent / "docs" / "commands.md"
 HEAD: Final = """# Commands
@@ -42,7 +42,7 @@ def reference_of(name: str) -> str:
     """Describe one command in Markdown."""
     module, function = COMMANDS[name]
     app = typer.Typer(add_completion=False)
-    app.command()(getattr(importlib.import_module(f"promprune.cli.{module}"), function))
+    app.command()(getattr(importlib.import_module(f"promprune.{module}"), function))
     command = get_command(app)
     text = get_docs_for_click(obj=command, ctx=click.Context(command, info_name=name), name=name)
     text = re.sub(r"^# `(.*)`$", r"## \1", text, flags=re.MULTILINE)

@@ -11,8 +11,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 
-from promprune.config import ExportConfig
 from promprune.export import ExportResult, export_package
+from promprune.export.config import ExportConfig
 from tests.tiny_models import (
     save_tiny_llava,
     save_tiny_llava_next,

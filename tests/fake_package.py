@@ -16,10 +16,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from promprune.package import (
-    CropLayout,
+from promprune.package.image import CropLayout, ImageRecord
+from promprune.package.manifest import (
     GraphRecord,
-    ImageRecord,
     Manifest,
     SelectionRecord,
     SourceRecord,

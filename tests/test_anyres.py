@@ -17,10 +17,10 @@ from transformers.image_processing_utils import get_patch_output_size, select_be
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from promprune.errors import ImageError, PackageError
-from promprune.package import AnyresLayout
-from promprune.runtime.anyres import AnyresPreprocessor, place
-from promprune.runtime.layouts.anyres import token_places
-from promprune.runtime.preprocess import load_image
+from promprune.package.image import AnyresLayout
+from promprune.runtime.images.anyres import token_places
+from promprune.runtime.images.anyres_geometry import AnyresPreprocessor, place
+from promprune.runtime.images.preprocess import load_image
 from tests.test_preprocess import MODES, synthetic
 
 REAL = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))

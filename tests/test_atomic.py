@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from promprune import atomic
-from promprune.atomic import writing_folder
+from promprune import files as atomic
 from promprune.errors import OutputError
+from promprune.files import writing_folder
 
 OTHER_HOST = "elsewhere"
 
@@ -186,7 +186,7 @@ def test_what_is_no_folder_is_not_replaced(tmp_path: Path, kind: str) -> None:
 KILLED = """
 import os, sys
 from pathlib import Path
-from promprune import atomic
+from promprune import files as atomic
 rename = Path.rename
 
 def killed(path, target):

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from promprune.config import ExportConfig
 from promprune.errors import VerificationError
 from promprune.export import export_package
-from promprune.export.graphs import graph_from_module
-from promprune.export.streaming import PiecewiseSession
+from promprune.export.checkpoint.out_of_core import PiecewiseSession
+from promprune.export.config import ExportConfig
+from promprune.export.graphs.trace import graph_from_module
 
 HEADS, LENGTH, SIZE = 2, 6, 8
 

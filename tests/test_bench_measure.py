@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from promprune.bench import machine, measure
-from promprune.bench.ceilings import CeilingProbe, open_ceiling_probe
-from promprune.bench.cold_start import ColdStartRequest, ProcessStart
-from promprune.bench.config import BenchConfig
-from promprune.bench.contenders import Facts, Question, Sample
-from promprune.bench.pytorch import torch_device
-from promprune.bench.report import Ceilings
-from promprune.bench.work import GraphWork
 from promprune.errors import BackendError, ConfigError
 from promprune.export import ExportResult
-from promprune.package import read_manifest
-from promprune.runtime.config import RuntimeConfig
+from promprune.export.baselines.pytorch import torch_device
+from promprune.export.roofline.ceilings import CeilingProbe, open_ceiling_probe
+from promprune.export.roofline.work import GraphWork
+from promprune.package.manifest import read_manifest
+from promprune.runtime.bench import machine, measure
+from promprune.runtime.bench.cold_start import ColdStartRequest, ProcessStart
+from promprune.runtime.bench.config import BenchConfig
+from promprune.runtime.bench.contenders import Facts, Question, Sample
+from promprune.runtime.bench.report import Ceilings
+from promprune.runtime.sessions.config import RuntimeConfig
 
 
 class Counted:
@@ -49,8 +49,8 @@ class Contender:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ceilings that take no time."""
-    monkeypatch.setattr("promprune.bench.ceilings._PRODUCT_SIDE", {"CPU": 64, "CUDA": 64})
-    monkeypatch.setattr("promprune.bench.ceilings._MEMORY_BYTES", {"CPU": 2**20, "CUDA": 2**20})
+    monkeypatch.setattr("promprune.export.roofline.ceilings._PRODUCT_SIDE", {"CPU": 64, "CUDA": 64})
+    monkeypatch.setattr("promprune.export.roofline.ceilings._MEMORY_BYTES", {"CPU": 2**20, "CUDA": 2**20})
 
 
 @pytest.mark.usefixtures("small")
@@ -76,7 +76,7 @@ def test_the_rates_are_work_over_the_best_time(monkeypatch: pytest.MonkeyPatch) 
 
     for session in probe._sessions.values():
         monkeypatch.setattr(session, "on_run", lambda _: now.__setitem__(0, now[0] + next(steps)))
-    monkeypatch.setattr("promprune.bench.ceilings.time.perf_counter", clock)
+    monkeypatch.setattr("promprune.export.roofline.ceilings.time.perf_counter", clock)
     for _ in range(3):
         probe.run()
     found = probe.result()

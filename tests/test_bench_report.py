@@ -11,9 +11,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from promprune.bench.compare import CompareConfig, MissingCase, compare_reports
-from promprune.bench.page import figures, to_html
-from promprune.bench.report import (
+from promprune.errors import ConfigError, PackageError
+from promprune.runtime.bench.compare import CompareConfig, MissingCase, compare_reports
+from promprune.runtime.bench.page import figures, to_html
+from promprune.runtime.bench.report import (
     Case,
     Ceilings,
     Contender,
@@ -25,10 +26,9 @@ from promprune.bench.report import (
     gains,
     read_report,
 )
-from promprune.bench.statistics import least_rounds, median_interval, paired_ratios, quantile, ratio_of_medians
-from promprune.bench.tables import machine_lines, to_csv, to_markdown
-from promprune.cli import bench as command
-from promprune.errors import ConfigError, PackageError
+from promprune.runtime.bench.statistics import least_rounds, median_interval, paired_ratios, quantile, ratio_of_medians
+from promprune.runtime.bench.tables import machine_lines, to_csv, to_markdown
+from promprune.runtime.commands import bench as command
 from tests.command_line import run
 
 

@@ -14,10 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaForConditionalGeneration
 
-from promprune.bench.work import count_work, cut_selection, load_graph
 from promprune.errors import PackageError
 from promprune.export import ExportResult
-from promprune.export.selector_graph import build_selector
+from promprune.export.graphs.selector import build_selector
+from promprune.export.roofline.work import count_work, cut_selection, load_graph
 
 
 def model_of(

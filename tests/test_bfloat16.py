@@ -16,10 +16,10 @@ import torch
 from onnx import TensorProto, helper
 from PIL import Image
 
-from promprune.config import ExportConfig
 from promprune.errors import BackendError
 from promprune.export import ExportResult, export_package
-from promprune.package import GraphRecord, TensorRecord, read_manifest
+from promprune.export.config import ExportConfig
+from promprune.package.manifest import GraphRecord, TensorRecord, read_manifest
 from promprune.runtime import VisionLanguagePipeline, image_embeds_part
 from promprune.runtime.sessions import SessionOptions, open_session
 from tests.fake_package import rewrite_manifest

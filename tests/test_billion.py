@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from promprune.config import Dtype, ExportConfig
+from promprune.dtypes import Dtype
 from promprune.export import export_package
-from promprune.export.checkpoint import load_checkpoint
-from promprune.export.verify import LIMITS, check_samples, verify_package
+from promprune.export.checkpoint.loading import load_checkpoint
+from promprune.export.config import ExportConfig
+from promprune.export.verify.verification import LIMITS, check_samples, verify_package
 from promprune.runtime import VisionLanguagePipeline
 from scripts.make_random_llava import config_of, save
 

@@ -13,15 +13,15 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from promprune import scenes
-from promprune.cli import calibrate as calibrate_command
-from promprune.cli import export as export_command
+from promprune.embedded import scenes
+from promprune.embedded.scenes import render_scene
 from promprune.errors import ConfigError
 from promprune.export import checkpoint as checkpoint_module
-from promprune.export.calibration import calibrate, calibration_scenes, folder_images, image_entropies
-from promprune.export.checkpoint import load_checkpoint
-from promprune.package import read_manifest
-from promprune.scenes import render_scene
+from promprune.export.checkpoint.loading import load_checkpoint
+from promprune.export.commands import calibrate as calibrate_command
+from promprune.export.commands import export as export_command
+from promprune.export.evaluation.calibration import calibrate, calibration_scenes, folder_images, image_entropies
+from promprune.package.manifest import read_manifest
 from tests.command_line import run
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from transformers import AutoProcessor
 
-from promprune.config import ExportConfig
 from promprune.errors import ModelError, UnsupportedModelError
 from promprune.export import export_package
-from promprune.export.checkpoint import load_processor
-from promprune.export.prompts import chat_template, prompt_text
+from promprune.export.checkpoint.loading import load_processor
+from promprune.export.checkpoint.prompts import chat_template, prompt_text
+from promprune.export.config import ExportConfig
 from tests.tiny_models import CHAT_TEMPLATE, save_tiny_llava
 
 

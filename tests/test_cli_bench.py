@@ -12,15 +12,15 @@ import pytest
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from promprune.bench.contenders import Question
-from promprune.bench.export_cache import packages_of
-from promprune.bench.pytorch import PytorchContender, PytorchModel, PytorchSettings
-from promprune.bench.report import FIRST_TOKEN_STAGES, Report, read_report
-from promprune.bench.tables import grids
-from promprune.cli import bench as command
-from promprune.config import POLICIES
 from promprune.errors import ConfigError
 from promprune.export import ExportResult
+from promprune.export.baselines.export_cache import packages_of
+from promprune.export.baselines.pytorch import PytorchContender, PytorchModel, PytorchSettings
+from promprune.method.config import POLICIES
+from promprune.runtime.bench.contenders import Question
+from promprune.runtime.bench.report import FIRST_TOKEN_STAGES, Report, read_report
+from promprune.runtime.bench.tables import grids
+from promprune.runtime.commands import bench as command
 from tests.command_line import run
 from tests.test_qwen import NEW_TOKENS
 from tests.test_qwen import Reference as QwenReference
@@ -268,7 +268,7 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(*_: object) -> None:
         raise AssertionError("it was measured")
 
-    monkeypatch.setattr("promprune.bench.measure.run_benchmark", measure)
+    monkeypatch.setattr("promprune.runtime.bench.measure.run_benchmark", measure)
 
 
 @pytest.mark.usefixtures("unmeasured")
@@ -278,7 +278,7 @@ def test_what_the_page_needs_is_missed_before_anything_is_measured(
     for module in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "promprune.bench.page", raising=False)
+    monkeypatch.delitem(sys.modules, "promprune.runtime.bench.page", raising=False)
     outcome = run(command.main, "a", "-o", str(tmp_path / "out"))
     assert outcome.exit_code == 1
     assert outcome.error_lines == [
@@ -300,8 +300,8 @@ def test_a_form_that_fails_does_not_take_the_report_with_it(
     def fail(_: Report) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("promprune.bench.measure.run_benchmark", lambda *_: report)
-    monkeypatch.setattr("promprune.bench.tables.to_csv", fail)
+    monkeypatch.setattr("promprune.runtime.bench.measure.run_benchmark", lambda *_: report)
+    monkeypatch.setattr("promprune.runtime.bench.tables.to_csv", fail)
     outcome = run(command.main, "a", "-o", str(tmp_path))
     assert outcome.exit_code == 1
     assert outcome.error_lines == [f"error: {tmp_path} cannot be written (No space left on device); choose another -o"]
@@ -311,7 +311,7 @@ def test_a_form_that_fails_does_not_take_the_report_with_it(
 
 
 def test_the_tables_are_on_stdout(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("promprune.bench.measure.run_benchmark", lambda *_: report)
+    monkeypatch.setattr("promprune.runtime.bench.measure.run_benchmark", lambda *_: report)
     outcome = run(command.main, "a")
     assert outcome.exit_code == 0
     for wanted in ("Stages, one prompt at a time", "Hugging Face", "CPU, fp32", report.machine.system):

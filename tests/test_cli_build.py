@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from promprune.cli.build import main
-from promprune.config import EngineConfig
-from promprune.engines import read_engines
+from promprune.export.commands.build import main
+from promprune.package.engines import EngineConfig, read_engines
 from tests.command_line import run
 from tests.fake_package import write_fake_package
 

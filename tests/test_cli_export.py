@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from promprune.cli import export as command
 from promprune.export import ExportResult, pipeline
-from promprune.package import MANIFEST_FILE, read_manifest
+from promprune.export.commands import export as command
+from promprune.package.manifest import MANIFEST_FILE, read_manifest
 from tests.command_line import run
 
 
@@ -130,7 +130,7 @@ def test_help_has_examples_and_says_that_the_ratio_is_kept() -> None:
     assert "promprune-export --ratio 0.12" in outcome.stdout
 
 
-COMMAND = [sys.executable, "-c", "from promprune.cli.export import main; main()"]
+COMMAND = [sys.executable, "-c", "from promprune.export.commands.export import main; main()"]
 
 
 def limit_file_size() -> None:

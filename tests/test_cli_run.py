@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from promprune.cli import run as command
-from promprune.cli.common import print_json
-from promprune.package import read_manifest
+from promprune.package.manifest import read_manifest
 from promprune.runtime import VisionLanguagePipeline
+from promprune.runtime.commands import run as command
+from promprune.terminal import print_json
 from tests.fake_package import rewrite_manifest, write_fake_package
 
 
@@ -166,7 +166,7 @@ def test_interactive_goes_on_after_a_refusal(package: Path, image: Path) -> None
 
 
 def shell(arguments: list[str], text: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    code = "from promprune.cli.run import main; main()"
+    code = "from promprune.runtime.commands.run import main; main()"
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
         input=text,
@@ -245,7 +245,7 @@ def test_output_that_cannot_be_encoded_is_replaced(package: Path, image: Path) -
 
 
 def test_a_closed_pipe_is_no_traceback(package: Path, image: Path) -> None:
-    code = "from promprune.cli.run import main; main()"
+    code = "from promprune.runtime.commands.run import main; main()"
     arguments = [sys.executable, "-c", code, str(package), "-i", str(image), "-p", "What?"]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -256,7 +256,7 @@ def test_a_closed_pipe_is_no_traceback(package: Path, image: Path) -> None:
 
 
 def test_ctrl_c_ends_without_a_traceback(package: Path) -> None:
-    code = "from promprune.cli.run import main; main()"
+    code = "from promprune.runtime.commands.run import main; main()"
     arguments = [sys.executable, "-c", code, str(package), "--interactive"]
     pipe = subprocess.PIPE
     with subprocess.Popen(arguments, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:

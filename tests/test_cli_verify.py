@@ -10,9 +10,9 @@ import msgspec
 import onnx
 import pytest
 
-from promprune.cli import verify as command
 from promprune.export import ExportResult
-from promprune.package import MANIFEST_FILE, Manifest, file_records, write_manifest
+from promprune.export.commands import verify as command
+from promprune.package.manifest import MANIFEST_FILE, Manifest, file_records, write_manifest
 from tests.command_line import run
 from tests.tiny_models import save_tiny_llava
 

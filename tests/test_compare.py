@@ -12,14 +12,16 @@ import pytest
 from onnx import helper, numpy_helper
 from onnx.external_data_helper import load_external_data_for_model
 
-from promprune.cli.verify import BACKENDS, main
-from promprune.config import CompareConfig, Dtype, ExportConfig
-from promprune.engines import current_target
+from promprune.dtypes import Dtype
 from promprune.errors import BackendError, ConfigError, PackageError
 from promprune.export import ExportResult, export_package
+from promprune.export.commands.verify import BACKENDS, main
+from promprune.export.config import ExportConfig
 from promprune.export.engine import toolkit
-from promprune.export.selector_graph import build_selector
-from promprune.package import DECODER, read_manifest
+from promprune.export.graphs.selector import build_selector
+from promprune.export.verify.config import CompareConfig
+from promprune.package.engines import current_target
+from promprune.package.manifest import DECODER, read_manifest
 from tests.command_line import run
 from tests.fake_package import NUM_TOKENS, FakeModel, graph_record, make_graph, rewrite_manifest, write_fake_package
 
@@ -28,10 +30,9 @@ pytest.importorskip("polygraphy", reason="Polygraphy is not installed")
 import polygraphy.config
 from polygraphy.backend.base import BaseRunner
 
-from promprune.export.compare import RUNNERS, GraphComparison, compare_package, pipeline
-from promprune.export.compare.pipeline import sample_feeds
-from promprune.export.compare.runners import Subject
-from promprune.export.compare.tensors import same_tensors, tensor_error
+from promprune.export.verify.backends import Subject
+from promprune.export.verify.comparison import RUNNERS, GraphComparison, compare_package, pipeline, sample_feeds
+from promprune.export.verify.tensors import same_tensors, tensor_error
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from promprune.export import ExportResult
 from promprune.export.families import FAMILIES
 from promprune.runtime import VisionLanguagePipeline
 from promprune.runtime import decoder as module
-from promprune.runtime.decoder import Cache, Decoder
-from promprune.runtime.loading import steps_in_place
+from promprune.runtime.engine.decoder import Cache, Decoder
+from promprune.runtime.engine.loading import steps_in_place
 from promprune.runtime.sessions import Session, SessionOptions, open_session
 from promprune.runtime.sessions.onnxruntime import OnnxRuntimeSession
 from tests.fake_package import HIDDEN, FakeModel, write_fake_package

@@ -13,13 +13,13 @@ import torch
 from safetensors import safe_open
 
 import promprune
-from promprune.config import SelectionConfig
-from promprune.prominence import spectral_entropy
-from promprune.scenes import CALIBRATION_SEEDS, TEST_SEEDS, Question, Scene, questions, render_scene
+from promprune.embedded.scenes import CALIBRATION_SEEDS, TEST_SEEDS, Question, Scene, questions, render_scene
+from promprune.method.config import SelectionConfig
+from promprune.method.entropy import spectral_entropy
 
 transformers = pytest.importorskip("transformers")
 
-FOLDER = Path(promprune.__file__).parent / "assets" / "embedded"
+FOLDER = Path(promprune.__file__).parent / "embedded" / "model"
 SIZE_LIMIT_BYTES = 16 * 2**20
 ACCURACY_FLOOR = 0.85
 

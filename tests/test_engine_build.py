@@ -25,15 +25,15 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from promprune.config import EngineConfig, ExportConfig
-from promprune.engines import current_target, engine_folder, read_engines, timing_cache_file
 from promprune.errors import BackendError, ConfigError, MissingDependencyError, PackageError
 from promprune.export import ExportResult, export_package
+from promprune.export.config import ExportConfig
 from promprune.export.engine import Toolkit, build, build_engines, engine_from_onnx, load_toolkit, network, profiles_of
 from promprune.export.engine import toolkit as toolkit_module
 from promprune.export.families import FAMILIES
-from promprune.package import DECODER, GraphRecord, TensorRecord, read_manifest
-from promprune.trt_modules import log_of
+from promprune.package.engines import EngineConfig, current_target, engine_folder, read_engines, timing_cache_file
+from promprune.package.manifest import DECODER, GraphRecord, TensorRecord, read_manifest
+from promprune.runtime.sessions.tensorrt.modules import log_of
 from tests.fake_package import FakeModel, make_graph, rewrite_manifest, write_fake_package
 from tests.tiny_models import save_tiny_llava
 
@@ -302,7 +302,7 @@ def replace_vision(package: Path, graph: onnx.ModelProto) -> None:
 
 
 def read_manifest_unchecked(package: Path) -> Any:
-    from promprune.package import _parse_manifest
+    from promprune.package.manifest import _parse_manifest
 
     return _parse_manifest(package)
 
@@ -488,7 +488,7 @@ def test_a_build_in_a_thread_works(fake: Path) -> None:
 
 
 def test_two_builders_at_a_time_do_not_clobber_each_other(fake: Path) -> None:
-    code = "from promprune.cli.build import main; main()"
+    code = "from promprune.export.commands.build import main; main()"
     command = [sys.executable, "-c", code, str(fake), "--target", "sm89", "--rebuild"]
     builders = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
     outcomes = [builder.communicate(timeout=120) for builder in builders]

@@ -12,10 +12,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from promprune import engines
-from promprune.config import EngineConfig
-from promprune.engines import (
+from promprune.errors import BackendError, ConfigError, OutputError, PackageError
+from promprune.package import engines
+from promprune.package.engines import (
     ENGINE_FILE,
+    EngineConfig,
     EngineIdentity,
     EngineRecord,
     ProfileRecord,
@@ -30,8 +31,7 @@ from promprune.engines import (
     write_engine_manifest,
     writing_engines,
 )
-from promprune.errors import BackendError, ConfigError, OutputError, PackageError
-from promprune.package import FileRecord, Manifest, TensorRecord, read_manifest
+from promprune.package.manifest import FileRecord, Manifest, TensorRecord, read_manifest
 from tests.fake_package import write_fake_package
 
 RANGE = ShapeRange(min=(1, 1), opt=(1, 8), max=(1, 16))
@@ -263,7 +263,7 @@ def test_a_failed_build_leaves_the_old_engines(tmp_path: Path, identity: EngineI
 def test_what_a_killed_builder_left_is_removed_by_the_next(tmp_path: Path, identity: EngineIdentity) -> None:
     folder = tmp_path / "engines" / "tensorrt-rtx-sm89"
     code = (
-        "import os; from pathlib import Path; from promprune.engines import writing_engines\n"
+        "import os; from pathlib import Path; from promprune.package.engines import writing_engines\n"
         f"with writing_engines(Path({str(folder)!r})): os._exit(9)"
     )
     subprocess.run([sys.executable, "-c", code], check=False)

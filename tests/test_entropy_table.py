@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from promprune.entropy_table import ENTROPY_TABLE
+from promprune.method.entropy_table import ENTROPY_TABLE
 
 Array = NDArray[np.float64]
 

@@ -13,20 +13,20 @@ import torch
 from PIL.Image import Image
 from PIL.Image import new as new_image
 
-from promprune.cli import eval as command
-from promprune.config import SelectionConfig
-from promprune.evaluation import runs
-from promprune.evaluation.data import Picture, Question, is_right, load_data
-from promprune.evaluation.gallery import gallery
-from promprune.evaluation.model import TorchModel
-from promprune.evaluation.runs import ALL, Condition, Run, ask_package, ask_torch, conditions
-from promprune.evaluation.scores import difference, scores
+from promprune.embedded.scenes import questions, render_scene
 from promprune.export import ExportResult
-from promprune.export.checkpoint import load_checkpoint
-from promprune.export.verify import MAX_NEW_TOKENS, kept_position_ids, torch_answer
+from promprune.export.checkpoint.loading import load_checkpoint
+from promprune.export.commands import eval as command
+from promprune.export.evaluation import runs
+from promprune.export.evaluation.data import Picture, Question, is_right, load_data
+from promprune.export.evaluation.gallery import gallery
+from promprune.export.evaluation.model import TorchModel
+from promprune.export.evaluation.runs import ALL, Condition, Run, ask_package, ask_torch, conditions
+from promprune.export.evaluation.scores import difference, scores
+from promprune.export.verify.verification import MAX_NEW_TOKENS, kept_position_ids, torch_answer
+from promprune.method.config import SelectionConfig
 from promprune.runtime import TokenSelection, draw_kept_tokens
-from promprune.runtime.results import TokenGrid
-from promprune.scenes import questions, render_scene
+from promprune.runtime.images.encoded import TokenGrid
 from tests.command_line import run
 
 

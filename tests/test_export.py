@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, Dinov2Config, LlavaConfig, LlavaForConditionalGeneration
 
-from promprune.config import ExportConfig
 from promprune.errors import (
     ConfigError,
     ModelError,
@@ -24,9 +23,10 @@ from promprune.errors import (
     VerificationError,
 )
 from promprune.export import ExportResult, export_package, verify_package
-from promprune.export.checkpoint import load_checkpoint
+from promprune.export.checkpoint.loading import load_checkpoint
+from promprune.export.config import ExportConfig
 from promprune.export.families.llava import adapt
-from promprune.export.verify import Limits
+from promprune.export.verify.verification import Limits
 from promprune.runtime import ImageEncoder, VisionLanguagePipeline
 from tests.tiny_models import IMAGE_SIZE, NUM_TOKENS, save_tiny_llava, tiny_language_model
 
@@ -181,7 +181,7 @@ def test_a_failed_verification_leaves_nothing(
     tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits = {"fp32": Limits(relative_error=0.0, identical_sets=1.0, overlap=1.0, equal_answers=1.0)}
-    monkeypatch.setattr("promprune.export.verify.LIMITS", limits)
+    monkeypatch.setattr("promprune.export.verify.verification.LIMITS", limits)
     with pytest.raises(VerificationError) as caught:
         export_package(ExportConfig(model=str(tiny_llava), ratio=0.25, output=tmp_path / "out"))
     assert any(not check.passed for check in caught.value.checks)
@@ -246,7 +246,7 @@ def test_an_existing_output_is_refused_before_the_model_is_read(tmp_path: Path) 
 
 
 def test_a_models_own_constants_are_used_unless_overridden(tiny_llava: Path, tmp_path: Path) -> None:
-    from promprune.export.checkpoint import selection_config
+    from promprune.export.checkpoint.loading import selection_config
 
     checkpoint = Path(shutil.copytree(tiny_llava, tmp_path / "checkpoint"))
     assert selection_config(checkpoint, ExportConfig())[1] == "defaults"

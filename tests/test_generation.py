@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from promprune.errors import BackendError, PackageError
-from promprune.runtime.config import GenerationConfig
-from promprune.runtime.generation import Row, TextStream, TokenChooser, eos_token_ids_of, probabilities_of
+from promprune.runtime.engine.config import GenerationConfig
+from promprune.runtime.engine.sampling import Row, TextStream, TokenChooser, eos_token_ids_of, probabilities_of
 from tests.fake_package import make_tokenizer
 
 

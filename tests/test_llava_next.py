@@ -16,12 +16,15 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
-from promprune.cli.common import describe_selection
-from promprune.config import EngineConfig, ExportConfig, SelectionConfig
 from promprune.errors import BackendError, ConfigError, PackageError, PromptError, UnsupportedModelError
 from promprune.export import ExportResult, export_package
+from promprune.export.config import ExportConfig
 from promprune.export.engine import profiles_of
-from promprune.package import IMAGE_NEWLINE_FILE, read_manifest, write_manifest
+from promprune.method.config import SelectionConfig
+from promprune.method.reference import select_tokens
+from promprune.package.engines import EngineConfig
+from promprune.package.image import IMAGE_NEWLINE_FILE
+from promprune.package.manifest import read_manifest, write_manifest
 from promprune.runtime import (
     EncodedImage,
     GenerationConfig,
@@ -29,8 +32,8 @@ from promprune.runtime import (
     draw_kept_tokens,
     image_embeds_part,
 )
-from promprune.runtime.layouts import layout_of
-from promprune.selection import select_tokens
+from promprune.runtime.images import layout_of
+from promprune.terminal import describe_selection
 from tests.tiny_models import IMAGE_SIZE, save_tiny_llava_next, tiny_language_model
 
 DATA = Path(skimage.__file__).parent / "data"

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 from promprune.errors import ConfigError
-from promprune.evaluation.data import load_data
-from promprune.evaluation.harness import generation_options, images_and_messages
-from promprune.evaluation.runs import ask_package
-from promprune.evaluation.scores import scores
 from promprune.export import ExportResult
+from promprune.export.evaluation.data import load_data
+from promprune.export.evaluation.runs import ask_package
+from promprune.export.evaluation.scores import scores
+from promprune.runtime.integrations.harness import generation_options, images_and_messages
 
 _TASK = """\
 task: promprune_scenes
@@ -117,7 +117,7 @@ def test_rounds_and_refusals(embedded_export: ExportResult) -> None:
     """Every round is a chat of its own, and knows the answers so far."""
     from lmms_eval.api.instance import Instance
 
-    from promprune.evaluation.lmms_eval import PromPrune
+    from promprune.runtime.integrations.lmms_eval import PromPrune
 
     picture = load_data("embedded", limit=1)[0]
     questions = [question.text for question in picture.questions[:3]]

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from promprune.bench.authors_method import authors_select
-from promprune.config import SelectionConfig
 from promprune.errors import ConfigError
-from promprune.prominence import saliency_count, saliency_ratio, spectral_entropy, unit_tokens
-from promprune.selection import select_tokens
+from promprune.export.baselines.authors_method import authors_select
+from promprune.method.config import SelectionConfig
+from promprune.method.entropy import saliency_count, saliency_ratio, spectral_entropy, unit_tokens
+from promprune.method.reference import select_tokens
 from tests.feature_sets import KINDS, feature_set
 
 SELECTION = SelectionConfig(order="selection")

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from promprune.errors import OutputError, PackageError
 from promprune.export import ExportResult
-from promprune.package import MANIFEST_FILE, read_manifest, writing_package
+from promprune.package.manifest import MANIFEST_FILE, read_manifest, writing_package
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path: Path) -> No
 KILLED = """
 import sys, time
 from pathlib import Path
-from promprune.package import writing_package
+from promprune.package.manifest import writing_package
 with writing_package(Path(sys.argv[1])) as folder:
     (folder / "half").write_text("x")
     print("writing", flush=True)
@@ -223,7 +223,7 @@ def test_what_a_killed_writer_leaves_is_removed_by_the_next(tmp_path: Path) -> N
 REPLACING = """
 import sys
 from pathlib import Path
-from promprune.package import MANIFEST_FILE, writing_package
+from promprune.package.manifest import MANIFEST_FILE, writing_package
 for number in range(150):
     with writing_package(Path(sys.argv[1]), force=True) as folder:
         (folder / MANIFEST_FILE).write_text("{}")

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
 from promprune.errors import PackageError
-from promprune.runtime.patches import PatchPreprocessor, closest_shape
+from promprune.runtime.images.patches import PatchPreprocessor, closest_shape
 
 SIZE = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 64}
 

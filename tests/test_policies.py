@@ -10,15 +10,16 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from promprune.config import LOOP_FORMS, POLICIES, ExportConfig, SelectionConfig, SelectionPolicy
+from promprune.embedded.scenes import render_scene
 from promprune.errors import ConfigError
+from promprune.export.config import ExportConfig
+from promprune.export.graphs.selector import build_selector
 from promprune.export.pipeline import default_output, export_package
-from promprune.export.selector_graph import build_selector
-from promprune.package import CheckRecord
-from promprune.pruning import prune_tokens
+from promprune.method.batched import prune_tokens
+from promprune.method.config import LOOP_FORMS, POLICIES, SelectionConfig, SelectionPolicy
+from promprune.method.reference import random_order, select_tokens
+from promprune.package.manifest import CheckRecord
 from promprune.runtime import VisionLanguagePipeline, draw_kept_tokens
-from promprune.scenes import render_scene
-from promprune.selection import random_order, select_tokens
 from tests.feature_sets import feature_set
 from tests.tiny_models import NUM_TOKENS
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from promprune.runtime.positions import ImagePositions, grid_positions, prompt_positions
+from promprune.runtime.images.positions import ImagePositions, grid_positions, prompt_positions
 from tests.tiny_models import tiny_qwen2_5_vl
 
 IMAGE_TOKEN_ID = 3

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from promprune.errors import ImageError, PackageError
-from promprune.runtime.preprocess import ImagePreprocessor, load_image
+from promprune.runtime.images.preprocess import ImagePreprocessor, load_image
 
 PHOTOGRAPHS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "camera.png", "retina.jpg", "logo.png")
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)[:, None, None]
@@ -113,7 +113,7 @@ def test_any_size_agrees_with_hugging_face(
 def test_very_long_images_agree_with_hugging_face(
     tmp_path: Path, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("promprune.runtime.preprocess._LARGE_PIXELS", 10_000)
+    monkeypatch.setattr("promprune.runtime.images.preprocess._LARGE_PIXELS", 10_000)
     ours, theirs = make_pair(tmp_path, 32)
     y, x = np.mgrid[: size[1], : size[0]] * 0.37
     waves = [128 + 120 * np.sin(x * (k + 1) / 3) * np.cos(y / (k + 2)) for k in range(3)]

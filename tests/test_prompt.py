@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers, processors
 
 from promprune.errors import ImageError, PackageError, PromptError
-from promprune.runtime.prompt import FALLBACK_TEMPLATE, PromptBuilder, tokenizer_errors
+from promprune.runtime.engine.prompt import FALLBACK_TEMPLATE, PromptBuilder, tokenizer_errors
 from tests.fake_package import TEMPLATE, make_tokenizer
 
 

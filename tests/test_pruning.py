@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from promprune.config import SelectionConfig
 from promprune.errors import ConfigError
-from promprune.prominence import spectral_entropy
-from promprune.pruning import PrunedTokens, prune_tokens
-from promprune.selection import select_tokens
+from promprune.method.batched import PrunedTokens, prune_tokens
+from promprune.method.config import SelectionConfig
+from promprune.method.entropy import spectral_entropy
+from promprune.method.reference import select_tokens
 from tests.feature_sets import feature_set
 
 SELECTION = SelectionConfig(order="selection")
@@ -132,7 +132,7 @@ def test_no_gradient_and_no_autocast() -> None:
 def test_the_products_keep_their_precision_under_both_settings_of_tf32() -> None:
     """In a process of its own: the newer setting makes PyTorch refuse the older one."""
     code = (
-        "import torch; from promprune.pruning import prune_tokens\n"
+        "import torch; from promprune.method.batched import prune_tokens\n"
         "setting = torch.backends.cuda.matmul\n"
         "setting.fp32_precision = 'tf32'\n"
         "prune_tokens(torch.rand(1, 32, 8), torch.rand(1, 32), 5)\n"
@@ -165,8 +165,8 @@ def test_refusals() -> None:
 
 KERNEL_CHECK = """
 import torch
-from promprune.greedy_kernel import fused_coverage_picks
-from promprune.pruning import _coverage_loop
+from promprune.method.triton_kernel import fused_coverage_picks
+from promprune.method.batched import _coverage_loop
 from tests.feature_sets import feature_set
 
 for n, d, keep in ((40, 60, 7), (100, 30, 90), (144, 160, 23)):

@@ -18,16 +18,18 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
-from promprune.config import ExportConfig, SelectionConfig
 from promprune.errors import ConfigError, PackageError, UnsupportedModelError
 from promprune.export import ExportResult, export_package
-from promprune.export.checkpoint import load_checkpoint
+from promprune.export.checkpoint.loading import load_checkpoint
+from promprune.export.config import ExportConfig
 from promprune.export.families.qwen2_5_vl import GridVisionEncoder, default_grids
-from promprune.export.verify import check_samples, verify_package
-from promprune.package import GridLayout, read_manifest
+from promprune.export.verify.verification import check_samples, verify_package
+from promprune.method.config import SelectionConfig
+from promprune.method.reference import select_tokens
+from promprune.package.image import GridLayout
+from promprune.package.manifest import read_manifest
 from promprune.runtime import EncodedImage, ImageEncoder, VisionLanguagePipeline
-from promprune.runtime.overlay import draw_kept_tokens
-from promprune.selection import select_tokens
+from promprune.runtime.images.overlay import draw_kept_tokens
 from tests.fake_package import rewrite_manifest
 from tests.tiny_models import QWEN_IMAGE, save_tiny_qwen, tiny_qwen2_5_vl
 
@@ -265,7 +267,7 @@ def test_a_vision_graph_that_no_image_is_for_is_noticed(
 ) -> None:
     """As it would be of a family whose sample sizes do not reach all of its graphs."""
     monkeypatch.setattr(
-        "promprune.export.verify.check_samples", lambda count, *, sizes: check_samples(2, sizes=sizes[:1])
+        "promprune.export.verify.verification.check_samples", lambda count, *, sizes: check_samples(2, sizes=sizes[:1])
     )
     record = verify_package(tiny_qwen_export.output, tiny_qwen_export.manifest, load_checkpoint(str(tiny_qwen)))
     (check,) = (check for check in record.checks if check.name == "vision graphs without an image")
@@ -277,7 +279,7 @@ def test_exchanged_axes_are_noticed_without_an_answer(
     axes: list[int], tiny_qwen: Path, tiny_qwen_export: ExportResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where memory is short, the logits of a text are all that says which axis is which."""
-    monkeypatch.setattr("promprune.export.verify.available_memory", lambda: 0)
+    monkeypatch.setattr("promprune.export.verify.verification.available_memory", lambda: 0)
     package = Path(shutil.copytree(tiny_qwen_export.output, tmp_path / "package"))
     path = package / "onnx/decoder_model_merged.onnx"
     model = onnx.load(path, load_external_data=False)

@@ -70,7 +70,7 @@ def test_mistakes_do_not_wait_for_pytorch(command: str, refused: list[tuple[list
     (tmp_path / "folder").mkdir()
     (tmp_path / "a-file").touch()
     arguments = json.dumps([argv for argv, _ in refused])
-    called = [sys.executable, "-c", _CODE, f"promprune.cli.{command}", arguments]
+    called = [sys.executable, "-c", _CODE, f"promprune.export.commands.{command}", arguments]
     outcome = subprocess.run(called, capture_output=True, text=True, check=True, cwd=tmp_path)
     for (argv, wanted), (exit_code, message, with_torch) in zip(refused, json.loads(outcome.stdout), strict=True):
         assert exit_code == 1, argv
@@ -80,6 +80,6 @@ def test_mistakes_do_not_wait_for_pytorch(command: str, refused: list[tuple[list
 
 @pytest.mark.parametrize("command", ["build", "calibrate", "eval", "export", "verify"])
 def test_a_command_starts_as_a_module(command: str) -> None:
-    called = [sys.executable, "-m", f"promprune.cli.{command}", "--version"]
+    called = [sys.executable, "-m", f"promprune.export.commands.{command}", "--version"]
     outcome = subprocess.run(called, capture_output=True, text=True, check=True)
     assert outcome.stdout.startswith("promprune ")

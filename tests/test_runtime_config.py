@@ -12,7 +12,7 @@ import pytest
 
 from promprune.errors import ConfigError
 from promprune.runtime import GenerationConfig, RuntimeConfig, VisionLanguagePipeline, pipeline
-from promprune.runtime.generation import probabilities_of
+from promprune.runtime.engine.sampling import probabilities_of
 
 
 class Unwritable:

@@ -165,7 +165,7 @@ TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json
 
 @pytest.mark.parametrize("name", [*TEXT_FILES, "chat_template.jinja"])
 def test_damaged_text_files_with_a_manifest_that_agrees(package: Path, name: str) -> None:
-    from promprune.package import read_manifest
+    from promprune.package.manifest import read_manifest
     from tests.fake_package import rewrite_manifest
 
     manifest = read_manifest(package)

@@ -12,7 +12,7 @@ import torch
 
 from promprune.errors import ConfigError
 from promprune.runtime import EncodedImage, TokenSelection
-from promprune.runtime.handoff import image_embeds_part, torch_bytes
+from promprune.runtime.integrations.vllm import image_embeds_part, torch_bytes
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

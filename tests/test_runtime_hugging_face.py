@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from promprune.config import ExportConfig
 from promprune.errors import ModelError
 from promprune.export import ExportResult, export_package
+from promprune.export.config import ExportConfig
 from promprune.runtime import VisionLanguagePipeline
 
 DATA = Path(skimage.__file__).parent / "data"

@@ -18,12 +18,12 @@ from PIL import Image
 
 import promprune.runtime
 from promprune.errors import BackendError, ConfigError, ImageError, PackageError, PrompruneError, PromptError
-from promprune.package import read_manifest
+from promprune.package.manifest import read_manifest
 from promprune.runtime import EncodedImage, ImageEncoder, VisionLanguagePipeline, draw_kept_tokens
-from promprune.runtime.decoder import Decoder
-from promprune.runtime.generation import TokenChooser
+from promprune.runtime.engine.decoder import Decoder
+from promprune.runtime.engine.sampling import TokenChooser
+from promprune.runtime.images.encoded import TokenSelection
 from promprune.runtime.pipeline import _feature_rows
-from promprune.runtime.results import TokenSelection
 from tests.fake_package import (
     HIDDEN,
     NUM_TOKENS,
@@ -548,7 +548,7 @@ def test_public_names() -> None:
 
 def test_the_runtime_needs_no_torch(folder: Path) -> None:
     code = (
-        "import sys; from promprune.runtime import VisionLanguagePipeline as P; import promprune.cli.run\n"
+        "import sys; from promprune.runtime import VisionLanguagePipeline as P; import promprune.runtime.commands.run\n"
         f"P.from_package({str(folder)!r}).generate((), 'x', max_new_tokens=2)\n"
         "heavy = {'torch', 'transformers', 'onnx', 'onnxscript', 'promprune.export', 'safetensors'}\n"
         "print(sorted(heavy & set(sys.modules)))"

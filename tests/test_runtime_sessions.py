@@ -14,9 +14,9 @@ import onnxruntime
 import pytest
 
 from promprune.errors import BackendError, ConfigError, PackageError
-from promprune.package import GraphRecord, TensorRecord
-from promprune.runtime.config import Provider, RuntimeConfig
+from promprune.package.manifest import GraphRecord, TensorRecord
 from promprune.runtime.sessions import BACKENDS, SessionOptions, open_session, providers
+from promprune.runtime.sessions.config import Provider, RuntimeConfig
 from promprune.runtime.sessions.providers import AUTO, PROVIDERS, why_not
 from tests.fake_package import make_graph
 

@@ -11,10 +11,10 @@ import pytest
 from onnx import TensorProto, helper
 from PIL import Image
 
-from promprune.config import ExportConfig
 from promprune.errors import PackageError
 from promprune.export import ExportResult, export_package
-from promprune.package import read_manifest
+from promprune.export.config import ExportConfig
+from promprune.package.manifest import read_manifest
 from promprune.runtime import VisionLanguagePipeline
 from tests.fake_package import EOS, HIDDEN, FakeModel, graph_record, rewrite_manifest, write_fake_package
 from tests.tiny_models import save_tiny_llava

@@ -21,8 +21,8 @@ import torch
 from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers import LlavaProcessor as Processor
 
-from promprune.config import ExportConfig
 from promprune.export import export_package
+from promprune.export.config import ExportConfig
 from promprune.runtime import VisionLanguagePipeline
 from tests.test_runtime_hugging_face import Reference, messages_of
 from tests.tiny_models import CHAT_TEMPLATE, SPECIAL_TOKENS, byte_tokenizer

@@ -13,16 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from promprune.cli import run as run_command
-from promprune.config import Dtype, ExportConfig
+from promprune.dtypes import Dtype
 from promprune.errors import BackendError, OutputError, PackageError
 from promprune.export import ExportResult, export_package
-from promprune.export.checkpoint import load_checkpoint
-from promprune.export.layers import alike
-from promprune.export.streaming import PiecewiseSession, available_memory
-from promprune.export.verify import verify_package
-from promprune.package import read_manifest
+from promprune.export.checkpoint.loading import load_checkpoint
+from promprune.export.checkpoint.out_of_core import PiecewiseSession, available_memory
+from promprune.export.config import ExportConfig
+from promprune.export.graphs.passes.layers import alike
+from promprune.export.verify.verification import verify_package
+from promprune.package.manifest import read_manifest
 from promprune.runtime import VisionLanguagePipeline
+from promprune.runtime.commands import run as run_command
 from tests.command_line import run
 from tests.tiny_models import HUB_PREFIXES, reshape_checkpoint, save_tiny_llava
 
@@ -94,7 +95,7 @@ def test_a_link_that_cannot_be_made_is_refused_and_leaves_nothing(
     def no_link(source: Any, target: Any) -> None:
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr("promprune.export.placement.os.link", no_link)
+    monkeypatch.setattr("promprune.export.graphs.external_data.os.link", no_link)
     config = ExportConfig(model=str(deep_llava), output=tmp_path / "out", copy_weights=False, verify=False)
     with pytest.raises(OutputError, match=r"cannot be linked .*Invalid cross-device link.*--copy-weights"):
         export_package(config)
@@ -113,9 +114,9 @@ def test_weights_that_have_to_be_converted_are_not_linked(deep_llava: Path, tmp_
 @pytest.fixture
 def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     """No memory, and pieces of a few nodes."""
-    monkeypatch.setattr("promprune.export.verify.available_memory", lambda: 0)
-    monkeypatch.setattr("promprune.export.streaming.PIECE_BYTES", 20_000)
-    monkeypatch.setattr("promprune.export.streaming.KEPT_BYTES", 100)
+    monkeypatch.setattr("promprune.export.verify.verification.available_memory", lambda: 0)
+    monkeypatch.setattr("promprune.export.checkpoint.out_of_core.PIECE_BYTES", 20_000)
+    monkeypatch.setattr("promprune.export.checkpoint.out_of_core.KEPT_BYTES", 100)
 
 
 @pytest.mark.usefixtures("streamed")
@@ -168,7 +169,7 @@ def test_pieces_compute_what_the_whole_graph_does(deep_export: ExportResult, mon
     path = deep_export.output / "onnx/vision_encoder.onnx"
     pixels = np.random.default_rng(0).standard_normal((2, 3, 56, 56)).astype(np.float32)
     whole = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-    monkeypatch.setattr("promprune.export.streaming.PIECE_BYTES", 5_000)
+    monkeypatch.setattr("promprune.export.checkpoint.out_of_core.PIECE_BYTES", 5_000)
     pieces = PiecewiseSession(path)
     assert len(pieces._pieces) > LAYERS
     assert [value.name for value in pieces.get_outputs()] == [value.name for value in whole.get_outputs()]
@@ -196,7 +197,7 @@ def test_a_checkpoint_in_half_precision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: str, dtype: Dtype
 ) -> None:
     """Half precision on disk: linked where it is the package's, converted where it is not."""
-    monkeypatch.setattr("promprune.export.placement.LINK_MIN_BYTES", 0)
+    monkeypatch.setattr("promprune.export.graphs.external_data.LINK_MIN_BYTES", 0)
     torch_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[stored]
     checkpoint = save_tiny_llava(tmp_path / "checkpoint", dtype=torch_dtype)
     config = ExportConfig(model=str(checkpoint), ratio=0.25, dtype=dtype, output=tmp_path / "out")
@@ -226,7 +227,7 @@ def test_a_bf16_package_is_verified_and_refused_on_the_cpu(tiny_llava: Path, tmp
 
 
 def test_features_near_the_end_of_fp16_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("promprune.export.verify.FP16_WARNING", 1e-6)
+    monkeypatch.setattr("promprune.export.verify.verification.FP16_WARNING", 1e-6)
     checkpoint = save_tiny_llava(tmp_path / "checkpoint")
     config = ExportConfig(model=str(checkpoint), dtype="fp16", vision_only=True, output=tmp_path / "out")
     verification = export_package(config).manifest.verification

@@ -10,8 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from promprune.errors import ConfigError
-from promprune.scenes import (
+from promprune.embedded.scenes import (
     CALIBRATION_SEEDS,
     COLOURS,
     DIGITS,
@@ -28,6 +27,7 @@ from promprune.scenes import (
     questions,
     render_scene,
 )
+from promprune.errors import ConfigError
 
 SCENES = [render_scene(seed) for seed in TEST_SEEDS[500:540]]
 

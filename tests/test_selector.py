@@ -17,11 +17,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from promprune.config import LOOP_FORMS, SelectionConfig
-from promprune.entropy_table import ENTROPY_TABLE
 from promprune.errors import ConfigError
-from promprune.export.selector_graph import build_selector
-from promprune.selection import Selection, select_tokens
+from promprune.export.graphs.selector import build_selector
+from promprune.method.config import LOOP_FORMS, SelectionConfig
+from promprune.method.entropy_table import ENTROPY_TABLE
+from promprune.method.reference import Selection, select_tokens
 from tests.feature_sets import feature_set
 
 Array = NDArray[Any]
@@ -62,7 +62,7 @@ def run(x: Array, a: Array, keep: int, mask: Array | None = None, **options: Any
 
 
 def tolerance(n: int, d: int) -> float:
-    """The bound of promprune.entropy_table for any spectrum, and what float32 adds to it."""
+    """The bound of promprune.method.entropy_table for any spectrum, and what float32 adds to it."""
     rank = max(min(n, d), 2)
     return ENTROPY_TABLE.delta * (1 + rank * ENTROPY_TABLE.x0) / math.log(rank) + 2e-5
 

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration, SiglipImageProcessorPil
 
-from promprune.config import ExportConfig
 from promprune.errors import UnsupportedModelError
 from promprune.export import ExportResult, export_package
+from promprune.export.config import ExportConfig
 from promprune.export.families.llava import adapt
+from promprune.method.reference import select_tokens
 from promprune.runtime import VisionLanguagePipeline, draw_kept_tokens
-from promprune.runtime.preprocess import ImagePreprocessor
-from promprune.selection import select_tokens
+from promprune.runtime.images.preprocess import ImagePreprocessor
 from tests.test_runtime_hugging_face import PHOTOGRAPHS, QUESTIONS, Reference, messages_of
 from tests.tiny_models import PATCH_SIZE, SIGLIP_IMAGE_SIZE, save_tiny_siglip_llava
 

@@ -24,8 +24,10 @@ import onnxruntime as ort
 import pytest
 from PIL import Image
 
-from promprune.config import EngineConfig
-from promprune.engines import (
+from promprune.errors import BackendError, MissingDependencyError, PackageError
+from promprune.export.engine import build_engines, profiles_of
+from promprune.package.engines import (
+    EngineConfig,
     EngineRecord,
     current_target,
     engine_folder,
@@ -34,20 +36,18 @@ from promprune.engines import (
     write_engine_manifest,
     writing_engines,
 )
-from promprune.errors import BackendError, MissingDependencyError, PackageError
-from promprune.export.engine import build_engines, profiles_of
-from promprune.package import DECODER, TensorRecord, read_manifest, sha256_of_file
+from promprune.package.manifest import DECODER, TensorRecord, read_manifest, sha256_of_file
 from promprune.runtime import VisionLanguagePipeline
 from promprune.runtime import decoder as decoder_module
-from promprune.runtime.decoder import Cache, Decoder
-from promprune.runtime.results import EncodedImage
+from promprune.runtime.engine.decoder import Cache, Decoder
+from promprune.runtime.images.encoded import EncodedImage
 from promprune.runtime.sessions import Rows, SessionOptions, open_session
 from promprune.runtime.sessions import cuda as cuda_module
 from promprune.runtime.sessions import tensorrt as module
-from promprune.runtime.sessions.cuda import CudaDevice
-from promprune.runtime.sessions.device import EngineLoading, Pitched
-from promprune.runtime.sessions.dlpack import CPU
-from promprune.runtime.sessions.tensorrt import TensorRtSession, choose_profile, find_engines
+from promprune.runtime.sessions.tensorrt.cuda import CudaDevice
+from promprune.runtime.sessions.tensorrt.device import EngineLoading, Pitched
+from promprune.runtime.sessions.tensorrt.dlpack import CPU
+from promprune.runtime.sessions.tensorrt.session import TensorRtSession, choose_profile, find_engines
 from tests.fake_package import HIDDEN, FakeModel, write_fake_package
 
 TARGET = "sm89"
@@ -769,7 +769,7 @@ def test_a_machine_without_a_driver_is_one_clear_line(built: Path, monkeypatch: 
     def missing(name: str) -> None:
         raise OSError(f"{name}: cannot open shared object file")
 
-    monkeypatch.setattr("promprune.engines.ctypes.CDLL", missing)
+    monkeypatch.setattr("promprune.package.engines.ctypes.CDLL", missing)
     with pytest.raises(BackendError, match=r"this machine has no usable GPU \(no NVIDIA driver is installed here\)"):
         VisionLanguagePipeline.from_package(built, backend="tensorrt")
 

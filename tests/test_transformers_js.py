@@ -17,9 +17,9 @@ import skimage
 from PIL import Image
 from transformers import AutoProcessor
 
-from promprune import scenes
-from promprune.config import ExportConfig
+from promprune.embedded import scenes
 from promprune.export import ExportResult, export_package
+from promprune.export.config import ExportConfig
 from promprune.runtime import VisionLanguagePipeline
 
 CLIENT = Path(__file__).parents[1] / "scripts/transformers_js"

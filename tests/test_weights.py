@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 from promprune.errors import ModelError, UnsupportedModelError
-from promprune.export.skeleton import build_skeleton
-from promprune.export.weights import linked, stored_tensors, weight_files
+from promprune.export.checkpoint.meta_model import build_skeleton
+from promprune.export.checkpoint.weights import linked, stored_tensors, weight_files
 from tests.tiny_models import HUB_PREFIXES, MODULE_PREFIXES, reshape_checkpoint, save_tiny_llava
 
 MODEL_CLASS = "LlavaForConditionalGeneration"
@@ -56,7 +56,7 @@ def test_the_buffers_are_those_of_a_loaded_model(tiny_llava: Path) -> None:
 
 
 def test_a_tensor_is_converted_a_part_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("promprune.export.weights.CHUNK_ELEMENTS", 7)
+    monkeypatch.setattr("promprune.export.checkpoint.weights.CHUNK_ELEMENTS", 7)
     values = {"a": torch.randn(5, 9), "b": torch.randn(3, 4).to(torch.bfloat16), "c": torch.tensor(1.5)}
     save_file(values, tmp_path / "model.safetensors")
     tensors = stored_tensors(tmp_path)

@@ -8,8 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from promprune.config import EngineConfig
-from promprune.engines import (
+from promprune.errors import PackageError
+from promprune.export.engine.network import engine_from_onnx
+from promprune.export.engine.profiles import profiles_of
+from promprune.export.engine.progress import NO_BUILD_PROGRESS, BuildProgress, Report
+from promprune.export.engine.toolkit import Toolkit, load_toolkit
+from promprune.package.engines import (
+    EngineConfig,
     EngineIdentity,
     EngineManifest,
     EngineRecord,
@@ -22,13 +27,8 @@ from promprune.engines import (
     write_engine_manifest,
     writing_engines,
 )
-from promprune.errors import PackageError
-from promprune.export.engine.network import engine_from_onnx
-from promprune.export.engine.profiles import profiles_of
-from promprune.export.engine.progress import NO_BUILD_PROGRESS, BuildProgress, Report
-from promprune.export.engine.toolkit import Toolkit, load_toolkit
-from promprune.package import Manifest, read_manifest
-from promprune.trt_modules import log_of, trimmed
+from promprune.package.manifest import Manifest, read_manifest
+from promprune.runtime.sessions.tensorrt.modules import log_of, trimmed
 
 __all__ = ["BuiltEngines", "build_engines"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from promprune.config import EngineConfig
 from promprune.errors import BackendError
-from promprune.trt_modules import trimmed
+from promprune.package.engines import EngineConfig
+from promprune.runtime.sessions.tensorrt.modules import trimmed
 
 __all__ = ["build_error"]
 

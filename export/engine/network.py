@@ -7,15 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from promprune.atomic import replace_file
-from promprune.config import EngineConfig
-from promprune.engines import ProfileRecord
 from promprune.errors import BackendError, PackageError
 from promprune.export.engine.failures import build_error
 from promprune.export.engine.progress import Report, holding_signals, make_monitor
 from promprune.export.engine.toolkit import Toolkit
-from promprune.package import GraphRecord, TensorRecord
-from promprune.trt_modules import TENSOR_DTYPES, log_of, trimmed
+from promprune.files import replace_file
+from promprune.package.engines import EngineConfig, ProfileRecord
+from promprune.package.manifest import GraphRecord, TensorRecord
+from promprune.runtime.sessions.tensorrt.modules import TENSOR_DTYPES, log_of, trimmed
 
 __all__ = ["engine_from_onnx"]
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from promprune.config import EngineConfig
-from promprune.engines import ProfileRecord, ShapeRange
 from promprune.errors import PackageError
-from promprune.package import DECODER, EMBED_TOKENS, GraphRecord, Manifest
+from promprune.package.engines import EngineConfig, ProfileRecord, ShapeRange
+from promprune.package.manifest import DECODER, EMBED_TOKENS, GraphRecord, Manifest
 
 __all__ = ["profiles_of"]
 

@@ -6,10 +6,9 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
-from promprune.config import EngineBackend
-from promprune.engines import CURRENT, current_target, parse_target
 from promprune.errors import BackendError, ConfigError, MissingDependencyError
-from promprune.trt_modules import ENGINE_MODULES, trimmed
+from promprune.package.engines import CURRENT, EngineBackend, current_target, parse_target
+from promprune.runtime.sessions.tensorrt.modules import ENGINE_MODULES, trimmed
 
 __all__ = ["Toolkit", "load_toolkit"]
 

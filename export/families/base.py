@@ -10,8 +10,9 @@ from PIL.Image import Image, Resampling
 from torch import Tensor, nn
 
 from promprune.errors import ConfigError
-from promprune.package import VISION_ENCODER, AnyresLayout, CropLayout, GridLayout, ImageRecord
-from promprune.runtime.patches import closest_shape
+from promprune.package.image import AnyresLayout, CropLayout, GridLayout, ImageRecord
+from promprune.package.manifest import VISION_ENCODER
+from promprune.runtime.images.patches import closest_shape
 
 __all__ = ["AdaptedModel", "Family", "Grids", "SampleInput", "VisionGraph", "VisionReference", "grids_of"]
 

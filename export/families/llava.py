@@ -12,8 +12,8 @@ from torch import Tensor
 
 from promprune.errors import UnsupportedModelError
 from promprune.export.families.base import AdaptedModel, Grids, SampleInput, VisionGraph, VisionReference
-from promprune.export.families.towers import vision_encoder
-from promprune.package import CropLayout
+from promprune.export.families.towers.table import vision_encoder
+from promprune.package.image import CropLayout
 
 __all__ = ["adapt", "kept_features", "reference", "with_saliency"]
 

@@ -13,8 +13,8 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 from promprune.errors import UnsupportedModelError
 from promprune.export.families.base import AdaptedModel, Grids, SampleInput, VisionGraph, VisionReference
 from promprune.export.families.llava import with_saliency
-from promprune.export.families.towers import vision_encoder
-from promprune.package import IMAGE_NEWLINE_FILE, AnyresLayout
+from promprune.export.families.towers.table import vision_encoder
+from promprune.package.image import IMAGE_NEWLINE_FILE, AnyresLayout
 
 __all__ = ["adapt", "kept_features", "reference"]
 

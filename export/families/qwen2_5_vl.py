@@ -18,7 +18,8 @@ from transformers.vision_utils import get_vision_position_ids
 
 from promprune.errors import UnsupportedModelError
 from promprune.export.families.base import AdaptedModel, Grids, SampleInput, VisionGraph, VisionReference
-from promprune.package import VISION_ENCODER, GridLayout, GridRecord
+from promprune.package.image import GridLayout, GridRecord
+from promprune.package.manifest import VISION_ENCODER
 
 __all__ = [
     "GridVisionEncoder",

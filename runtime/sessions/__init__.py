@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from types import MappingProxyType
-from typing import Final
 
 from promprune.errors import ConfigError
+from promprune.package.manifest import Manifest
 from promprune.runtime.sessions.base import Array, DeviceTensor, Rows, Session, SessionOptions, TensorSpec, Value
+from promprune.runtime.sessions.config import BACKENDS, RuntimeConfig
 
 __all__ = [
     "BACKENDS",
@@ -22,16 +22,9 @@ __all__ = [
     "SessionOptions",
     "TensorSpec",
     "Value",
+    "open_graph",
     "open_session",
 ]
-
-# Backend -> module; imported when first used, so that a backend that is not used need not be installed.
-BACKENDS: Final = MappingProxyType(
-    {
-        "onnxruntime": "promprune.runtime.sessions.onnxruntime",
-        "tensorrt": "promprune.runtime.sessions.tensorrt",  # engines of tensorrt or tensorrt-rtx, whichever were built
-    }
-)
 
 
 def open_session(path: Path, options: SessionOptions, *, backend: str = "onnxruntime") -> Session:
@@ -44,4 +37,23 @@ def open_session(path: Path, options: SessionOptions, *, backend: str = "onnxrun
     if backend not in BACKENDS:
         raise ConfigError(f"received backend {backend!r}", expected=f"one of {', '.join(BACKENDS)}")
     session: Session = importlib.import_module(BACKENDS[backend]).open_session(path, options)
+    return session
+
+
+def open_graph(folder: Path, manifest: Manifest, name: str, config: RuntimeConfig) -> Session:
+    """Load one graph of a package, and compare it with its record in the manifest.
+
+    Raises:
+        PackageError: it is not what the manifest says.
+        BackendError: it, or the provider that was asked for, cannot be loaded.
+    """
+    record = manifest.graphs[name]
+    options = SessionOptions(
+        provider=config.provider,
+        num_threads=config.num_threads,
+        cuda_graphs=config.cuda_graphs,
+        weight_budget_mib=config.weight_budget_mib,
+    )
+    session = open_session(folder / record.file, options, backend=config.backend)
+    session.check_against(record, folder / record.file)
     return session

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from promprune.errors import BackendError, PackageError
-from promprune.package import GraphRecord, TensorRecord
+from promprune.package.manifest import GraphRecord, TensorRecord
 
 __all__ = ["Array", "DeviceTensor", "Rows", "Session", "SessionOptions", "TensorSpec", "Value"]
 

@@ -22,7 +22,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from promprune.scenes import TRAIN_SEEDS, questions, render_scene
+from promprune.embedded.scenes import TRAIN_SEEDS, questions, render_scene
 
 PATCH_SIZE = 14
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<image>")

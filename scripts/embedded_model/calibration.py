@@ -7,14 +7,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Final
 
-from promprune.export.calibration import (
+from promprune.export.checkpoint.loading import SELECTION_FILE, load_checkpoint
+from promprune.export.evaluation.calibration import (
     Calibration,
     calibrate,
     calibration_scenes,
     image_entropies,
     write_calibration,
 )
-from promprune.export.checkpoint import SELECTION_FILE, load_checkpoint
 
 IMAGES: Final = 512
 SALIENCY_RATIO_MAX: Final = 0.3  # docs/accuracy.md says how it was chosen

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, IterableDataset
 
-from promprune.scenes import (
+from promprune.embedded.scenes import (
     BACKGROUND_COLOURS,
     COLOURS,
     DIGITS,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from promprune.evaluation.model import TorchModel
-from promprune.export.checkpoint import load_checkpoint
-from promprune.scenes import CALIBRATION_SEEDS, QUESTION_TYPES, render_scene
+from promprune.embedded.scenes import CALIBRATION_SEEDS, QUESTION_TYPES, render_scene
+from promprune.export.checkpoint.loading import load_checkpoint
+from promprune.export.evaluation.model import TorchModel
 
 from .data import EVENLY, IGNORE, make_batch, patch_labels
 from .training import Trainer, packed_logits, vision_states

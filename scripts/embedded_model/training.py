@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from promprune.scenes import COLOURS, MAX_OBJECTS, TRAIN_SEEDS
+from promprune.embedded.scenes import COLOURS, MAX_OBJECTS, TRAIN_SEEDS
 
 from .data import (
     EVENLY,

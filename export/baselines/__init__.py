@@ -1,0 +1,1 @@
+"""Contenders of the benchmark that need PyTorch, and packages made for one."""

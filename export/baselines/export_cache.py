@@ -1,0 +1,83 @@
+"""Packages made for a benchmark, kept for the next one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from promprune._version import __version__
+from promprune.dtypes import Dtype
+from promprune.errors import PackageError
+from promprune.export.config import ExportConfig
+from promprune.method.config import SelectionPolicy
+from promprune.package.manifest import read_manifest
+from promprune.runtime.bench.measure import Progress
+
+__all__ = ["default_cache", "packages_of"]
+
+
+def default_cache() -> Path:
+    """Return where packages are kept unless told otherwise: ``promprune/bench`` in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "promprune" / "bench"
+
+
+def packages_of(
+    model: str | None,
+    ratios: Sequence[float],
+    dtype: Dtype,
+    policies: Sequence[SelectionPolicy],
+    cache: Path,
+    progress: Progress,
+) -> dict[str, Path]:
+    """Return a package of the model for every ratio, by a name for the report; export those that are missing.
+
+    Args:
+        model: folder or hub id; ``None``: the embedded model.
+        ratios: fractions kept.
+        dtype: of the packages.
+        policies: what else chooses the tokens, at every ratio below 1.
+        cache: folder of all packages.
+        progress: told of the exports.
+
+    Raises:
+        PrompruneError: a package cannot be made.
+    """
+    plain = ExportConfig(model=model, dtype=dtype, verify=False)
+    configs = {f"{ratio:g}": replace(plain, ratio=ratio) for ratio in ratios}
+    for policy in policies:
+        configs |= {f"{ratio:g}, {policy}": replace(plain, ratio=ratio, policy=policy) for ratio in ratios if ratio < 1}
+    folders = {name: cache / _key(config) for name, config in configs.items()}
+    missing = [(configs[name], folder) for name, folder in folders.items() if not _whole(folder)]
+    progress.begin("export", len(missing))
+    for config, folder in missing:
+        from promprune.export.pipeline import export_package
+
+        export_package(replace(config, output=folder, force=True))
+        progress.advance()
+    return folders
+
+
+def _whole(folder: Path) -> bool:
+    try:
+        read_manifest(folder)
+    except PackageError:
+        return False
+    return True
+
+
+def _key(config: ExportConfig) -> str:
+    """Name a package by everything that it is made of: weights by their names, sizes and times."""
+    name = "embedded" if config.model is None else Path(config.model).name
+    parts = [__version__, str(config.model), config.dtype, str(config.opset), *_weights(config.model)]
+    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+    return f"{name}-{config.ratio:g}-{config.policy}-{config.dtype}-{digest}"
+
+
+def _weights(model: str | None) -> list[str]:
+    if model is None:
+        return []
+    files = sorted(path for path in Path(model).glob("*") if path.is_file())
+    return [f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]

@@ -1,0 +1,298 @@
+"""Reading a source checkpoint: a local folder in Hugging Face format, a hub id, or the embedded model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+import msgspec
+import torch
+import transformers
+from safetensors import SafetensorError
+
+from promprune.errors import ModelError, UnsupportedModelError, first_line
+from promprune.export.checkpoint.meta_model import build_skeleton
+from promprune.export.checkpoint.out_of_core import stream_weights
+from promprune.export.checkpoint.weights import weight_files
+from promprune.export.families import FAMILIES, Family
+from promprune.method.config import SelectionConfig, SelectionPolicy, TokenOrder
+from promprune.package.manifest import SourceRecord, sha256_of_file
+from promprune.package.sources import EMBEDDED_MODEL, EXPECTED_MODEL, embedded_model_folder, local_folder
+
+__all__ = [
+    "EMBEDDED_MODEL",
+    "TORCH_DTYPES",
+    "Checkpoint",
+    "ImageTextProcessor",
+    "embedded_model_folder",
+    "family_of",
+    "load_checkpoint",
+    "load_model",
+    "load_processor",
+    "read_constants",
+    "resolve",
+    "selection_config",
+]
+
+TORCH_DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+HASHED_AT_ONCE: Final = 2  # files of a checkpoint
+# What a model's own folder may say about the selection: {"mu": ..., "tau": ...}, and the limits of the split.
+SELECTION_FILE: Final = "promprune_config.json"
+_SELECTION_KEYS: Final = frozenset({"mu", "tau", "saliency_ratio_min", "saliency_ratio_max"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A source model; its weights stay on disk until they are asked for.
+
+    Attributes:
+        source: what the manifest says of it.
+        folder: where its files lie.
+        family: its row of the table.
+        skeleton: the transformers model without its weights, in the dtype that was asked for: its parameters are on
+            the meta device, each linked to its tensor of the checkpoint.
+        processor: the transformers processor, or its parts: tokenizer, image processor, chat template.
+        digests: SHA-256 of every file of weights, by its path.
+    """
+
+    source: SourceRecord
+    folder: Path
+    family: Family
+    skeleton: Any
+    processor: Any
+    digests: Mapping[Path, str]
+
+    def streamed_model(self, *, rounded_to: torch.dtype = torch.float32) -> Any:
+        """Return the reference with its weights on disk: a module reads its own when it is called.
+
+        Args:
+            rounded_to: dtype that the weights are rounded to on the way; everything is computed in fp32.
+        """
+        model = build_skeleton(self.folder, self.family.model_class, torch.float32)
+        stream_weights(model, rounded_to=rounded_to)
+        return model
+
+    @cached_property
+    def model(self) -> Any:
+        """The transformers model with its weights, whole, in fp32 and in evaluation mode: the reference."""
+        return load_model(self.folder, self.family)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTextProcessor:
+    """The parts of a transformers processor that images and texts need.
+
+    Attributes:
+        image_processor, tokenizer: of transformers.
+        chat_template: ``None``: that of the tokenizer, if any.
+    """
+
+    image_processor: Any
+    tokenizer: Any
+    chat_template: str | None
+
+
+def load_checkpoint(name: str | None, *, dtype: torch.dtype = torch.float32) -> Checkpoint:
+    """Load a model's structure and its processor.
+
+    Args:
+        name: folder or hub id; ``None`` is the embedded model. Code from a checkpoint is never run.
+        dtype: of the structure's parameters.
+
+    Raises:
+        ModelError: not a model, incomplete, or not to be had.
+        UnsupportedModelError: a family that is not exported.
+    """
+    folder, revision = resolve(name)
+    family = family_of(folder)
+    skeleton = build_skeleton(folder, family.model_class, dtype)
+    processor = load_processor(folder)
+    _refuse_tokens_without_embedding(skeleton, processor.tokenizer, folder)
+    files = weight_files(folder)
+    with ThreadPoolExecutor(max_workers=HASHED_AT_ONCE) as pool:
+        digests = dict(zip(files, pool.map(sha256_of_file, files), strict=True))
+    source = SourceRecord(
+        model=EMBEDDED_MODEL if name is None else name if revision else folder.resolve().name,
+        revision=revision,
+        weights_sha256=_digest_of(digests),
+    )
+    return Checkpoint(
+        source=source, folder=folder, family=family, skeleton=skeleton, processor=processor, digests=digests
+    )
+
+
+def selection_config(
+    folder: Path,
+    overrides: Mapping[str, float] = MappingProxyType({}),
+    *,
+    order: TokenOrder = SelectionConfig.order,
+    policy: SelectionPolicy = SelectionConfig.policy,
+) -> tuple[SelectionConfig, str]:
+    """Return the parameters of the selection, and who chose mu and tau.
+
+    ``overrides``, from the command line, come first, then the model's own ``promprune_config.json``, then the paper's
+    defaults.
+
+    Raises:
+        ModelError: the model's file is not as it should be.
+        ConfigError: a value is out of its range.
+    """
+    constants = read_constants(folder)
+    chosen_by = "command line" if overrides else "model" if constants else "defaults"
+    return SelectionConfig(order=order, policy=policy, **{**constants, **overrides}), chosen_by
+
+
+def read_constants(folder: Path) -> dict[str, float]:
+    """Read a checkpoint's own ``promprune_config.json``: mu, tau, and the limits of the split, or some of them.
+
+    Raises:
+        ModelError: it is something else.
+    """
+    path = folder / SELECTION_FILE
+    if not path.is_file():
+        return {}
+    try:
+        constants = msgspec.json.decode(path.read_bytes(), type=dict[str, float])
+    except msgspec.DecodeError as error:
+        raise ModelError(f"{path} cannot be read ({error})", expected='{"mu": number, "tau": number}') from error
+    if not constants.keys() <= _SELECTION_KEYS:
+        raise ModelError(
+            f"{path} has the keys {sorted(constants)}", expected="mu, tau, saliency_ratio_min, saliency_ratio_max"
+        )
+    return constants
+
+
+def resolve(name: str | None) -> tuple[Path, str | None]:
+    """Return the folder of a checkpoint, and the revision where it came from a hub.
+
+    Args:
+        name: folder or hub id; ``None`` is the embedded model.
+
+    Raises:
+        ModelError: neither, or not to be had.
+    """
+    if name is None:
+        return embedded_model_folder(), None
+    folder = local_folder(name)
+    return _download(name) if folder is None else (folder, None)
+
+
+def _download(name: str) -> tuple[Path, str | None]:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"received {name!r}: no such folder, and the hub did not give it ({type(error).__name__}: {reason})",
+            expected=EXPECTED_MODEL,
+            fix="check the name and the network, or download it elsewhere and give its folder",
+        ) from error
+    return folder, folder.name
+
+
+def family_of(folder: Path) -> Family:
+    """Return the row of the table for a checkpoint.
+
+    Raises:
+        ModelError: it has no usable ``config.json``.
+        UnsupportedModelError: a family that is not exported.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+        model_type = str(config["model_type"])
+    except OSError as error:
+        raise ModelError(f"{folder} has no config.json", expected=EXPECTED_MODEL) from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ModelError(f"{path} is not a model's configuration", expected="JSON with a model_type") from error
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"{folder.name} is of the family {model_type!r}", expected=f"one of the families {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[model_type]
+
+
+def load_model(folder: Path, family: Family, *, dtype: torch.dtype = torch.float32) -> Any:
+    """Load the transformers model of a checkpoint whole, in evaluation mode.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    model_class = getattr(transformers, family.model_class)
+    transformers.utils.logging.disable_progress_bar()  # the command has its own
+    try:
+        model = model_class.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"{folder} cannot be loaded as {family.model_class} ({first_line(error)})",
+            expected="a complete checkpoint in Hugging Face format",
+        ) from error
+    return model.eval()
+
+
+def load_processor(folder: Path) -> Any:
+    """Load the transformers processor of a checkpoint, or its parts as :class:`ImageTextProcessor`.
+
+    Raises:
+        ModelError: it has none that can be used.
+    """
+    local: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    try:
+        try:
+            processor = transformers.AutoProcessor.from_pretrained(folder, **local)
+        except ImportError:  # some have a part for videos, with needs of its own
+            processor = ImageTextProcessor(
+                image_processor=transformers.AutoImageProcessor.from_pretrained(folder, **local),
+                tokenizer=transformers.AutoTokenizer.from_pretrained(folder, **local),
+                chat_template=_chat_template(folder),
+            )
+    except Exception as error:  # transformers raises many kinds for a missing or broken file
+        raise ModelError(
+            f"{folder} has no usable processor ({first_line(error)})",
+            expected="tokenizer.json and preprocessor_config.json (or processor_config.json) beside the weights",
+        ) from error
+    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        raise ModelError(f"{folder} has a {type(processor).__name__}", expected="a tokenizer and an image processor")
+    return processor
+
+
+def _chat_template(folder: Path) -> str | None:
+    """Return the chat template of a processor, where it has a file of its own; the tokenizer knows of others."""
+    path = folder / "chat_template.json"
+    return str(json.loads(path.read_bytes())["chat_template"]) if path.is_file() else None
+
+
+def _refuse_tokens_without_embedding(skeleton: Any, tokenizer: Any, folder: Path) -> None:
+    """Refuse tokens that were added to a tokenizer, but not to its model: nothing can be looked up for them."""
+    rows = skeleton.get_input_embeddings().weight.shape[0]
+    beyond = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= rows)
+    if beyond:
+        index, token = beyond[0]
+        raise ModelError(
+            f"the tokenizer of {folder.name} has {len(beyond)} tokens that its model lacks, as {token!r} (id {index})",
+            expected=f"ids below {rows}, the rows of the word embeddings",
+            fix="save the model again after transformers' resize_token_embeddings, or take the tokens out",
+        )
+
+
+def _digest_of(digests: Mapping[Path, str]) -> str:
+    lines = sorted(f"{file.name} {digest}\n" for file, digest in digests.items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

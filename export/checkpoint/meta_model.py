@@ -1,0 +1,166 @@
+"""A transformers model without its weights: the whole structure, and for every parameter where its value lies.
+
+A model of any size takes a few megabytes. Buffers that no checkpoint holds, such as rotary frequencies, are real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from promprune.errors import ModelError, UnsupportedModelError, first_line
+from promprune.export.checkpoint.weights import LinkedWeight, StoredTensor, link, linked, stored_tensors
+
+__all__ = ["build_skeleton", "fake_mode_of", "make_fake"]
+
+
+def build_skeleton(folder: Path, model_class: str, dtype: torch.dtype) -> Any:
+    """Build a model whose parameters are on the meta device, each linked to its tensor of the checkpoint.
+
+    Args:
+        folder: the checkpoint.
+        model_class: name of the class in ``transformers``; code from the checkpoint is never run.
+        dtype: of the parameters.
+
+    Raises:
+        ModelError: the configuration or the weights are not those of a whole checkpoint of this class.
+        UnsupportedModelError: the weights are quantized, or not stored parameter by parameter.
+    """
+    kind = getattr(transformers, model_class)
+    try:
+        config = kind.config_class.from_pretrained(folder, local_files_only=True)
+        _refuse_quantized(folder, config)
+        with torch.device("meta"):
+            model = kind._from_config(config, dtype=dtype, attn_implementation="sdpa")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, StrictDataclassError) as error:
+        raise ModelError(
+            f"{folder} cannot be loaded as {model_class} ({first_line(error)})",
+            expected="a complete checkpoint in Hugging Face format",
+        ) from error
+    model.eval().requires_grad_(False)
+    _make_buffers_real(model)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+    _link_all(model, _by_parameter(model, stored_tensors(folder)), folder)
+    return model
+
+
+def make_fake(model: nn.Module) -> None:
+    """Make the parameters on the meta device fake ones on the CPU: a trace then sees a model on one device."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.is_meta:
+                continue
+            if parameter not in fakes:
+                with mode:
+                    fake = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+                fakes[parameter] = nn.Parameter(fake, requires_grad=False)
+                weight = linked(parameter)
+                if weight is not None:
+                    link(fakes[parameter], weight)
+            module._parameters[name] = fakes[parameter]
+
+
+def fake_mode_of(module: nn.Module) -> FakeTensorMode | None:
+    """Return the mode of a module's fake parameters; ``None``: it has none."""
+    return next((tensor.fake_mode for tensor in module.parameters() if isinstance(tensor, FakeTensor)), None)
+
+
+def _refuse_quantized(folder: Path, config: Any) -> None:
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModelError(
+            f"{folder.name} is quantized", expected="weights in floating point", fix="export the original checkpoint"
+        )
+
+
+def _make_buffers_real(model: Any) -> None:
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device="cpu")
+    model.initialize_weights()  # transformers' own: gives buffers their values, and does nothing on the meta device
+
+
+def _by_parameter(model: Any, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Name every tensor as the model does: checkpoints written by other versions of transformers name them otherwise.
+
+    Follows ``transformers.core_model_loading.convert_and_load_state_dict_in_model``.
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    prefix, state = model.base_model_prefix, model.state_dict()
+    found = {}
+    for key in sorted(tensors):
+        name, converted = rename_source_key(key, renamings, converters, prefix, state)
+        if name not in state and key in state:
+            name, converted = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=state)
+        if name in state and converted is not None:
+            raise UnsupportedModelError(
+                f"{key} is stored in another form than {type(model).__name__} takes it",
+                expected="a tensor for every parameter",
+                fix="load it with transformers and save it again",
+            )
+        found[name] = tensors[key]
+    return found
+
+
+def _link_all(model: nn.Module, found: Mapping[str, StoredTensor], folder: Path) -> None:
+    """Link every parameter and load every persistent buffer; a tied parameter has several names, one is enough."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    missing = []
+    for parameter, aliases in names.items():
+        held = [alias for alias in aliases if alias in found]
+        if not held:
+            missing.append(aliases[0])
+            continue
+        for name in held:
+            _check_shape(found[name], tuple(parameter.shape), name)
+        _refuse_different([found[name] for name in held])
+        link(parameter, LinkedWeight(aliases[0], found[held[0]]))
+    buffers = dict(model.named_buffers())
+    for name in model.state_dict().keys() & buffers.keys():
+        if name not in found:
+            missing.append(name)
+            continue
+        _check_shape(found[name], tuple(buffers[name].shape), name)
+        buffers[name].copy_(found[name].read(buffers[name].dtype))
+    if missing:
+        raise ModelError(
+            f"{folder} has no weights for {len(missing)} tensors, {sorted(missing)[0]} among them",
+            expected="a complete checkpoint: the missing ones would be random",
+        )
+
+
+def _refuse_different(tied: Sequence[StoredTensor]) -> None:
+    first, *others = tied
+    for other in others:
+        pairs = zip(first.chunks(), other.chunks(), strict=True)
+        if not all(torch.equal(a.double(), b.double()) for a, b in pairs):
+            raise UnsupportedModelError(
+                f"config.json ties {first.key} to {other.key}, but their values differ",
+                expected="one value for tied weights",
+                fix='set "tie_word_embeddings" to false in config.json',
+            )
+
+
+def _check_shape(stored: StoredTensor, shape: tuple[int, ...], name: str) -> None:
+    stored.torch_dtype  # noqa: B018  # refuses a quantized one
+    if stored.shape != shape:
+        raise ModelError(
+            f"{stored.key} in {stored.file.name} has the shape {list(stored.shape)}",
+            expected=f"{list(shape)}, as config.json has it for {name}",
+        )

@@ -1,0 +1,1 @@
+"""The commands that make, verify and evaluate packages."""

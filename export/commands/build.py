@@ -1,0 +1,185 @@
+"""``promprune-build``: build TensorRT engines from a package, for one or more kinds of GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import msgspec
+import typer
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from promprune.package.engines import ENGINE_BACKENDS, EngineConfig
+from promprune.runtime.commands.options import Version
+from promprune.terminal import console, missing_extra, option_type, print_json, run_command
+
+if TYPE_CHECKING:
+    from promprune.export.engine import BuiltEngines
+
+__all__ = ["build", "main"]
+
+DEFAULTS: Final = EngineConfig()
+
+
+def build(
+    package: Annotated[Path, typer.Argument(help="Folder that promprune-export wrote.", metavar="PACKAGE")],
+    backend: Annotated[
+        str, typer.Option(help=f"{' or '.join(ENGINE_BACKENDS)}.", metavar="BACKEND")
+    ] = DEFAULTS.backend,
+    target: Annotated[
+        str,
+        typer.Option(
+            help="Compute capabilities, such as sm89,sm120; current is the GPU of this machine. "
+            "tensorrt builds for that one only.",
+            metavar="TARGETS",
+        ),
+    ] = ",".join(DEFAULTS.targets),
+    max_prompt_tokens: Annotated[
+        int,
+        typer.Option(
+            help="Longest prompt, in tokens besides those of its first image.",
+            parser=option_type(int, "a whole number of tokens, at least 1"),
+            metavar="COUNT",
+        ),
+    ] = DEFAULTS.max_prompt_tokens,
+    max_new_tokens: Annotated[
+        int,
+        typer.Option(
+            help="Longest answer.", parser=option_type(int, "a whole number of tokens, at least 1"), metavar="COUNT"
+        ),
+    ] = DEFAULTS.max_new_tokens,
+    max_batch: Annotated[
+        int,
+        typer.Option(
+            help="Most images, or rows, at a time.", parser=option_type(int, "a whole number"), metavar="COUNT"
+        ),
+    ] = DEFAULTS.max_batch,
+    decode_profile: Annotated[
+        bool,
+        typer.Option(
+            "--decode-profile", help="Tune the decoder for single tokens too; doubles its size with tensorrt-rtx."
+        ),
+    ] = DEFAULTS.decode_profile,
+    workspace_mib: Annotated[
+        int | None,
+        typer.Option(
+            help="Scratch memory of one engine.",
+            show_default="no limit",
+            parser=option_type(int, "a whole number of MiB"),
+            metavar="MIB",
+        ),
+    ] = DEFAULTS.workspace_mib,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Replace engines that are there, stale or not.")
+    ] = DEFAULTS.rebuild,
+    keep_inspector_json: Annotated[
+        bool, typer.Option("--keep-inspector-json", help="Also write every layer as built; needs the target GPU.")
+    ] = DEFAULTS.keep_inspector_json,
+    weight_streaming: Annotated[
+        bool,
+        typer.Option("--weight-streaming", help="Let the runtime keep part of the weights in host memory."),
+    ] = DEFAULTS.weight_streaming,
+    strip_weights: Annotated[
+        bool,
+        typer.Option(
+            "--strip-weights", help="Leave the weights out; the runtime takes them from the package. Needs a GPU."
+        ),
+    ] = DEFAULTS.strip_weights,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the engines as one line of JSON on stdout.")] = False,
+    version: Version = False,
+) -> None:
+    """Build engines from a package, into PACKAGE/engines. Engines that are up to date are left as they are.
+
+    Examples:
+
+      promprune-build promprune-embedded-0.12 --target sm89,sm120
+
+      promprune-build llava-0.12 --backend tensorrt --max-batch 4 --workspace-mib 4096
+    """
+    config = EngineConfig(
+        backend=backend,  # type: ignore[arg-type]  # validated by EngineConfig
+        targets=tuple(part.strip() for part in target.split(",") if part.strip()),
+        max_prompt_tokens=max_prompt_tokens,
+        max_new_tokens=max_new_tokens,
+        max_batch=max_batch,
+        decode_profile=decode_profile,
+        workspace_mib=workspace_mib,
+        rebuild=rebuild,
+        keep_inspector_json=keep_inspector_json,
+        weight_streaming=weight_streaming,
+        strip_weights=strip_weights,
+    )
+    with missing_extra(backend):
+        from promprune.export.engine import build_engines
+    with _progress() as progress:
+        results = build_engines(package, config, progress=progress)
+    for note in dict.fromkeys(note for result in results for note in result.notes):
+        console.print(f"[yellow]note:[/] {note}", soft_wrap=True)
+    if as_json:
+        print_json({"package": str(package), "engines": [_as_json(result) for result in results]})
+    else:
+        _print_summary(results)
+
+
+def main() -> None:
+    """Entry point of ``promprune-build``."""
+    run_command(build)
+
+
+class _RichBuildProgress:
+    """A bar for the engine that is being built, and a line with its time for every finished one."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+
+    @contextlib.contextmanager
+    def building(self, description: str) -> Iterator[Callable[[float, str], None]]:
+        task = self.progress.add_task(description, total=1.0, phase="")
+        started = time.perf_counter()
+        yield lambda fraction, phase: self.progress.update(task, completed=fraction, phase=phase)
+        self.progress.remove_task(task)
+        self.progress.console.print(f"[green]done[/]  {description:<36} {time.perf_counter() - started:6.1f} s")
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[_RichBuildProgress]:
+    columns = (SpinnerColumn(), TextColumn("{task.description:<30}"), BarColumn(), TaskProgressColumn())
+    phase = TextColumn("[dim]{task.fields[phase]}")
+    with Progress(*columns, TimeElapsedColumn(), phase, console=console, transient=True) as progress:
+        yield _RichBuildProgress(progress)
+
+
+def _as_json(result: BuiltEngines) -> dict[str, Any]:
+    return {
+        "folder": str(result.folder),
+        "built": result.built,
+        "seconds": round(result.seconds, 3),
+        "notes": list(result.notes),
+        **msgspec.to_builtins(result.manifest),
+    }
+
+
+def _print_summary(results: tuple[BuiltEngines, ...]) -> None:
+    table = Table(title="Engines", title_justify="left", title_style="bold")
+    for column in ("target", "graph"):
+        table.add_column(column)
+    for column in ("profiles", "MB", "build s"):
+        table.add_column(column, justify="right")
+    for result in results:
+        for name, record in result.manifest.engines.items():
+            profiles = ", ".join(profile.name for profile in record.profiles)
+            size, seconds = f"{record.size_bytes / 1e6:.1f}", f"{record.build_seconds:.1f}"
+            table.add_row(result.manifest.identity.target, name, profiles, size, seconds)
+    console.print(table)
+    for result in results:
+        identity = result.manifest.identity
+        state = f"built in {result.seconds:.1f} s" if result.built else "up to date"
+        print(f"{result.folder}: {identity.backend} {identity.tool_version}, {identity.target}, {state}")
+
+
+if __name__ == "__main__":
+    main()

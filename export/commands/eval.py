@@ -1,0 +1,420 @@
+"""``promprune-eval``: how much of its accuracy a model keeps, at several ratios and under several policies."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from promprune.dtypes import DTYPES
+from promprune.errors import BackendError, ConfigError, PackageError
+from promprune.export.config import ExportConfig
+from promprune.export.evaluation.config import DEFAULT_POLICIES, DEFAULT_RATIOS, EMBEDDED_DATA, EvalConfig
+from promprune.files import replace_file
+from promprune.package.manifest import MANIFEST_FILE, read_manifest
+from promprune.package.sources import EMBEDDED_MODEL, local_folder
+from promprune.runtime.commands.options import Version
+from promprune.terminal import console, missing_extra, option_type, plain, print_json, run_command
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from promprune.export.evaluation.data import Picture
+    from promprune.export.evaluation.model import TorchModel
+    from promprune.export.evaluation.runs import Run
+    from promprune.export.evaluation.scores import Score
+    from promprune.method.config import SelectionConfig
+
+__all__ = ["evaluate", "main"]
+
+DEFAULTS: Final = EvalConfig()
+_INT: Final = "a whole number, at least 1"
+_Begin: TypeAlias = Callable[[str, int], Callable[[int], None]]  # starts a bar, and returns what advances it
+
+
+def evaluate(
+    subjects: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="One model (folder or hub id), packages that promprune-export wrote, or both. Left out: the embedded "
+            "model.",
+            metavar="[MODEL | PACKAGE]...",
+        ),
+    ] = None,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="'embedded': rendered scenes; or a folder with images and a *.jsonl of image, question, answers.",
+            metavar="DATA",
+        ),
+    ] = EMBEDDED_DATA,
+    ratios: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a model: fractions of the tokens that are KEPT.",
+            show_default=",".join(f"{ratio:g}" for ratio in DEFAULT_RATIOS),
+            metavar="LIST",
+        ),
+    ] = None,
+    policies: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a model: what chooses the kept tokens.",
+            show_default=f"{','.join(DEFAULT_POLICIES)}; also oracle and none with the embedded data",
+            metavar="LIST",
+        ),
+    ] = None,
+    runtime: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Also export the model in this dtype ({' or '.join(DTYPES)}), with all tokens and at the smallest "
+            "ratio, and ask the packages. Can be given twice.",
+            metavar="DTYPE",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Most images.", parser=option_type(int, _INT), metavar="COUNT", show_default="all"),
+    ] = DEFAULTS.limit,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Longest answer, in tokens.", parser=option_type(int, _INT), metavar="COUNT")
+    ] = DEFAULTS.max_new_tokens,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            help="CPU threads of PyTorch, of a model.",
+            parser=option_type(int, _INT),
+            metavar="COUNT",
+            show_default="all",
+        ),
+    ] = DEFAULTS.threads,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="Folder for tables, figures, answers and numbers.", metavar="DIR", show_default=False
+        ),
+    ] = None,
+    gallery: Annotated[
+        Path | None,
+        typer.Option(help="Page of pictures with what was kept and answered.", metavar="OUT.html", show_default=False),
+    ] = None,
+    gallery_limit: Annotated[
+        int, typer.Option(help="Most pictures on that page.", parser=option_type(int, _INT), metavar="COUNT")
+    ] = DEFAULTS.gallery_limit,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as one line of JSON on stdout.")] = False,
+    version: Version = False,
+) -> None:
+    """Ask the same questions with all visual tokens and with few, and compare the answers.
+
+    A model answers in PyTorch under every policy at every ratio; a package answers in the runtime, as it is.
+
+    Examples:
+
+      promprune-eval --runtime fp32 --runtime fp16 -o results --gallery gallery.html
+
+      promprune-eval ./llava-1.5-7b-hf --data photos --ratios 0.25,0.12
+
+      promprune-eval llava-1.0 llava-0.12 --data photos
+    """
+    started, cpu_started = time.perf_counter(), time.process_time()
+    model, packages = _sorted_out(subjects or [])
+    config = EvalConfig(
+        model=model,
+        packages=packages,
+        data=data,
+        ratios=None if ratios is None else _fractions(ratios),
+        policies=None if policies is None else tuple(dict.fromkeys(_parts(policies))),
+        runtime=tuple(dict.fromkeys(runtime or ())),  # type: ignore[arg-type]  # validated by EvalConfig
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        threads=threads,
+        output=output,
+        gallery=gallery,
+        gallery_limit=gallery_limit,
+    )
+    _check_what_is_here(config)
+    results = _run(config)
+    seconds = {"wall": time.perf_counter() - started, "cpu": time.process_time() - cpu_started}
+    if as_json:
+        _print_json(results, data, seconds)
+    else:
+        _print(results)
+        console.print(f"{seconds['wall']:.0f} s, of which {seconds['cpu']:.0f} s of one CPU core")
+    _write(results, config)
+
+
+def main() -> None:
+    """Entry point of ``promprune-eval``."""
+    run_command(evaluate)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What came of asking the model.
+
+    Attributes:
+        runs: one for every condition.
+        selection: how the kept tokens were chosen.
+        page: the gallery, where one is wanted.
+    """
+
+    runs: list[Run]
+    selection: SelectionConfig
+    page: str | None
+
+
+@dataclass(frozen=True)
+class _Results:
+    """Everything that is printed and written; ``model`` is ``None`` where only packages were asked."""
+
+    pictures: Sequence[Picture]
+    runs: Sequence[Run]
+    scores: Sequence[Score]
+    model: _Asked | None
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
+
+
+def _fractions(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in _parts(text))
+    except ValueError as error:
+        raise ConfigError(f"received --ratios {text}", expected="fractions that are kept, such as 0.5,0.12") from error
+
+
+def _sorted_out(subjects: Sequence[str]) -> tuple[str | None, tuple[Path, ...]]:
+    """Which of the arguments is the model, and which are packages; the embedded model where nothing is named."""
+    packages = tuple(Path(name) for name in subjects if (Path(name) / MANIFEST_FILE).is_file())
+    models = [name for name in subjects if Path(name) not in packages]
+    if len(models) > 1:
+        raise ConfigError(f"received {len(models)} models: {', '.join(models)}", expected="one, and packages")
+    if not subjects:
+        return EMBEDDED_MODEL, ()
+    return (models[0] if models else None), packages
+
+
+def _name(config: EvalConfig) -> str | None:
+    """Return the model's name, as the export takes it: ``None`` is the embedded one."""
+    return None if config.model == EMBEDDED_MODEL else config.model
+
+
+def _check_what_is_here(config: EvalConfig) -> None:
+    """Refuse a model, packages or dtypes that cannot be used here, before PyTorch is started and anything is asked."""
+    if config.model is not None:
+        local_folder(_name(config))
+    manifests = {folder: read_manifest(folder) for folder in config.packages}
+    for folder, manifest in manifests.items():
+        if not manifest.has_language_model:
+            raise PackageError(
+                f"{folder} has no language model: it was exported with --vision-only",
+                expected="a package with a language model",
+            )
+    if "bf16" in {*config.runtime, *(manifest.dtype for manifest in manifests.values())}:
+        _check_cuda()
+
+
+def _check_cuda() -> None:
+    """Refuse bf16 where there is no CUDA: the CPU lacks operators for it."""
+    from promprune.runtime.sessions.providers import why_not
+
+    reason = why_not("cuda")
+    if reason is not None:
+        raise BackendError(
+            f"packages in bf16 run on CUDA only, which cannot be used here ({reason})",
+            expected="an NVIDIA GPU with its driver, CUDA and cuDNN",
+            fix="take fp32 or fp16",
+        )
+
+
+def _run(config: EvalConfig) -> _Results:
+    from promprune.export.evaluation.data import load_data
+
+    pictures = load_data(config.data, limit=config.limit)
+    if config.output is not None and config.compares_promprune:
+        with missing_extra("eval"):
+            importlib.import_module("matplotlib.figure")  # rather now than after everything was asked
+    with missing_extra("export"):
+        import torch
+
+        from promprune.export.evaluation.scores import scores
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    with _progress() as progress, tempfile.TemporaryDirectory() as scratch:
+        asked = None if config.model is None else _ask_model(config, pictures, progress)
+        packages = [*config.packages, *_exported(config, Path(scratch), progress)]
+        runs = [] if asked is None else list(asked.runs)
+        runs += [_ask_package(package, pictures, config.max_new_tokens, progress) for package in packages]
+    return _Results(pictures, runs, scores(runs, pictures), asked)
+
+
+def _ask_model(config: EvalConfig, pictures: Sequence[Picture], progress: _Begin) -> _Asked:
+    from promprune.export.checkpoint.loading import load_checkpoint, selection_config
+    from promprune.export.evaluation.model import TorchModel
+    from promprune.export.evaluation.runs import ask_torch, conditions
+
+    checkpoint = load_checkpoint(_name(config))
+    subject = TorchModel(checkpoint)
+    wanted = conditions(subject.num_tokens, config.kept_ratios, config.chosen_policies)
+    if config.gallery is not None and not any(condition.policy == "promprune" for condition in wanted):
+        raise ConfigError(
+            f"received --gallery, but every ratio keeps all {subject.num_tokens} tokens", expected="a smaller one"
+        )
+    selection, _ = selection_config(checkpoint.folder)
+    done = progress(f"PyTorch, {len(wanted)} conditions", len(pictures))
+    runs = ask_torch(subject, pictures, wanted, selection, max_new_tokens=config.max_new_tokens, done=done)
+    pruned = _smallest(runs) if config.gallery is not None else None
+    page = None if pruned is None else _page(subject, runs[0], pruned, pictures, config.gallery_limit, progress)
+    return _Asked(runs, selection, page)
+
+
+def _page(
+    subject: TorchModel, whole: Run, pruned: Run, pictures: Sequence[Picture], limit: int, progress: _Begin
+) -> str:
+    """Draw the gallery while the model is there: what it sees is made again, rather than kept of every picture."""
+    from promprune.export.evaluation.gallery import gallery
+
+    done = progress("gallery", min(limit, len(pictures)))
+
+    def view(picture: Picture) -> Image:
+        done(1)
+        return subject.view(picture.load())
+
+    return gallery(whole, pruned, pictures, view=view, limit=limit)
+
+
+def _smallest(runs: Sequence[Run]) -> Run | None:
+    """Return the run in which PromPrune kept the fewest tokens."""
+    ours = [run for run in runs if run.condition.policy == "promprune" and run.condition.by == "torch"]
+    return min(ours, key=lambda run: run.condition.keep_tokens, default=None)
+
+
+def _ask_package(folder: Path, pictures: Sequence[Picture], max_new_tokens: int, progress: _Begin) -> Run:
+    from promprune.export.evaluation.runs import ask_package
+
+    done = progress(f"runtime, {folder.name}", len(pictures))
+    return ask_package(folder, pictures, max_new_tokens=max_new_tokens, done=done)
+
+
+def _exported(config: EvalConfig, scratch: Path, progress: _Begin) -> list[Path]:
+    """Export the model in every dtype that is asked for, with all tokens and at the smallest ratio."""
+    if not config.runtime:
+        return []
+    from promprune.export.pipeline import export_package
+
+    folders = []
+    wanted = dict.fromkeys((1.0, min(config.kept_ratios)))
+    for dtype in config.runtime:
+        done = progress(f"export, {dtype}", len(wanted))
+        for ratio in wanted:
+            folders.append(scratch / f"{dtype}-{ratio:g}")
+            export_package(
+                ExportConfig(model=_name(config), output=folders[-1], ratio=ratio, dtype=dtype, verify=False)
+            )
+            done(1)
+    return folders
+
+
+@contextmanager
+def _progress() -> Iterator[_Begin]:
+    """Yield what starts a bar, and returns what advances it."""
+    columns = (TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+
+        def begin(description: str, total: int) -> Callable[[int], None]:
+            task = progress.add_task(description, total=total)
+            return lambda count: progress.advance(task, count)
+
+        yield begin
+
+
+def _write(results: _Results, config: EvalConfig) -> None:
+    if config.output is not None:
+        _write_folder(results, config.output)
+        console.print(f"wrote {plain(str(config.output))}", soft_wrap=True)
+    page = results.model and results.model.page
+    if config.gallery is not None and page:
+        replace_file(config.gallery, page.encode())
+        console.print(f"wrote {plain(str(config.gallery))}", soft_wrap=True)
+
+
+def _write_folder(results: _Results, output: Path) -> None:
+    from promprune.export.evaluation import report
+
+    output.mkdir(parents=True, exist_ok=True)
+    for name, rows in _tables(results.scores, results.pictures).items():
+        replace_file(output / f"{name}.md", report.markdown(rows).encode())
+    replace_file(output / "results.json", json.dumps(report.to_dict(results.scores), indent=1).encode())
+    replace_file(output / "answers.jsonl", "".join(_answer_lines(results.runs, results.pictures)).encode())
+    smallest = _smallest(results.runs)
+    if results.model is None or smallest is None:
+        return
+    from promprune.export.evaluation.plots import plot_accuracy, plot_split
+
+    plot_accuracy(results.scores, output / "accuracy.png")
+    if all(len(selection.spectral_entropies) == 1 for selection in smallest.selections):  # one split per picture
+        plot_split(smallest, results.model.selection, output / "split.png")
+
+
+def _tables(found: Sequence[Score], pictures: Sequence[Picture]) -> dict[str, list[list[str]]]:
+    from promprune.export.evaluation import report
+    from promprune.export.evaluation.data import SPARSE_AND_DENSE
+    from promprune.export.evaluation.scores import group_names
+
+    tables = {"overview": report.overview(found)}
+    if any(score.run.condition.by == "torch" for score in found):
+        tables["by_group"] = report.by_group(found, pictures)
+        groups = [SPARSE_AND_DENSE] if SPARSE_AND_DENSE in group_names(pictures) else []
+        tables["comparisons"] = report.comparisons(found, pictures, groups)
+    return tables
+
+
+def _answer_lines(runs: Sequence[Run], pictures: Sequence[Picture]) -> Iterator[str]:
+    for index, picture in enumerate(pictures):
+        for number, question in enumerate(picture.questions):
+            line: dict[str, Any] = {"image": picture.name, "question": question.text, "answers": question.answers}
+            for run in runs:
+                condition = run.condition
+                line[f"{condition.by}/{condition.policy}/{condition.keep_tokens}"] = run.answers[index][number]
+            yield json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def _print_json(results: _Results, data: str, seconds: Mapping[str, float]) -> None:
+    from promprune.export.evaluation.report import to_dict
+    from promprune.export.evaluation.scores import majority_share
+
+    majority = majority_share(results.pictures)
+    print_json({"data": data, "majority": majority, "seconds": seconds, "runs": to_dict(results.scores)})
+
+
+def _print(results: _Results) -> None:
+    from rich.console import Console
+
+    from promprune.export.evaluation.report import table_of
+    from promprune.export.evaluation.scores import majority_share
+
+    found, pictures = results.scores, results.pictures
+    titles = {
+        "overview": f"{found[0].asked} questions about {len(pictures)} images, percent and 95 % intervals",
+        "by_group": "Accuracy by question, percent, fewest tokens",
+        "comparisons": "PromPrune less the others, points of accuracy",
+    }
+    screen = Console(highlight=False)
+    for name, rows in _tables(found, pictures).items():
+        screen.print(table_of(rows, titles[name]))
+    screen.print(f"always the most frequent answer to each type of question: {100 * majority_share(pictures):.1f} %")
+
+
+if __name__ == "__main__":
+    main()

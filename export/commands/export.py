@@ -1,0 +1,253 @@
+"""``promprune-export``: write a package with the selection inside the vision graph."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import msgspec
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from promprune.dtypes import DTYPES
+from promprune.errors import ConfigError, VerificationError
+from promprune.export.commands.tables import checks_table, print_verification
+from promprune.export.config import ExportConfig, default_output
+from promprune.method.config import POLICIES
+from promprune.package.describe import describe_selection
+from promprune.package.manifest import check_output
+from promprune.package.sources import local_folder
+from promprune.runtime.commands.options import Version
+from promprune.terminal import (
+    console,
+    missing_extra,
+    option_type,
+    print_json,
+    run_command,
+)
+
+if TYPE_CHECKING:
+    from promprune.export.pipeline import ExportResult
+
+__all__ = ["export", "main"]
+
+DEFAULTS: Final = ExportConfig()
+
+
+def export(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Folder in Hugging Face format, or hub id. Left out: the embedded model.", metavar="MODEL"),
+    ] = None,
+    ratio: Annotated[
+        float | None,
+        typer.Option(
+            help="Fraction of the visual tokens that is KEPT, in (0, 1]; 1 is the unpruned baseline.",
+            parser=option_type(float, "a fraction above 0 and at most 1, such as 0.12"),
+            metavar="FRACTION",
+            show_default=f"{DEFAULTS.ratio:g}",
+        ),
+    ] = None,
+    keep_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Visual tokens kept per image, instead of --ratio.",
+            parser=option_type(int, "a whole number of tokens, at least 1"),
+            metavar="COUNT",
+        ),
+    ] = DEFAULTS.keep_tokens,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Folder to write.", metavar="OUT", show_default="promprune-MODEL-RATIO"),
+    ] = DEFAULTS.output,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help=f"Of weights and activations: {' or '.join(DTYPES)}. The selection is always fp32.", metavar="DTYPE"
+        ),
+    ] = DEFAULTS.dtype,
+    image_grid: Annotated[
+        str | None,
+        typer.Option(
+            help="Sizes of images, as ROWSxCOLUMNS of visual tokens, several by commas, for models that take any size "
+            "(Qwen2-VL, Qwen2.5-VL: 28 x 28 pixels a token); an image takes the one that distorts it least.",
+            metavar="GRIDS",
+            show_default="24x24, or the nearest that the model takes",
+        ),
+    ] = None,
+    opset: Annotated[int, typer.Option(help="ONNX operator set.", metavar="VERSION")] = DEFAULTS.opset,
+    mu: Annotated[
+        float | None,
+        typer.Option(
+            help="Spectral entropy at which the budget splits half and half.",
+            show_default="the model's own, else the paper's 0.42",
+            metavar="ENTROPY",
+        ),
+    ] = DEFAULTS.mu,
+    tau: Annotated[
+        float | None,
+        typer.Option(
+            help="Width of that transition.", show_default="the model's own, else the paper's 0.02", metavar="ENTROPY"
+        ),
+    ] = DEFAULTS.tau,
+    order: Annotated[
+        str, typer.Option(help="Of the kept tokens: spatial, or selection (the authors' order).", metavar="ORDER")
+    ] = DEFAULTS.order,
+    policy: Annotated[
+        str,
+        typer.Option(
+            help=f"What chooses the kept tokens: {', '.join(POLICIES)}; all but the first are baselines.",
+            metavar="POLICY",
+        ),
+    ] = DEFAULTS.policy,
+    loop: Annotated[
+        str,
+        typer.Option(
+            help="Form of the greedy stage: loop, as many trips as the images need; fixed, always as many, so that "
+            "nothing depends on the data; unrolled, without a loop.",
+            metavar="FORM",
+        ),
+    ] = DEFAULTS.loop,
+    split_selector: Annotated[
+        bool, typer.Option("--split-selector", help="Also write the selection as a graph of its own.")
+    ] = DEFAULTS.split_selector,
+    copy_weights: Annotated[
+        bool | None,
+        typer.Option(
+            "--copy-weights/--link-weights",
+            help="Put the weights into the package's own files, or link those of the checkpoint: no extra disk.",
+            show_default="large checkpoints are linked where the file system allows it",
+        ),
+    ] = DEFAULTS.copy_weights,
+    vision_only: Annotated[
+        bool, typer.Option("--vision-only", help="Write no language model, for one that runs elsewhere.")
+    ] = DEFAULTS.vision_only,
+    verify: Annotated[
+        bool, typer.Option(help="Compare the package with the model before it appears.")
+    ] = DEFAULTS.verify,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is a package already.")] = DEFAULTS.force,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as one line of JSON on stdout.")] = False,
+    version: Version = False,
+) -> None:
+    """Export a vision-language model to ONNX, with PromPrune's token selection inside the vision graph.
+
+    Examples:
+
+      promprune-export --ratio 0.12
+
+      promprune-export ./llava-1.5-7b-hf --ratio 0.12 --dtype fp16 -o llava-0.12
+
+      promprune-export ./llava-1.5-7b-hf --ratio 1.0     (the unpruned baseline)
+    """
+    started = time.perf_counter()
+    if ratio is not None and keep_tokens is not None:
+        raise typer.BadParameter("received --ratio and --keep-tokens; expected one of them")
+    config = ExportConfig(
+        model=model,
+        output=output,
+        ratio=DEFAULTS.ratio if ratio is None else ratio,
+        keep_tokens=keep_tokens,
+        dtype=dtype,  # type: ignore[arg-type]  # validated by ExportConfig
+        image_grids=() if image_grid is None else parse_grids(image_grid),
+        opset=opset,
+        split_selector=split_selector,
+        copy_weights=copy_weights,
+        vision_only=vision_only,
+        verify=verify,
+        force=force,
+        mu=mu,
+        tau=tau,
+        order=order,  # type: ignore[arg-type]  # validated by SelectionConfig
+        policy=policy,  # type: ignore[arg-type]  # validated by SelectionConfig
+        loop=loop,  # type: ignore[arg-type]  # validated by ExportConfig
+    )
+    result = _run(config)
+    _print_warnings(result)
+    if as_json:
+        print_json({"output": str(result.output), **msgspec.to_builtins(result.manifest)})
+    else:
+        _print_summary(result, time.perf_counter() - started)
+
+
+def main() -> None:
+    """Entry point of ``promprune-export``."""
+    run_command(export)
+
+
+def parse_grids(text: str) -> tuple[tuple[int, int], ...]:
+    """Return the grids of ``24x24,18x32`` as pairs of rows and columns.
+
+    Raises:
+        ConfigError: it is not such a list.
+    """
+    matches = [re.fullmatch(r"\s*(\d{1,4})\s*[xX]\s*(\d{1,4})\s*", part) for part in text.split(",")]
+    grids = tuple((int(match[1]), int(match[2])) for match in matches if match)
+    if len(grids) != len(matches):
+        raise ConfigError(
+            f"received --image-grid {text!r}", expected="rows x columns of visual tokens, such as 24x24 or 24x24,18x32"
+        )
+    return grids
+
+
+def _run(config: ExportConfig) -> ExportResult:
+    """Export, once everything is refused that can be refused without PyTorch, which takes seconds to start."""
+    local_folder(config.model)
+    check_output(config.output or default_output(config), force=config.force)
+    try:
+        with _progress(config) as progress:
+            with progress.step("start PyTorch"), missing_extra("export"):
+                from promprune.export.pipeline import export_package
+            return export_package(config, progress=progress)
+    except VerificationError as error:
+        if error.checks:
+            console.print(checks_table(error.checks))
+        raise
+
+
+class _RichProgress:
+    """A bar over the steps, and a line with its time for every finished one."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self.progress = progress
+        self.task = progress.add_task("", total=total)
+
+    @contextlib.contextmanager
+    def step(self, description: str) -> Iterator[None]:
+        self.progress.update(self.task, description=description)
+        started = time.perf_counter()
+        yield
+        self.progress.advance(self.task)
+        self.progress.console.print(f"[green]done[/]  {description:<36} {time.perf_counter() - started:6.1f} s")
+
+
+@contextlib.contextmanager
+def _progress(config: ExportConfig) -> Iterator[_RichProgress]:
+    total = 6 - 2 * config.vision_only + config.split_selector + config.verify + max(len(config.image_grids) - 1, 0)
+    columns = (SpinnerColumn(), TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+        yield _RichProgress(progress, total)
+
+
+def _print_warnings(result: ExportResult) -> None:
+    for check in result.manifest.verification.checks if result.manifest.verification else ():
+        if not check.passed:
+            console.print(f"[bold yellow]warning:[/] {check.detail}; fit them with promprune-calibrate", soft_wrap=True)
+
+
+def _print_summary(result: ExportResult, seconds: float) -> None:
+    manifest = result.manifest
+    if manifest.verification is not None:
+        print_verification(manifest.verification)
+    size_mb = sum(file.size_bytes for file in manifest.files) / 1e6
+    verified = "not verified" if manifest.verification is None else "verified"
+    print(f"{result.output}: {describe_selection(manifest)}, {manifest.dtype}, {size_mb:.1f} MB, {verified}")
+    answers = "promprune-run {} --image FILE --prompt TEXT" if manifest.has_language_model else "see docs/runtime.md"
+    console.print(f"exported in {seconds:.1f} s; next: {answers.format(result.output)}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""``promprune-verify``: compare a package with the model it was made from, or in two backends, or with another."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import msgspec
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from promprune.errors import ConfigError, ModelError
+from promprune.export.commands.tables import print_verification
+from promprune.export.verify.config import DEFAULT_CHECK_IMAGES, CompareConfig
+from promprune.package.describe import describe_selection
+from promprune.package.manifest import Manifest, read_manifest
+from promprune.package.sources import EMBEDDED_MODEL, local_folder, source_of_package
+from promprune.runtime.commands.options import Version
+from promprune.terminal import (
+    EXIT_REFUSED,
+    console,
+    missing_extra,
+    option_type,
+    plain,
+    print_json,
+    run_command,
+)
+
+if TYPE_CHECKING:
+    from rich.status import Status
+
+    from promprune.export.verify.comparison import GraphComparison
+
+__all__ = ["main", "verify"]
+
+MAX_IMAGES: Final = 10_000
+MOST_OUTPUTS: Final = 5  # of a graph in the table; a decoder can have a hundred
+DEFAULTS: Final = CompareConfig()
+BACKENDS: Final = ("onnxruntime", "onnxruntime-cuda", "onnx-reference", "tensorrt", "tensorrt-rtx")
+
+
+def verify(
+    package: Annotated[Path, typer.Argument(help="Folder that promprune-export wrote.", metavar="PACKAGE")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or hub id of the model it was made from.", show_default="as the package says", metavar="MODEL"
+        ),
+    ] = None,
+    images: Annotated[
+        int | None,
+        typer.Option(
+            help="Rendered images to compare on.",
+            parser=option_type(int, "a whole number of images"),
+            metavar="COUNT",
+            show_default=str(DEFAULT_CHECK_IMAGES),
+        ),
+    ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            help=f"What runs the package: {', '.join(BACKENDS)}.", metavar="NAME", show_default=DEFAULTS.backend
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Compare with the package in this backend, instead of with its source.",
+            show_default="the source, in PyTorch",
+            metavar="NAME",
+        ),
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="Compare with another package of the same model, instead.", metavar="PACKAGE"),
+    ] = None,
+    graph: Annotated[
+        list[str] | None, typer.Option(help="Compare this graph only; repeat it for several.", metavar="NAME")
+    ] = None,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Look inside the graphs, and name the first tensor past the tolerance.")
+    ] = DEFAULTS.layers,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Largest error that passes in such a comparison.",
+            parser=option_type(float, "a number"),
+            metavar="NUMBER",
+            show_default=f"{DEFAULTS.tolerance:g}",
+        ),
+    ] = None,
+    inspect: Annotated[
+        bool, typer.Option("--inspect", help="Only describe the graphs, layer by layer, on stdout.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the checks as one line of JSON on stdout.")] = False,
+    version: Version = False,
+) -> None:
+    """Compare a package with the model it was made from. Exits with 1 if a check fails.
+
+    With --against or --reference, compare two backends or two packages instead, tensor by tensor.
+
+    Examples:
+
+      promprune-verify promprune-embedded-0.12
+
+      promprune-verify llava-0.12 --model ./llava-1.5-7b-hf --images 200
+
+      promprune-verify llava-0.12 --backend tensorrt-rtx --against onnxruntime --layers
+
+      promprune-verify llava-0.12-fp16 --reference llava-0.12 --layers --tolerance 0.02
+    """
+    of_source = {"--model": model, "--images": images}
+    of_graphs = {"--backend": backend, "--layers": layers or None, "--tolerance": tolerance, "--graph": graph or None}
+    if inspect:
+        rest = {name: value for name, value in of_graphs.items() if name != "--graph"}
+        others = {"--against": against, "--reference": reference, "--json": as_json or None}
+        _refuse({**of_source, **rest, **others}, "with --inspect", "--graph beside it, or nothing")
+        _inspect(package, graph or ())
+    elif against or reference:
+        _refuse(of_source, "with --against or --reference", "it where a package is compared with its source")
+        config = CompareConfig(
+            backend=backend or DEFAULTS.backend,
+            against=against or backend or DEFAULTS.backend,
+            reference=reference,
+            graphs=tuple(graph or ()),
+            layers=layers,
+            tolerance=DEFAULTS.tolerance if tolerance is None else tolerance,
+        )
+        _compare(package, config, as_json=as_json)
+    else:
+        _refuse(of_graphs, "without --against or --reference", "one of those two")
+        _verify(package, model, DEFAULT_CHECK_IMAGES if images is None else images, as_json=as_json)
+
+
+def main() -> None:
+    """Entry point of ``promprune-verify``."""
+    run_command(verify)
+
+
+def _refuse(options: Mapping[str, object], where: str, expected: str) -> None:
+    """Refuse options that would be ignored."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise typer.BadParameter(f"received {' and '.join(given)} {where}; expected {expected}")
+
+
+def _inspect(package: Path, graphs: Sequence[str]) -> None:
+    with missing_extra("export"):
+        from promprune.export.verify.comparison import describe_graphs
+    print(describe_graphs(package, graphs))
+
+
+def _verify(package: Path, model: str | None, images: int, *, as_json: bool) -> None:
+    """Compare a package with its source; what can be refused without PyTorch is refused before it is started."""
+    if not 1 <= images <= MAX_IMAGES:
+        raise ConfigError(f"received images = {images}", expected=f"1 to {MAX_IMAGES}")
+    if model is not None:
+        local_folder(model)
+    manifest = read_manifest(package)
+    source = source_of_package(package, manifest.source.model) if model is None else model
+    read_manifest(package, check_weights=True)  # of a large package that takes minutes: not before the source is found
+    with missing_extra("export"):
+        from promprune.export.checkpoint.loading import load_checkpoint
+        from promprune.export.verify.verification import verify_package
+    with console.status(f"comparing {plain(str(package))} with {plain(source or EMBEDDED_MODEL)} on {images} images"):
+        checkpoint = load_checkpoint(source)
+        _check_source(package, manifest, source or EMBEDDED_MODEL, checkpoint.source.weights_sha256)
+        record = verify_package(package, manifest, checkpoint, num_images=images)
+    if as_json:
+        print_json({"package": str(package), **msgspec.to_builtins(record)})
+    else:
+        print_verification(record)
+        print(f"{package}: {describe_selection(manifest)}, {'verified' if record.passed else 'FAILED'}")
+    if not record.passed:
+        raise typer.Exit(EXIT_REFUSED)
+
+
+def _compare(package: Path, config: CompareConfig, *, as_json: bool) -> None:
+    if config.backend == config.against and (config.reference or package).resolve() == package.resolve():
+        raise ConfigError(
+            f"received {config.backend} to compare with {config.against}, which compares {package} with itself",
+            expected="another backend, or another package",
+            fix="choose another one with --backend, --against or --reference",
+        )
+    with missing_extra("export"):
+        from promprune.export.verify.comparison import compare_package
+    with console.status(f"comparing {plain(str(package))}") as status:
+        results = compare_package(package, config, progress=_StatusProgress(status))
+    if as_json:
+        graphs = [{**asdict(result), "passed": result.passed} for result in results]
+        print_json({"package": str(package), "tolerance": config.tolerance, "graphs": graphs})
+    else:
+        _print_comparison(results, config)
+    if not all(result.passed for result in results):
+        raise typer.Exit(EXIT_REFUSED)
+
+
+def _print_comparison(results: tuple[GraphComparison, ...], config: CompareConfig) -> None:
+    table = Table(title="Comparison", title_justify="left", title_style="bold")
+    for column in ("graph", "worst outputs"):
+        table.add_column(column)
+    table.add_column("error", justify="right")
+    table.add_column("")
+    for result in results:
+        for output in sorted(result.outputs, key=lambda output: -output.error)[:MOST_OUTPUTS]:
+            verdict = "[green]ok[/]" if output.passed else "[bold red]FAILED[/]"
+            table.add_row(result.graph, escape(output.tensor), f"{output.error:.3g}", verdict)
+    console.print(table)
+    for result in results:
+        state = f"{result.graph}: {result.compared} tensors compared on {result.feeds} inputs"
+        first = result.first
+        if first is None:
+            print(f"{state}, all within {config.tolerance:g}")
+        else:
+            print(f"{state}, first past {config.tolerance:g}: {first.tensor} of {first.node}, error {first.error:.3g}")
+    if not config.layers and not all(result.passed for result in results):
+        console.print("[dim]--layers looks for the first tensor inside the graphs that is past the tolerance[/]")
+
+
+class _StatusProgress:
+    """Says what is being done now."""
+
+    def __init__(self, status: Status) -> None:
+        self.status = status
+
+    @contextlib.contextmanager
+    def step(self, description: str) -> Iterator[None]:
+        self.status.update(description)
+        yield
+
+
+def _check_source(package: Path, manifest: Manifest, source: str, weights_sha256: str) -> None:
+    if weights_sha256 != manifest.source.weights_sha256:
+        raise ModelError(
+            f"the weights of {source} are not those that {package} was made from",
+            expected=f"weights with the digest {manifest.source.weights_sha256[:12]}...",
+            fix="name the right model with --model, or export again",
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Settings of the commands that make, verify and calibrate packages; needs no PyTorch.
+
+The command line takes its defaults from these classes, and every step receives one of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from promprune.dtypes import DTYPES, Dtype
+from promprune.errors import ConfigError, OutputError
+from promprune.method.config import LOOP_FORMS, LoopForm, SelectionConfig, SelectionPolicy, TokenOrder
+from promprune.package.sources import EMBEDDED_MODEL
+
+__all__ = [
+    "MIN_CALIBRATION_IMAGES",
+    "CalibrateConfig",
+    "ExportConfig",
+    "default_output",
+]
+
+MIN_CALIBRATION_IMAGES: Final = 8
+MIN_OPSET: Final = 18
+MAX_OPSET: Final = 23
+_PLOT_SUFFIXES: Final = (".png", ".svg")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What ``promprune-export`` is asked to do.
+
+    Attributes:
+        model: folder in Hugging Face format, or hub id; ``None`` is the embedded model.
+        output: folder to write; ``None`` derives a name from the model and the ratio.
+        ratio: fraction of the visual tokens that is KEPT, in (0, 1]; 1 is the unpruned baseline.
+        keep_tokens: visual tokens kept per image; overrides ``ratio``.
+        dtype: of the weights and activations in the graphs; the selection computes in fp32 whatever it is.
+        image_grids: sizes of images, as (rows, columns) of visual tokens, for families whose images have any size;
+            each gets a vision graph. Empty: the family's own choice.
+        opset: ONNX operator set of the default domain.
+        split_selector: also write the selection as a graph of its own.
+        copy_weights: put the weights into files of the package's own; ``False``: link the checkpoint's files, or
+            fail; ``None``: link large ones where the file system allows it.
+        vision_only: write no language model, for one that runs elsewhere on the kept tokens.
+        verify: compare the package with the source model before it appears.
+        force: replace ``output`` if it is a package already.
+        mu, tau: override the entropy constants of the model (see :class:`SelectionConfig`).
+        order: order of the kept tokens.
+        policy: what chooses them (see :class:`SelectionConfig`).
+        loop: form of the greedy stage: ``"loop"`` with as many trips as the images need, ``"fixed"`` with always T, so
+            that nothing depends on the data, ``"unrolled"`` without a loop, some twenty nodes per kept token.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    model: str | None = None
+    output: Path | None = None
+    ratio: float = 0.12
+    keep_tokens: int | None = None
+    dtype: Dtype = "fp32"
+    image_grids: tuple[tuple[int, int], ...] = ()
+    opset: int = 20
+    split_selector: bool = False
+    copy_weights: bool | None = None
+    vision_only: bool = False
+    verify: bool = True
+    force: bool = False
+    mu: float | None = None
+    tau: float | None = None
+    order: TokenOrder = SelectionConfig.order
+    policy: SelectionPolicy = SelectionConfig.policy
+    loop: LoopForm = "loop"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio <= 1:
+            raise ConfigError(
+                f"received ratio = {self.ratio:g}",
+                expected="a fraction above 0 and at most 1: the share of the visual tokens that is KEPT",
+                fix="--ratio 0.12 keeps 12 %",
+            )
+        if self.keep_tokens is not None and self.keep_tokens < 1:
+            raise ConfigError(f"received keep_tokens = {self.keep_tokens}", expected="at least 1")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"received dtype = {self.dtype!r}", expected="one of " + ", ".join(DTYPES))
+        grids = self.image_grids
+        if any(side < 1 for grid in grids for side in grid) or len(set(grids)) < len(grids):
+            raise ConfigError(
+                f"received the image grids {', '.join(f'{rows}x{columns}' for rows, columns in grids)}",
+                expected="rows and columns of at least 1, and each grid once",
+            )
+        if self.loop not in LOOP_FORMS:
+            raise ConfigError(f"received loop = {self.loop!r}", expected="one of " + ", ".join(LOOP_FORMS))
+        if not MIN_OPSET <= self.opset <= MAX_OPSET:
+            raise ConfigError(f"received opset = {self.opset}", expected=f"{MIN_OPSET} to {MAX_OPSET}")
+        SelectionConfig(order=self.order, policy=self.policy, **self.given_constants)  # refuses what is out of range
+
+    @property
+    def given_constants(self) -> dict[str, float]:
+        """Those of mu and tau that override the model's own."""
+        given = {"mu": self.mu, "tau": self.tau}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def keep_tokens_of(self, num_tokens: int) -> int:
+        """Return T for images of N visual tokens: ``keep_tokens``, or N ratio rounded half to even, at least 1.
+
+        Raises:
+            ConfigError: ``keep_tokens`` is larger than N.
+        """
+        if self.keep_tokens is None:
+            return max(1, round(self.ratio * num_tokens))
+        if self.keep_tokens > num_tokens:
+            raise ConfigError(
+                f"received keep_tokens = {self.keep_tokens}",
+                expected=f"1 to {num_tokens}, the visual tokens of one image of this model",
+            )
+        return self.keep_tokens
+
+
+def default_output(config: ExportConfig) -> Path:
+    """Return the folder that is written when none is named: ``promprune-<model>-<ratio or T>``, and what is unusual."""
+    name = EMBEDDED_MODEL if config.model is None else Path(config.model).resolve().name
+    kept = f"{config.ratio:g}" if config.keep_tokens is None else f"{config.keep_tokens}-tokens"
+    defaults = ExportConfig
+    other = [value for value in ("policy", "loop", "dtype") if getattr(config, value) != getattr(defaults, value)]
+    return Path("-".join(["promprune", name, kept, *(getattr(config, value) for value in other)]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateConfig:
+    """What ``promprune-calibrate`` is asked to do.
+
+    Attributes:
+        model: folder in Hugging Face format, or hub id; ``None`` is the embedded model.
+        images: folder of images such as those to come; ``None``: the embedded model's own calibration scenes.
+        limit: most images to look at.
+        image_grids: see :class:`ExportConfig`.
+        write: write mu and tau into the model's folder.
+        plot: file for the histogram, ``.png`` or ``.svg``; ``None``: none.
+
+    Raises:
+        ConfigError: a value is out of its range, or contradicts another.
+        OutputError: the histogram cannot be written there.
+    """
+
+    model: str | None = None
+    images: Path | None = None
+    limit: int = 512
+    image_grids: tuple[tuple[int, int], ...] = ()
+    write: bool = False
+    plot: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit < MIN_CALIBRATION_IMAGES:
+            raise ConfigError(
+                f"received limit = {self.limit}",
+                expected=f"at least {MIN_CALIBRATION_IMAGES} images; some hundred are better",
+            )
+        if self.images is None and self.model is not None:
+            raise ConfigError(
+                "received no images", expected="a folder of images such as those to come", fix="--images DIR"
+            )
+        if self.images is not None and not self.images.is_dir():
+            raise ConfigError(f"received --images {self.images}, which is no folder", expected="a folder of images")
+        if self.write and (self.model is None or not Path(self.model).is_dir()):
+            raise ConfigError(
+                f"received --write for {self.model or 'the embedded model'}",
+                expected="a model in a folder of its own",
+                fix="give --mu and --tau to promprune-export instead",
+            )
+        if self.plot is not None:
+            self._check_plot(self.plot)
+
+    def _check_plot(self, plot: Path) -> None:
+        if plot.suffix.lower() not in _PLOT_SUFFIXES:
+            raise ConfigError(f"received --plot {plot}", expected=f"a file named *{' or *'.join(_PLOT_SUFFIXES)}")
+        if plot.is_dir() or not plot.parent.is_dir():
+            found = "is a folder" if plot.is_dir() else "lies in a folder that is not there"
+            raise OutputError(f"received --plot {plot}, which {found}", expected="a file in a folder that is there")

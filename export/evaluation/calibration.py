@@ -1,0 +1,117 @@
+"""Calibration: mu and tau of a model's vision tower, from unlabelled images.
+
+The constants of the budget split belong to the tower: the paper's 0.42 and 0.02 are for CLIP-L, and on a tower whose
+entropies lie elsewhere they give every image's whole budget to one stage. Here mu is the median of the entropies, so
+that half of the images give saliency more than half of the budget; tau is half their standard deviation, so that an
+image one standard deviation away from the median splits it 12 to 88.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from promprune.embedded import scenes
+from promprune.errors import ConfigError
+from promprune.export.checkpoint.loading import SELECTION_FILE, Checkpoint, read_constants
+from promprune.export.config import MIN_CALIBRATION_IMAGES
+from promprune.export.families import Grids
+from promprune.files import replace_file
+from promprune.method.config import SelectionConfig
+from promprune.method.entropy import saliency_ratio, spectral_entropy
+from promprune.package.sources import folder_images
+from promprune.runtime import load_image
+
+__all__ = ["Calibration", "calibrate", "calibration_scenes", "folder_images", "image_entropies", "write_calibration"]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Constants of the budget split, and what they were fitted to.
+
+    Attributes:
+        mu, tau: see :class:`promprune.config.SelectionConfig`.
+        entropies: normalised spectral entropies, one for every time the selection would run: once per image, or per
+            crop of one.
+    """
+
+    mu: float
+    tau: float
+    entropies: tuple[float, ...]
+
+    def saliency_shares(self) -> list[float]:
+        """The share of the budget that each of the images would give to saliency."""
+        config = SelectionConfig(mu=self.mu, tau=self.tau)
+        return [float(share) for share in saliency_ratio(torch.tensor(self.entropies, dtype=torch.float64), config)]
+
+
+def calibrate(entropies: Sequence[float]) -> Calibration:
+    """Fit mu (median) and tau (half the standard deviation), to four decimals.
+
+    Raises:
+        ConfigError: too few entropies, or no spread among them.
+    """
+    if len(entropies) < MIN_CALIBRATION_IMAGES:
+        raise ConfigError(
+            f"received {len(entropies)} images", expected=f"at least {MIN_CALIBRATION_IMAGES}; some hundred are better"
+        )
+    mu, tau = round(statistics.median(entropies), 4), round(statistics.stdev(entropies) / 2, 4)
+    if tau == 0:
+        raise ConfigError(
+            f"the images have one and the same entropy ({mu})", expected="images as different as those to come"
+        )
+    return Calibration(mu, tau, tuple(entropies))
+
+
+@torch.inference_mode()
+def image_entropies(checkpoint: Checkpoint, images: Iterable[Image.Image], grids: Grids = ()) -> Iterator[list[float]]:
+    """Entropies of each image's visual tokens, in float64; several where the model cuts it into crops.
+
+    Args:
+        checkpoint: the model.
+        images: RGB.
+        grids: sizes of images as (rows, columns) of visual tokens, for families that take any; else the default one.
+
+    Raises:
+        ConfigError: sizes were chosen, and this family takes none.
+        UnsupportedModelError: the model, or a size, is not one that can be exported.
+    """
+    family = checkpoint.family
+    adapted = family.adapted(checkpoint.model, checkpoint.processor, grids)
+    for image in images:
+        reference = family.reference(checkpoint.model, checkpoint.processor, adapted.sized(image), adapted)
+        features = reference.features.double()
+        mask = reference.feeds.get("token_mask", torch.ones(features.shape[:2], dtype=torch.bool))
+        yield [float(spectral_entropy(row[valid])) for row, valid in zip(features, mask, strict=True) if valid.any()]
+
+
+def load_images(paths: Iterable[Path]) -> Iterator[Image.Image]:
+    """Read image files one by one."""
+    for path in paths:
+        yield load_image(path)
+
+
+def calibration_scenes(count: int, image_size: int) -> Iterator[Image.Image]:
+    """Render the first images of the embedded model's calibration split."""
+    for seed in scenes.CALIBRATION_SEEDS[:count]:
+        yield scenes.render_scene(seed, image_size=image_size).image
+
+
+def write_calibration(folder: Path, calibration: Calibration) -> Path:
+    """Write mu and tau into ``promprune_config.json`` of a checkpoint's folder, where the export finds them.
+
+    What else an older one says is kept.
+
+    Raises:
+        ModelError: the older one is not as it should be.
+    """
+    path = folder / SELECTION_FILE
+    constants = {**read_constants(folder), "mu": calibration.mu, "tau": calibration.tau}
+    replace_file(path, (json.dumps(constants, indent=2) + "\n").encode())
+    return path

@@ -1,0 +1,235 @@
+"""Asking a data set's questions under many conditions, in torch and in the runtime.
+
+A condition is who answers, what chooses the kept tokens, and how many are kept. Besides the policies of an export
+there are, in torch only:
+
+- ``all``: every token; what the others are compared with.
+- ``none``: the question without the image.
+- ``oracle``: the tokens that someone would keep who knows the scene: first the middle of every object and one patch
+  of the background in each quarter, then the rest of the objects from the middle outwards, then coverage. It knows
+  no question. It says how much the *model* loses with so few tokens, however well they are chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Final, cast
+
+import numpy as np
+import torch
+
+from promprune.embedded.scenes import Scene
+from promprune.errors import ConfigError
+from promprune.export.evaluation.config import ALL, CHOICES, NONE, ORACLE, check_conditions
+from promprune.export.evaluation.data import Picture
+from promprune.export.evaluation.model import KeptTokens, TorchModel, VisualTokens
+from promprune.method.batched import PrunedTokens, prune_tokens
+from promprune.method.config import POLICIES, SelectionConfig, SelectionPolicy
+from promprune.package.manifest import Manifest
+from promprune.runtime import TokenSelection, VisionLanguagePipeline
+
+__all__ = [
+    "ALL",
+    "CHOICES",
+    "NONE",
+    "ORACLE",
+    "Condition",
+    "Run",
+    "ask_package",
+    "ask_torch",
+    "conditions",
+    "oracle_saliency",
+]
+
+_PICTURES_AT_ONCE: Final = 32
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Who answers with which tokens.
+
+    Attributes:
+        by: ``"torch"``, or the name of a package and its dtype.
+        policy: ``"all"``, ``"none"``, ``"oracle"``, or a policy of the export.
+        keep_tokens: T.
+        num_tokens: N.
+    """
+
+    by: str
+    policy: str
+    keep_tokens: int
+    num_tokens: int
+
+    @property
+    def ratio(self) -> float:
+        """The fraction of the tokens that is kept."""
+        return self.keep_tokens / self.num_tokens
+
+
+@dataclass(frozen=True)
+class Run:
+    """What came of one condition.
+
+    Attributes:
+        condition: which.
+        answers: of every picture's questions, in the order of the data.
+        selections: of every picture; empty where nothing is selected.
+    """
+
+    condition: Condition
+    answers: tuple[tuple[str, ...], ...]
+    selections: tuple[TokenSelection, ...] = ()
+
+
+def conditions(num_tokens: int, ratios: Sequence[float], policies: Sequence[str]) -> list[Condition]:
+    """All tokens, then every policy at every ratio below 1; without the image, only once.
+
+    Raises:
+        ConfigError: a ratio or policy is not one.
+    """
+    check_conditions(tuple(ratios), tuple(policies))
+    found = [Condition("torch", ALL, num_tokens, num_tokens)]
+    found += [Condition("torch", NONE, 0, num_tokens)] if NONE in policies else []
+    for ratio in sorted(set(ratios), reverse=True):
+        keep = max(1, round(ratio * num_tokens))
+        if keep < num_tokens:
+            found += [Condition("torch", policy, keep, num_tokens) for policy in policies if policy != NONE]
+    return found
+
+
+def ask_torch(
+    model: TorchModel,
+    pictures: Sequence[Picture],
+    wanted: Sequence[Condition],
+    config: SelectionConfig,
+    *,
+    max_new_tokens: int,
+    done: Callable[[int], None],
+) -> list[Run]:
+    """Ask every question under every condition; ``done`` is told the number of further pictures."""
+    answers: list[list[tuple[str, ...]]] = [[] for _ in wanted]
+    selections: list[list[TokenSelection]] = [[] for _ in wanted]
+    for start in range(0, len(pictures), _PICTURES_AT_ONCE):
+        part = pictures[start : start + _PICTURES_AT_ONCE]
+        tokens = [model.encode(picture.load()) for picture in part]
+        questions = [[question.text for question in picture.questions] for picture in part]
+        for index, condition in enumerate(wanted):
+            kept, chosen = select(model, part, tokens, condition, config)
+            found = model.answer(kept, questions, max_new_tokens)
+            answers[index] += [tuple(texts) for texts in found]
+            selections[index] += chosen
+        done(len(part))
+    return [
+        Run(condition, tuple(texts), tuple(chosen))
+        for condition, texts, chosen in zip(wanted, answers, selections, strict=True)
+    ]
+
+
+def select(
+    model: TorchModel,
+    pictures: Sequence[Picture],
+    tokens: Sequence[VisualTokens],
+    condition: Condition,
+    config: SelectionConfig,
+) -> tuple[list[KeptTokens | None], list[TokenSelection]]:
+    """What is kept of each image, and what was selected."""
+    if condition.policy == NONE:
+        return [None] * len(tokens), []
+    if condition.policy == ALL:
+        return [model.keep(one, torch.arange(one.num_tokens)) for one in tokens], []
+    if condition.policy == ORACLE:
+        pruned = [_oracle(picture, one, condition.keep_tokens) for picture, one in zip(pictures, tokens, strict=True)]
+    else:
+        policy = replace(config, policy=condition.policy)  # type: ignore[arg-type]  # one of POLICIES
+        pruned = list(_pruned(tokens, condition.keep_tokens, policy))
+    named = cast("SelectionPolicy", condition.policy if condition.policy in POLICIES else "promprune")
+    chosen = [_selection(one, crops, named, config.order) for one, crops in zip(tokens, pruned, strict=True)]
+    kept = [model.keep(one, torch.from_numpy(found.token_indices)) for one, found in zip(tokens, chosen, strict=True)]
+    return list(kept), chosen
+
+
+def _pruned(tokens: Sequence[VisualTokens], keep_tokens: int, config: SelectionConfig) -> Iterator[PrunedTokens]:
+    """What is chosen from the crops of each image; those of all images at once."""
+    mask = torch.cat([one.token_mask for one in tokens])
+    pruned = prune_tokens(
+        torch.cat([one.features for one in tokens]),
+        torch.cat([one.saliency for one in tokens]),
+        keep_tokens,
+        config=config,
+        token_mask=None if mask.all() else mask,
+    )
+    sizes = [len(one.places) for one in tokens]
+    parts = zip(*(getattr(pruned, field.name).split(sizes) for field in fields(pruned)), strict=True)
+    yield from (PrunedTokens(*part) for part in parts)
+
+
+def _selection(tokens: VisualTokens, crops: PrunedTokens, policy: SelectionPolicy, order: str) -> TokenSelection:
+    """Put together what was chosen from the crops of one image, without padding."""
+    places = tokens.places.gather(1, crops.token_indices)
+    real = places >= 0
+    indices, salient = places[real], crops.saliency_mask[real]
+    ranks = indices.argsort() if order == "spatial" else torch.arange(len(indices))
+    entropies = tuple(crops.spectral_entropy.tolist())
+    return TokenSelection(tokens.grids, indices[ranks].numpy(), salient[ranks].numpy(), entropies, policy)
+
+
+def _oracle(picture: Picture, tokens: VisualTokens, keep_tokens: int) -> PrunedTokens:
+    if picture.scene is None:
+        raise ConfigError("received policy = 'oracle'", expected="it with --data embedded only: it must know the scene")
+    grid = tokens.grids[0]
+    if len(tokens.grids) > 1 or grid.rows != grid.columns:
+        raise ConfigError(
+            "received policy = 'oracle' for a model that sees images in several grids of tokens",
+            expected="a model that sees them in a square one",
+            fix=f"choose from --policies {','.join(POLICIES)},{NONE}",
+        )
+    wanted = oracle_saliency(picture.scene(), grid.rows)
+    share = min(int((wanted > 0).sum()), keep_tokens) / keep_tokens
+    config = SelectionConfig(saliency_ratio_min=share, saliency_ratio_max=share)
+    return prune_tokens(tokens.features, torch.from_numpy(wanted)[None], keep_tokens, config=config)
+
+
+def oracle_saliency(scene: Scene, side: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    """How soon each patch of a grid [side * side] is to be kept by one who knows the scene; 0: left to coverage."""
+    middle = (np.arange(side) + 0.5) / side
+    x, y = np.tile(middle, side), np.repeat(middle, side)
+    wanted = np.zeros(side * side, np.float32)
+    most = np.float32(len(wanted))
+    for item in scene.objects:
+        distance = np.hypot(x - item.x, y - item.y)
+        own = int(item.y * side) * side + int(item.x * side)
+        inside = [int(patch) for patch in np.argsort(distance, kind="stable") if distance[patch] < item.radius]
+        for rank, patch in enumerate([own, *(patch for patch in inside if patch != own)]):
+            wanted[patch] = max(wanted[patch], most - rank)
+    for centre_x, centre_y in ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)):
+        free = np.where(wanted > 0, np.inf, np.hypot(x - centre_x, y - centre_y))
+        wanted[int(np.argmin(free))] = most - 0.5
+    return wanted
+
+
+def ask_package(folder: Path, pictures: Sequence[Picture], *, max_new_tokens: int, done: Callable[[int], None]) -> Run:
+    """Ask every question to a package, through the runtime as an application would, a picture's questions at once."""
+    with VisionLanguagePipeline.from_package(folder) as pipeline:
+        found = list(_answers(pipeline, pictures, max_new_tokens, done))
+        record = pipeline.manifest.selection
+    selections = tuple(selection for _, selection in found)
+    policy = record.policy if record.keep_tokens < record.num_tokens else ALL
+    condition = Condition(_name_of(pipeline.manifest), policy, record.keep_tokens, record.num_tokens)
+    return Run(condition, tuple(texts for texts, _ in found), selections if selections[0].ran else ())
+
+
+def _name_of(manifest: Manifest) -> str:
+    return f"runtime, {manifest.dtype}"
+
+
+def _answers(
+    pipeline: VisionLanguagePipeline, pictures: Sequence[Picture], max_new_tokens: int, done: Callable[[int], None]
+) -> Iterator[tuple[tuple[str, ...], TokenSelection]]:
+    for picture in pictures:
+        image = pipeline.encode_image(picture.load())
+        requests = [(image, question.text) for question in picture.questions]
+        results = pipeline.generate_batch(requests, max_new_tokens=max_new_tokens)
+        yield tuple(result.text.strip() for result in results), image.selection
+        done(1)

@@ -1,0 +1,202 @@
+"""Where the weights of a package lie: linked from the checkpoint, or in files of the package's own.
+
+A linked file is a reflink where the file system has them, else a hard link: it costs no disk, belongs to the package,
+and stays when the checkpoint is deleted. ONNX Runtime and TensorRT refuse weights outside the model's folder, by path
+or through a symbolic link, so neither is an option.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, NamedTuple, Self
+
+import onnx_ir as ir
+import torch
+
+from promprune.errors import OutputError
+from promprune.export.checkpoint.weights import CheckpointTensor, StoredTensor
+
+__all__ = ["LINK_MIN_BYTES", "Placement", "link_weights"]
+
+LINK_MIN_BYTES: Final = 256 * 1024 * 1024  # smaller checkpoints are copied unless a link is asked for
+# Smaller initializers stay inside the .onnx file: shapes and constants that a graph optimizer reads.
+EXTERNAL_DATA_MIN_BYTES: Final = 1024
+ALIGNMENT: Final = 4096  # so that a tensor can be mapped into memory
+
+_FICLONE: Final = 0x40049409  # ioctl of Linux: share the blocks of another file until one of both is written
+
+
+class _Place(NamedTuple):
+    file: str
+    offset: int
+
+
+@dataclass(kw_only=True)
+class Placement:
+    """Places the weights of the graphs of one folder.
+
+    Attributes:
+        folder: where the graphs lie.
+        links: file of the checkpoint -> its name in ``folder``; not every one need be used.
+        must_link: fail where a tensor of a linked checkpoint cannot be used as it is stored.
+        digests: SHA-256 of every file of weights that was written, by its path.
+    """
+
+    folder: Path
+    links: dict[Path, str]
+    must_link: bool = False
+    digests: dict[Path, str] = field(default_factory=dict)
+    _used: set[str] = field(default_factory=set)
+    _shared: dict[tuple[StoredTensor, torch.dtype], _Place] = field(default_factory=dict)
+
+    def place(self, model: ir.Model, name: str, *, share: bool = False) -> tuple[str, ...]:
+        """Move a graph's weights out of it: into ``name``, as far as they do not lie in a linked file.
+
+        Args:
+            model: the graph.
+            name: of its own file of weights.
+            share: read weights that an earlier graph placed with ``share`` from that one's file.
+
+        Returns:
+            The names of the files that now hold them.
+
+        Raises:
+            OutputError: ``must_link``, and a tensor would have to be converted.
+        """
+        files = []
+        with _HashedFile(self.folder / name) as own:
+            for value in model.graph.initializers.values():
+                tensor = value.const_value
+                if tensor is None or tensor.nbytes < EXTERNAL_DATA_MIN_BYTES:
+                    continue
+                location, offset = self._known_place(tensor, share) or _Place(name, own.append(tensor))
+                if share and isinstance(tensor, CheckpointTensor):
+                    self._shared[tensor.stored, tensor.torch_dtype] = _Place(location, offset)
+                files.append(location)
+                value.const_value = ir.ExternalTensor(
+                    location,
+                    offset,
+                    tensor.nbytes,
+                    tensor.dtype,
+                    shape=ir.Shape(tensor.shape.numpy()),
+                    name=str(value.name),
+                    base_dir=self.folder,
+                )
+        if name in files:
+            self.digests[self.folder / name] = own.digest
+        else:
+            (self.folder / name).unlink()
+        self._used.update(files)
+        return tuple(sorted(set(files)))
+
+    def remove_unused(self) -> None:
+        """Remove the links that no graph reads from."""
+        for name in set(self.links.values()) - self._used:
+            (self.folder / name).unlink()
+
+    def _known_place(self, tensor: ir.TensorProtocol, share: bool) -> _Place | None:
+        """Return where a tensor lies already; ``None``: it has to be written."""
+        if not isinstance(tensor, CheckpointTensor):
+            return None
+        stored = tensor.stored
+        if tensor.is_as_stored and stored.file in self.links:
+            return _Place(self.links[stored.file], stored.offset)
+        if self.must_link:
+            raise OutputError(
+                f"{stored.key} in {stored.file.name} cannot be linked: it is stored as {stored.dtype}",
+                expected=f"weights in {tensor.torch_dtype}, as --dtype says, at whole multiples of their size",
+                fix="choose the checkpoint's own --dtype, or leave --link-weights out",
+            )
+        return self._shared.get((stored, tensor.torch_dtype)) if share else None
+
+
+def link_weights(files: Sequence[Path], folder: Path, *, copy: bool | None) -> dict[Path, str]:
+    """Link the files of a checkpoint into a folder.
+
+    Args:
+        files: of the checkpoint; symbolic links are followed, as those of a hub cache.
+        folder: where the graphs will lie.
+        copy: ``True``: link nothing. ``False``: link, or fail. ``None``: link a checkpoint of at least
+            ``LINK_MIN_BYTES`` where the file system allows it.
+
+    Returns:
+        file -> its name in ``folder``; empty where the weights are to be copied.
+
+    Raises:
+        OutputError: ``copy`` is ``False`` and a link cannot be made.
+    """
+    if copy or (copy is None and sum(file.stat().st_size for file in files) < LINK_MIN_BYTES):
+        return {}
+    links = {}
+    try:
+        for file in files:
+            _link(file.resolve(), folder / file.name)
+            links[file] = file.name
+    except OSError as error:
+        if copy is False:
+            raise OutputError(
+                f"{file} cannot be linked into {folder.parent} ({error.strerror})",
+                expected="an output folder on the checkpoint's own file system",
+                fix="choose another -o, or --copy-weights",
+            ) from error
+        for name in links.values():
+            (folder / name).unlink()
+        return {}
+    return links
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        _reflink(source, target)
+    except OSError:
+        target.unlink(missing_ok=True)
+        os.link(source, target)
+
+
+def _reflink(source: Path, target: Path) -> None:
+    if sys.platform != "linux":
+        raise OSError("not known how on this system")
+    import fcntl
+
+    with source.open("rb") as read, target.open("wb") as write:
+        fcntl.ioctl(write.fileno(), _FICLONE, read.fileno())
+
+
+class _HashedFile:
+    """A file of tensors, hashed as it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self._stream = path.open("wb")
+        self._hash = hashlib.sha256()
+
+    @property
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+    def append(self, tensor: ir.TensorProtocol) -> int:
+        """Write a tensor; returns its offset."""
+        self.write(bytes(-self._stream.tell() % ALIGNMENT))
+        offset = self._stream.tell()
+        if isinstance(tensor, CheckpointTensor):
+            tensor.tofile(self)
+        else:
+            self.write(tensor.tobytes())
+        return offset
+
+    def write(self, data: Any) -> int:
+        self._hash.update(data)
+        return self._stream.write(data)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stream.close()

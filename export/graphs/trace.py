@@ -1,0 +1,280 @@
+"""From torch modules to ONNX graphs on disk, and between graphs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common as passes
+from onnxscript import rewriter
+from onnxscript.optimizer import fold_constants_ir
+from onnxscript.rewriter import RewritePass, onnx_fusions
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from promprune.export.checkpoint.meta_model import fake_mode_of
+from promprune.export.checkpoint.weights import CheckpointTensor, initializer, linked, tensor_at
+from promprune.export.graphs.external_data import Placement
+from promprune.export.graphs.passes.attention import simplify_attention
+from promprune.export.graphs.passes.layers import Repetition, repeat_layer
+from promprune.package.manifest import GraphRecord, TensorRecord
+
+__all__ = ["append_graph", "graph_from_module", "graph_record", "save_graph"]
+
+# All rules of torch.onnx but one, which looks at every pair of nodes: most of the time in a deep graph.
+_RULES: Final = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule.name != "SlicesSplit"]
+
+
+def graph_from_module(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    *,
+    inputs: Mapping[str, Mapping[int, str]],
+    outputs: Mapping[str, Mapping[int, str]],
+    opset: int,
+    dynamic_shapes: tuple[Any, ...],
+    repetition: Repetition | None = None,
+) -> ir.Model:
+    """Trace a module into an ONNX graph.
+
+    Exported in two steps (``torch.export``, then ONNX): given a module, the one-step exporter turns a dynamic
+    dimension into a constant without a word; the two-step path raises.
+
+    Args:
+        module: in evaluation mode.
+        args: sample inputs; every dynamic dimension at least 2.
+        inputs: name of every input in order, flattened -> {axis: name of its dynamic dimension}.
+        outputs: likewise of every output; a dimension that follows from others gets its own name here.
+        opset: of the default domain.
+        dynamic_shapes: as ``torch.export`` takes them, in the structure of ``args``.
+        repetition: layers that ``module`` lacks; ``inputs`` and ``outputs`` name those of the whole graph.
+
+    Returns:
+        The graph, its inputs, outputs and dynamic dimensions named as asked.
+    """
+    mode = fake_mode_of(module)
+    with torch.no_grad(), _quiet(), mode or contextlib.nullcontext():
+        if mode is not None:
+            args = tree_map_only(Tensor, mode.from_tensor, args)
+        program = torch.export.export(module, args, dynamic_shapes=dynamic_shapes, strict=False)
+        onnx_program = torch.onnx.export(
+            program,
+            (),
+            dynamo=True,
+            opset_version=opset,
+            input_names=_traced(inputs, repetition),
+            output_names=_traced(outputs, repetition),
+            optimize=False,
+            verbose=False,
+        )
+    if onnx_program is None:
+        raise RuntimeError("torch.onnx.export returned no program")
+    model = onnx_program.model
+    if repetition is not None:
+        repeat_layer(model, repetition)
+    _link_initializers(model, module)
+    _optimize(model)
+    _name_dimensions(model, inputs, outputs)
+    return model
+
+
+def append_graph(first: ir.Model, second: ir.Model, *, connect: Mapping[str, str], prefix: str) -> ir.Model:
+    """Run ``second`` after ``first``, as one graph.
+
+    Args:
+        first: changed in place; its outputs named in ``connect`` stop being outputs.
+        second: emptied; its inner names get ``prefix``.
+        connect: input of ``second`` -> output of ``first``; the other inputs of ``second`` become inputs of both.
+        prefix: for the names of ``second``'s nodes, values and initializers, its inputs and outputs excepted.
+
+    Returns:
+        ``first``, with the remaining outputs of ``first`` and then those of ``second``.
+    """
+    values = {value.name: value for value in first.graph.outputs}
+    outputs = list(second.graph.outputs)
+    second.graph.outputs.clear()
+    inputs = list(second.graph.inputs)
+    second.graph.inputs.clear()
+    for value in inputs:
+        name = str(value.name)
+        if name in connect:
+            ir.convenience.replace_all_uses_with(value, values[connect[name]])
+        else:
+            first.graph.inputs.append(value)
+    for name, value in list(second.graph.initializers.items()):
+        del second.graph.initializers[name]
+        value.name = prefix + name
+        first.graph.register_initializer(value)
+    for node in list(second.graph):
+        second.graph.remove(node)
+        node.name = f"{prefix}{node.name or node.op_type}"
+        for value in node.outputs:
+            if value not in outputs:
+                value.name = f"{prefix}{value.name}"
+        first.graph.append(node)
+    taken = set(connect.values())
+    kept = [value for value in first.graph.outputs if value.name not in taken]
+    first.graph.outputs[:] = kept + outputs
+    passes.NameFixPass()(first)
+    return first
+
+
+def save_graph(model: ir.Model, path: Path, placement: Placement, *, share: bool = False) -> tuple[str, ...]:
+    """Write a graph to ``path``, check it, and place its weights beside it; see :meth:`Placement.place` for ``share``.
+
+    Returns:
+        The names of the files that hold its weights, beside ``path``.
+    """
+    model.producer_name, model.producer_version = "promprune", ""
+    weights = placement.place(model, f"{path.name}_data", share=share)
+    proto = ir.to_proto(model)
+    path.write_bytes(proto.SerializeToString())
+    _check(proto)
+    return weights
+
+
+def graph_record(model: ir.Model, file: str, weights: Iterable[str] = ()) -> GraphRecord:
+    """Describe a graph for the manifest; ``weights`` are the files that hold its weights, beside it."""
+    return GraphRecord(
+        file=file,
+        weights=tuple(str(PurePosixPath(file).with_name(name)) for name in weights),
+        inputs=tuple(_tensor_record(value) for value in model.graph.inputs),
+        outputs=tuple(_tensor_record(value) for value in model.graph.outputs),
+    )
+
+
+def _check(proto: onnx.ModelProto) -> None:
+    """Check a graph without its weights: the checker refuses files with more than one hard link."""
+    graph = proto.graph
+    outside = [tensor for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    graph.input.extend(
+        onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims) for tensor in outside
+    )
+    inside = [tensor for tensor in graph.initializer if tensor.data_location != onnx.TensorProto.EXTERNAL]
+    del graph.initializer[:]
+    graph.initializer.extend(inside)
+    onnx.checker.check_model(proto, full_check=False)
+
+
+def _traced(names: Iterable[str], repetition: Repetition | None) -> list[str]:
+    """Leave out the names of the layers that are not in the trace."""
+    if repetition is None:
+        return list(names)
+    first = repetition.template + 1
+    added = {
+        pattern.format(index)
+        for pattern in repetition.values.values()
+        for index in range(first, first + len(repetition.layers))
+    }
+    return [name for name in names if name not in added]
+
+
+def _link_initializers(model: ir.Model, module: nn.Module) -> None:
+    """Replace the initializers that lie in a checkpoint by its tensors, under the names their model has for them."""
+    for name, value in list(model.graph.initializers.items()):
+        parameter = tensor_at(module, name)
+        if parameter is None or linked(parameter) is None:
+            continue
+        replacement = initializer(parameter, name)
+        ir.convenience.replace_all_uses_with(value, replacement)
+        del model.graph.initializers[name]
+        model.graph.register_initializer(replacement)
+
+
+def _optimize(model: ir.Model) -> None:
+    """Fold and simplify as ``torch.onnx`` does (``onnxscript.optimizer.optimize_ir``), but never compute with a
+    checkpoint's weights.
+
+    A folded Transpose of a weight would be another tensor than the one on disk.
+    """
+
+    def may_fold(node: ir.Node) -> bool | None:
+        values = (value.const_value for value in node.inputs if value is not None)
+        return False if any(isinstance(value, CheckpointTensor) for value in values) else None
+
+    passes.InlinePass()(model)
+    for _ in range(2):
+        fold_constants_ir(model, onnx_shape_inference=True, should_fold=may_fold)
+        RewritePass(_RULES)(model)
+        passes.RemoveUnusedNodesPass()(model)
+    for step in (
+        passes.RemoveUnusedFunctionsPass(),
+        passes.RemoveUnusedOpsetsPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.LiftSubgraphInitializersToMainGraphPass(),
+        passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.OutputFixPass(),
+        passes.NameFixPass(),
+    ):
+        step(model)
+    onnx_fusions.fuse(model)
+    simplify_attention(model)
+
+
+def _tensor_record(value: ir.Value) -> TensorRecord:
+    if value.name is None or value.dtype is None or value.shape is None:
+        raise RuntimeError(f"graph value {value.name!r} has no dtype or shape")
+    dims = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
+    return TensorRecord(name=value.name, dtype=str(value.dtype.numpy()), shape=dims)
+
+
+def _name_dimensions(
+    model: ir.Model, inputs: Mapping[str, Mapping[int, str]], outputs: Mapping[str, Mapping[int, str]]
+) -> None:
+    """Replace the exporter's names of dynamic dimensions (``s10``) by ours, wherever they stand."""
+    names: dict[str, str] = {}
+    for value in model.graph.inputs:
+        for axis, name in inputs[str(value.name)].items():
+            names[_symbol(value, axis)] = name
+    for value in _all_values(model.graph):
+        if value.shape is not None:
+            value.shape = ir.Shape(_rename(dim, names) for dim in value.shape)
+    for value in model.graph.outputs:
+        for axis, name in outputs[str(value.name)].items():
+            _symbol(value, axis)
+            value.shape = ir.Shape(name if i == axis else dim for i, dim in enumerate(value.shape or ()))
+
+
+def _symbol(value: ir.Value, axis: int) -> str:
+    dim = value.shape[axis] if value.shape is not None else None
+    if not isinstance(dim, ir.SymbolicDim):
+        raise RuntimeError(f"dimension {axis} of {value.name!r} became the constant {dim}")
+    return str(dim.value)
+
+
+def _rename(dim: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | str:
+    if isinstance(dim, int):
+        return dim
+    return re.sub(r"\w+", lambda match: names.get(match[0], match[0]), str(dim.value))
+
+
+def _all_values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    for node in graph.all_nodes():
+        yield from node.outputs
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's notes on its own internals from the user."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,42 @@
+"""Settings of the verification."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from promprune.errors import ConfigError
+
+__all__ = ["DEFAULT_CHECK_IMAGES", "CompareConfig"]
+
+DEFAULT_CHECK_IMAGES: Final = 8  # rendered images that a package is verified on
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """What ``promprune-verify`` is asked to compare, where it is not a package with its source.
+
+    Attributes:
+        backend: that runs the package; one of ``promprune.export.verify.comparison.RUNNERS``.
+        against: that it is compared with.
+        reference: another package of the same model, which ``against`` runs; ``None``: the same package.
+        graphs: names of graphs; none: all.
+        layers: look at every tensor inside the graphs, in order, until the first that is past the tolerance.
+        tolerance: largest error that passes (see ``promprune.export.verify.comparison.TensorError``).
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    backend: str = "onnxruntime"
+    against: str = "onnxruntime"
+    reference: Path | None = None
+    graphs: tuple[str, ...] = ()
+    layers: bool = False
+    tolerance: float = 2e-2
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
+            raise ConfigError(f"received tolerance = {self.tolerance:g}", expected="a finite number of at least 0")

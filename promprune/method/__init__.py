@@ -1,0 +1,1 @@
+"""PromPrune's selection: the reference in float64, and its batched form."""

@@ -1,0 +1,1 @@
+"""The exported package: its manifest, its engines, and where models come from."""

@@ -1,0 +1,80 @@
+"""How images enter a model: one record for each kind of layout, and all that differs by kind."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+import msgspec
+
+from promprune.package.record import Count, Record, Size
+
+__all__ = ["IMAGE_NEWLINE_FILE", "AnyresLayout", "CropLayout", "GridLayout", "GridRecord", "ImageRecord"]
+
+IMAGE_NEWLINE_FILE: Final = "image_newline.npy"  # float32 [D]; in packages of layout "anyres"
+
+
+class _Layout(Record, frozen=True):
+    """Base of the layouts: one row of a vision graph's batch per image, whose T tokens it takes in a prompt."""
+
+    @property
+    def max_crops(self) -> int:
+        """Most rows of a vision graph's batch that one image takes."""
+        return 1
+
+    def max_placeholders(self, keep_tokens: int) -> int:
+        """Return the most tokens that one image takes in a prompt, given T."""
+        return keep_tokens
+
+
+class CropLayout(_Layout, frozen=True, tag_field="kind", tag="crop"):
+    """Every image becomes one crop of a fixed size."""
+
+    height: Count  # of pixel_values, pixels
+    width: Count
+    patch_rows: Count  # patch_rows * patch_columns == num_tokens, in raster order
+    patch_columns: Count
+
+
+class AnyresLayout(_Layout, frozen=True, tag_field="kind", tag="anyres"):
+    """Every image becomes a crop that shows it whole, and several that show it enlarged; N and T are of one crop."""
+
+    side: Count  # of a crop, pixels
+    patches: Count  # in a row, and rows, of a crop: patches**2 == num_tokens
+    canvases: Annotated[tuple[tuple[Count, Count], ...], msgspec.Meta(min_length=1)]  # height, width; pixels
+
+    @property
+    def max_crops(self) -> int:
+        """Most rows of a vision graph's batch that one image takes: the crop that shows it whole, and the others."""
+        return 1 + max(height * width for height, width in self.canvases) // self.side**2
+
+    def max_placeholders(self, keep_tokens: int) -> int:
+        """Return the most tokens that one image takes in a prompt, given T of a crop; newlines included."""
+        if keep_tokens != self.patches**2:
+            return self.max_crops * keep_tokens
+        grids = [
+            (height * self.patches // self.side, width * self.patches // self.side) for height, width in self.canvases
+        ]
+        return keep_tokens + max(rows * (columns + 1) for rows, columns in grids)
+
+
+class GridRecord(Record, frozen=True):
+    """One size in which images enter the model; T is what its vision graph returns."""
+
+    graph: str  # name of its vision graph
+    rows: Count  # of tokens, in raster order
+    columns: Count
+
+
+class GridLayout(_Layout, frozen=True, tag_field="kind", tag="grid"):
+    """Every image is resized to the one of several grids that distorts it least; each has a vision graph."""
+
+    token_pixels: Count  # side of the square of pixels that becomes one token
+    grids: Annotated[tuple[GridRecord, ...], msgspec.Meta(min_length=1)]
+
+
+class ImageRecord(Record, frozen=True):
+    """How one image enters the model."""
+
+    token: str  # placeholder text in a prompt
+    token_id: Size
+    layout: CropLayout | AnyresLayout | GridLayout  # told apart by "kind"

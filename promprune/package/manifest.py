@@ -1,0 +1,351 @@
+"""The exported package: its files, its manifest, and how it is written and read.
+
+Layout (that of transformers.js and onnx-community, so that other clients can load it)::
+
+    OUT/
+      promprune.json                  the manifest, described by :class:`Manifest`
+      onnx/vision_encoder.onnx        pixel_values -> image_features [images, T, D], token_indices, ...
+      onnx/embed_tokens.onnx          input_ids -> inputs_embeds
+      onnx/decoder_model_merged.onnx  inputs_embeds, attention_mask, position_ids, past_key_values.*
+                                      -> logits, present.*
+      config.json  generation_config.json  preprocessor_config.json  processor_config.json
+      tokenizer.json  tokenizer_config.json  chat_template.jinja
+
+Weights lie beside each graph as ``<graph>.onnx_data``, or in the checkpoint's own files, linked into ``onnx/`` as
+``*.safetensors``; a graph's record names its files. Nothing here needs torch or onnx.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import Annotated, Final, Literal
+
+import msgspec
+
+from promprune.errors import OutputError, PackageError
+from promprune.files import writing_folder
+from promprune.method.config import LoopForm, SelectionPolicy, TokenOrder
+from promprune.package.image import ImageRecord
+from promprune.package.record import Count, Digest, Fraction, Record, Size
+
+__all__ = [
+    "CHAT_TEMPLATE_FILE",
+    "DECODER",
+    "EMBED_TOKENS",
+    "MANIFEST_FILE",
+    "SCHEMA_VERSION",
+    "TOKEN_SELECTOR",
+    "VISION_ENCODER",
+    "CheckRecord",
+    "FileRecord",
+    "GraphRecord",
+    "Manifest",
+    "SelectionRecord",
+    "SourceRecord",
+    "TensorRecord",
+    "VerificationRecord",
+    "Versioned",
+    "file_records",
+    "read_manifest",
+    "sha256_of_file",
+    "write_manifest",
+    "writing_package",
+]
+
+SCHEMA_VERSION: Final = 1
+MANIFEST_FILE: Final = "promprune.json"
+CHAT_TEMPLATE_FILE: Final = "chat_template.jinja"
+
+# Names of the graphs in the manifest; the file of each is onnx/<name>.onnx.
+VISION_ENCODER: Final = "vision_encoder"
+EMBED_TOKENS: Final = "embed_tokens"
+DECODER: Final = "decoder_model_merged"
+TOKEN_SELECTOR: Final = "token_selector"
+_LANGUAGE_GRAPHS: Final = (EMBED_TOKENS, DECODER)  # both, or neither in a package of the vision encoder only
+
+_WEIGHTS: Final = (".onnx_data", ".safetensors")
+_MAX_MANIFEST_BYTES: Final = 16 * 1024 * 1024
+_AGAIN: Final = "copy the package again, or export it again"
+
+
+class Versioned(msgspec.Struct):
+    """The one key of a manifest that is read before its version is known."""
+
+    schema_version: int
+
+
+class SourceRecord(Record, frozen=True):
+    """Where the weights came from."""
+
+    model: str  # hub id, folder name, or "embedded"
+    revision: str | None  # commit of a hub repository, where known
+    weights_sha256: Digest  # over the names and digests of the weight files, in order
+
+
+class SelectionRecord(Record, frozen=True):
+    """What the selection inside the vision graph does. Ratios are fractions KEPT unless named otherwise."""
+
+    num_tokens: Count  # N, visual tokens of one image, or of one crop of it, before selection
+    keep_tokens: Count  # T, visual tokens of it afterwards; a constant of the graph
+    ratio: Fraction  # T / N
+    ratio_removed: Fraction  # 1 - T / N
+    requested_ratio: Fraction | None  # what --ratio said; None where --keep-tokens was given
+    rounding: str
+    mu: float
+    tau: Annotated[float, msgspec.Meta(gt=0)]
+    saliency_ratio_min: Fraction
+    saliency_ratio_max: Fraction
+    order: TokenOrder
+    parameters_from: str  # who chose mu and tau: "defaults", "model", "command line"
+    policy: SelectionPolicy = "promprune"  # what chooses the kept tokens; the others are baselines
+    loop: LoopForm = "loop"  # form of the greedy stage
+
+
+class TensorRecord(Record, frozen=True):
+    """One input or output of a graph; a dimension is a number, or the name of a dynamic one."""
+
+    name: str
+    dtype: str  # numpy's name
+    shape: tuple[int | str, ...]
+
+
+class GraphRecord(Record, frozen=True):
+    """One ONNX graph."""
+
+    file: str
+    inputs: tuple[TensorRecord, ...]
+    outputs: tuple[TensorRecord, ...]
+    weights: tuple[str, ...] = ()  # files that hold its weights; graphs may share one
+
+
+class FileRecord(Record, frozen=True):
+    """One file of the package."""
+
+    path: str  # relative, with forward slashes
+    size_bytes: Size
+    sha256: Digest
+
+
+class CheckRecord(Record, frozen=True):
+    """One verification check: passed when ``measured`` is within ``limit`` as ``comparison`` says."""
+
+    name: str
+    measured: float
+    comparison: Literal["<=", ">=", "=="]
+    limit: float
+    passed: bool
+    detail: str = ""
+    advisory: bool = False  # not passing it is a warning, and does not fail the verification
+
+
+class VerificationRecord(Record, frozen=True):
+    """What was verified when the package was written; ``None`` in the manifest means not verified."""
+
+    passed: bool
+    checks: tuple[CheckRecord, ...]
+    not_verified: tuple[str, ...] = ()  # what could not be, for lack of memory or of a runtime
+    warnings: tuple[str, ...] = ()
+
+
+class Manifest(Record, frozen=True):
+    """The content of ``promprune.json``.
+
+    ``graphs`` holds the vision encoder and, unless the package is of the vision encoder only, both language graphs.
+    """
+
+    schema_version: int
+    family: str  # Hugging Face model_type
+    dtype: Literal["fp32", "fp16", "bf16"]
+    opset: Count
+    context_length: Count  # positions the language model was made for
+    source: SourceRecord
+    selection: SelectionRecord
+    image: ImageRecord
+    graphs: dict[str, GraphRecord]
+    files: tuple[FileRecord, ...]
+    tools: dict[str, str]
+    verification: VerificationRecord | None = None
+
+    @property
+    def has_language_model(self) -> bool:
+        """Whether the package can answer, rather than only encode images."""
+        return DECODER in self.graphs
+
+    @property
+    def max_image_tokens(self) -> int:
+        """Most tokens that one image takes in a prompt."""
+        tensors = [tensor for graph in self.graphs.values() for tensor in graph.outputs]
+        made = [int(tensor.shape[1]) for tensor in tensors if tensor.name == "image_features"]
+        return self.image.layout.max_placeholders(max(made, default=self.selection.keep_tokens))
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def file_records(folder: Path, *, digests: Mapping[Path, str] = MappingProxyType({})) -> tuple[FileRecord, ...]:
+    """Describe every file under ``folder`` but the manifest, in the order of their paths.
+
+    Args:
+        folder: the package.
+        digests: SHA-256 of files that need not be read again, by their paths.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_FILE)
+    return tuple(
+        FileRecord(
+            path=path.relative_to(folder).as_posix(),
+            size_bytes=path.stat().st_size,
+            sha256=digests.get(path) or sha256_of_file(path),
+        )
+        for path in files
+    )
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of a package that is still being made."""
+    content = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
+    (folder / MANIFEST_FILE).write_bytes(content + b"\n")
+
+
+def read_manifest(folder: Path, *, check_weights: bool = False) -> Manifest:
+    """Read and validate a package.
+
+    Every file must be there with its recorded size; the SHA-256 of every file but the weights
+    (which can be many gigabytes) is compared too, and that of the weights on request.
+
+    Args:
+        folder: the package.
+        check_weights: also compare the SHA-256 of the weights; reads them whole.
+
+    Raises:
+        PackageError: not a package, another schema version, a file missing, changed, or outside the folder.
+    """
+    manifest = _parse_manifest(folder)
+    listed = {record.path for record in manifest.files}
+    present = [name for name in _LANGUAGE_GRAPHS if name in manifest.graphs]
+    required = (VISION_ENCODER, *_LANGUAGE_GRAPHS) if present else (VISION_ENCODER,)
+    for name in required:
+        if name not in manifest.graphs:
+            raise PackageError(f"{MANIFEST_FILE} in {folder} has no graph {name!r}", fix=_AGAIN)
+    for name, graph in manifest.graphs.items():
+        if graph.file not in listed:
+            raise PackageError(
+                f"{MANIFEST_FILE} in {folder} names {graph.file!r} for the graph {name!r}, but does not list it",
+                fix=_AGAIN,
+            )
+    for record in manifest.files:
+        _check_file(folder, record, check_digest=check_weights or not record.path.endswith(_WEIGHTS))
+    return manifest
+
+
+def _parse_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST_FILE
+    try:
+        if path.stat().st_size > _MAX_MANIFEST_BYTES:
+            raise PackageError(f"{path} is larger than {_MAX_MANIFEST_BYTES} bytes", fix=_AGAIN)
+        content = path.read_bytes()
+    except OSError as error:
+        found = "no such folder" if not folder.exists() else "no readable promprune.json in it"
+        raise PackageError(
+            f"{folder} is not an exported package ({found})",
+            expected="a folder written by promprune-export",
+            fix="run promprune-export first",
+        ) from error
+    try:
+        version = msgspec.json.decode(content, type=Versioned).schema_version
+        if version != SCHEMA_VERSION:
+            raise PackageError(
+                f"{path} has schema version {version}",
+                expected=f"version {SCHEMA_VERSION}",
+                fix="export the package again, or install the promprune version that wrote it",
+            )
+        return msgspec.json.decode(content, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise PackageError(f"{path} is not a valid manifest ({error})", fix=_AGAIN) from error
+
+
+def _check_file(folder: Path, record: FileRecord, *, check_digest: bool) -> None:
+    path = _path_inside(folder, record.path)
+    try:
+        size_bytes = path.stat().st_size if path.is_file() else None
+        if size_bytes is None:
+            raise PackageError(f"{record.path} is missing from {folder}", fix=_AGAIN)
+        if size_bytes != record.size_bytes:
+            raise PackageError(
+                f"{record.path} in {folder} has {size_bytes} bytes",
+                expected=f"{record.size_bytes}",
+                fix=_AGAIN,
+            )
+        if check_digest and sha256_of_file(path) != record.sha256:
+            raise PackageError(f"{record.path} in {folder} was changed (SHA-256 differs)", fix=_AGAIN)
+    except OSError as error:
+        raise PackageError(f"{record.path} in {folder} cannot be read ({error.strerror})", fix=_AGAIN) from error
+
+
+def _path_inside(folder: Path, relative: str) -> Path:
+    """Return ``folder / relative``; refuse what would leave the folder, by name or through a link."""
+    parts = PurePosixPath(relative)
+    clean = (
+        relative not in ("", ".")
+        and not parts.is_absolute()
+        and ".." not in parts.parts
+        and re.search(r"[\\:\x00]", relative) is None
+    )
+    path = folder / relative
+    if not clean or not _leads_inside(folder, path):
+        raise PackageError(
+            f"{MANIFEST_FILE} in {folder} lists {relative!r}",
+            expected="a path inside the package",
+            fix="do not use this package; export it again",
+        )
+    return path
+
+
+def _leads_inside(folder: Path, path: Path) -> bool:
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # a link that leads to itself; which error that is depends on Python's version
+        return False
+
+
+@contextmanager
+def writing_package(output: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield an empty folder that becomes ``output`` when the block succeeds, as :mod:`promprune.files` says.
+
+    Raises:
+        OutputError: ``output`` exists and ``force`` is off, or it exists and is no package, or cannot be written.
+    """
+    check_output(output, force=force)
+    with writing_folder(output, replace=force, fix="choose another output folder, or add --force") as partial:
+        yield partial
+
+
+def check_output(output: Path, *, force: bool) -> None:
+    """Refuse an output that would overwrite something not asked for.
+
+    Raises:
+        OutputError: ``output`` exists and ``force`` is off, or it exists and is no package.
+    """
+    try:  # whoever replaces it at this moment takes it away before
+        names = [path.name for path in output.iterdir()] if stat.S_ISDIR(output.lstat().st_mode) else None
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if not force:
+        raise OutputError(
+            f"{output} already exists",
+            expected="a new folder",
+            fix="choose another -o, or add --force to replace it",
+        )
+    if names is None or (names and MANIFEST_FILE not in names):
+        raise OutputError(
+            f"{output} exists and is not an exported package, so --force does not replace it",
+            fix="choose another with -o, or remove it yourself",
+        )

@@ -1,0 +1,91 @@
+"""Where models and images come from, as far as that can be said without PyTorch: a mistake is answered at once."""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+from pathlib import Path
+from typing import Final
+
+from promprune.errors import ImageError, ModelError
+
+__all__ = [
+    "EMBEDDED_MODEL",
+    "EXPECTED_MODEL",
+    "embedded_model_folder",
+    "folder_images",
+    "local_folder",
+    "source_of_package",
+]
+
+EMBEDDED_MODEL: Final = "embedded"
+EXPECTED_MODEL: Final = "a folder in Hugging Face format, a hub id such as llava-hf/llava-1.5-7b-hf, or nothing"
+
+_HUB_ID: Final = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+_SUFFIXES: Final = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+
+
+def embedded_model_folder() -> Path:
+    """Return the folder of the model that ships with promprune."""
+    return Path(str(importlib.resources.files("promprune.embedded") / "model"))
+
+
+def local_folder(name: str | None) -> Path | None:
+    """Return the folder of a checkpoint, or ``None`` where its name can only be a hub's.
+
+    Args:
+        name: folder or hub id; ``None`` is the embedded model.
+
+    Raises:
+        ModelError: neither, or a folder that holds no model.
+    """
+    if name is None:
+        return embedded_model_folder()
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{folder} has no config.json", expected=EXPECTED_MODEL)
+        return folder
+    if folder.exists():
+        raise ModelError(f"received {name!r}, which is a file", expected=EXPECTED_MODEL)
+    if not _HUB_ID.match(name):
+        raise ModelError(f"received {name!r}: there is no such folder", expected=EXPECTED_MODEL)
+    return None
+
+
+def source_of_package(package: Path, name: str) -> str | None:
+    """Return the model that a package was made from, where it can be found by what its manifest says.
+
+    Args:
+        package: its folder.
+        name: of the source, in its manifest: a hub id, or of a folder without the way to it.
+
+    Returns:
+        A folder or hub id; ``None`` is the embedded model.
+
+    Raises:
+        ModelError: it is no hub id, and there is no such folder here.
+    """
+    if name == EMBEDDED_MODEL:
+        return None
+    try:
+        local_folder(name)
+    except ModelError as error:
+        raise ModelError(
+            f"{package} was made from {name!r}, and there is no model in a folder of that name here",
+            expected="the model it was made from",
+            fix="name it with --model",
+        ) from error
+    return name
+
+
+def folder_images(folder: Path, limit: int) -> list[Path]:
+    """Image files under a folder, at most ``limit``, evenly drawn from all in the order of their paths.
+
+    Raises:
+        ImageError: there are none.
+    """
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
+    if not found:
+        raise ImageError(f"there is no image in {folder}", expected="a folder of photographs such as those to come")
+    return [found[i * len(found) // limit] for i in range(limit)] if len(found) > limit else found

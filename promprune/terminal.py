@@ -1,0 +1,155 @@
+"""What every command shares: how it is started, how it fails, and what it prints its tables with."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final, NoReturn, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from promprune._version import __version__
+from promprune.errors import MissingDependencyError, PrompruneError, one_line
+
+__all__ = [
+    "EXIT_REFUSED",
+    "EXIT_USAGE",
+    "console",
+    "missing_extra",
+    "missing_package",
+    "option_type",
+    "plain",
+    "print_json",
+    "progress_over",
+    "run_command",
+    "version_callback",
+]
+
+EXIT_REFUSED: Final = 1  # refused, failed, or failed verification
+EXIT_USAGE: Final = 2
+EXIT_INTERRUPTED: Final = 130
+
+_UNESCAPED: Final = re.compile(r"[\x7f-\x9f]")  # the control characters that JSON takes as they are
+
+# Progress and tables go to stderr; stdout carries the answer, or the JSON.
+_Item = TypeVar("_Item")
+console = Console(stderr=True, highlight=False)
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """Print one JSON object on one line of stdout; what would steer a terminal is escaped."""
+    line = json.dumps(content, ensure_ascii=False)
+    sys.stdout.write(_UNESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", line) + "\n")
+    sys.stdout.flush()
+
+
+def run_command(
+    command: Callable[..., None], *, name: str | None = None, arguments: list[str] | None = None
+) -> NoReturn:
+    """Run one function as a command line program, and exit.
+
+    ``name`` and ``arguments`` are those of the process unless given.
+
+    Exit codes: 0 done; 1 refused, failed, or failed verification; 2 wrong usage; 130 interrupted. Whatever the
+    user could have caused is reported as one line on stderr.
+    """
+    app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+    app.command()(command)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        exit_code = app(arguments, prog_name=name, standalone_mode=False)
+    except PrompruneError as error:
+        _fail(str(error), EXIT_REFUSED)
+    except KeyboardInterrupt:
+        _fail("interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(EXIT_REFUSED)
+    except OSError as error:
+        _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", EXIT_REFUSED)
+    except MemoryError:
+        _fail("out of memory; expected more free memory; use a smaller model or fewer images at a time", EXIT_REFUSED)
+    except Exception as error:
+        if type(error).__name__ == "Abort":  # Ctrl-C at a prompt
+            _fail("interrupted", EXIT_INTERRUPTED)
+        if not hasattr(error, "format_message"):  # not a usage error of the command line library
+            raise
+        _fail(f"{error.format_message().rstrip('.')}; see --help", EXIT_USAGE)
+    if exit_code == EXIT_INTERRUPTED:  # Ctrl-C, which the command line library turns into a code of its own
+        _fail("interrupted", EXIT_INTERRUPTED)
+    sys.exit(exit_code if isinstance(exit_code, int) else 0)
+
+
+def option_type(convert: Callable[[str], Any], expected: str) -> Callable[[Any], Any]:
+    """Make a parser for an option that says what was received and what was expected."""
+
+    def parse(value: Any) -> Any:
+        try:
+            return convert(value)
+        except ValueError as error:
+            raise typer.BadParameter(f"received {value!r}; expected {expected}") from error
+
+    return parse
+
+
+@contextlib.contextmanager
+def missing_extra(extra: str) -> Iterator[None]:
+    """Answer an import that fails for want of a package with the command that installs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("promprune"):
+            raise
+        raise MissingDependencyError(
+            f"this command needs {error.name}, which is not installed", fix=f"pip install 'promprune[{extra}]'"
+        ) from error
+
+
+def progress_over(items: Iterable[_Item], total: int, description: str) -> Iterator[_Item]:
+    """Yield the items with a bar on stderr that counts them."""
+    columns = (TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield from progress.track(items, total=total, description=description)
+
+
+@contextlib.contextmanager
+def missing_package(distribution: str, *modules: str) -> Iterator[None]:
+    """Answer a failed import of one of ``modules`` with the command that installs them."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in modules:
+            raise
+        raise MissingDependencyError(
+            f"this needs {error.name}, which is not installed", fix=f"pip install {distribution}"
+        ) from error
+
+
+def plain(text: str) -> str:
+    """Return text on one line for :data:`console`; neither rich nor the terminal obeys anything in it."""
+    return escape(one_line(text))
+
+
+def version_callback(value: bool) -> None:
+    """Print the version and stop."""
+    if value:
+        sys.stdout.write(f"promprune {__version__}\n")
+        raise typer.Exit
+
+
+def _terminate(signum: int, frame: object) -> NoReturn:
+    """Unwind as on Ctrl-C, so that half-written outputs are removed."""
+    del frame
+    sys.exit(128 + signum)
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    console.print(f"[bold red]error:[/] {plain(message)}", soft_wrap=True)
+    sys.exit(exit_code)

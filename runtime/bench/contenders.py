@@ -1,0 +1,318 @@
+"""What can be measured: packages here; Hugging Face and the authors' method in ``promprune.export.baselines``."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from promprune.package.manifest import GraphRecord, Manifest, read_manifest
+from promprune.runtime import VisionLanguagePipeline
+from promprune.runtime.bench.plugins import plugin
+from promprune.runtime.bench.report import ColdStart, Contender, GraphWork, Kind
+from promprune.runtime.engine.loading import same_language_model
+from promprune.runtime.engine.result import Result
+from promprune.runtime.images import PreparedImage
+from promprune.runtime.sessions import Session, SessionOptions, Value, open_session
+from promprune.runtime.sessions.config import RuntimeConfig
+
+__all__ = [
+    "Facts",
+    "Measurable",
+    "PackageContender",
+    "Question",
+    "Sample",
+    "device_of",
+    "open_packages",
+    "source_name",
+]
+
+CUT_BACKEND: Final = "onnxruntime"  # the backend that runs a graph as it is, and so the part of one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What every contender is asked.
+
+    Attributes:
+        image: file.
+        prompt: text after the image.
+        new_tokens: length of the answer, whatever the model would stop at.
+    """
+
+    image: Path
+    prompt: str
+    new_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One call.
+
+    Attributes:
+        stages_ms: by the names of :data:`promprune.runtime.bench.report.STAGES`; a stage that was not apart is missing.
+        token_ids: of the first answer.
+    """
+
+    stages_ms: Mapping[str, float]
+    token_ids: tuple[int, ...]
+
+    def with_selection(self, selection_ms: float) -> Sample:
+        """Return the sample with the selection as a stage of its own, taken from the vision stage."""
+        vision_ms = max(self.stages_ms["vision"] - selection_ms, 0.0)
+        return replace(self, stages_ms={**self.stages_ms, "vision": vision_ms, "selection": selection_ms})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is known of a contender besides its times; the fields are those of its record in the report."""
+
+    name: str
+    kind: Kind
+    path: str
+    model: str
+    dtype: str
+    device: str
+    num_tokens: int
+    keep_tokens: int
+    policy: str
+    prompt_tokens: int
+    saliency_count: int | None = None
+    package_bytes: int | None = None
+    engine_bytes: int | None = None
+    kv_cache_bytes: int | None = None
+    work: Mapping[str, GraphWork] | None = None
+    first_token_flops: int | None = None
+
+    def record(self, work: Mapping[str, Any], token_ids: tuple[int, ...], cold_start: ColdStart | None) -> Contender:
+        """Return the record, with what was found out by running."""
+        found = {"work": dict(work), "token_ids": token_ids, "cold_start": cold_start}
+        return Contender(**{**vars(self), **found})
+
+
+class Measurable(ABC):
+    """Something that answers a question about an image, and says how long each stage took.
+
+    Attributes:
+        name: unique in a report.
+        concurrent: whether several threads may run it at once.
+        batched: whether it answers several prompts together.
+    """
+
+    name: str
+    concurrent: bool
+    batched = True
+
+    @abstractmethod
+    def run(self, question: Question, batch: int) -> Sample:
+        """Answer ``batch`` equal prompts together; return when the device is done."""
+
+    def separate_selection(self, image: Path) -> None:
+        """Prepare to time the selection apart on this image, where it is not timed as part of a run."""
+        del image
+
+    def selection_apart_ms(self, batch: int) -> float | None:
+        """Run the selection by itself, once per image of a batch; ``None`` where it cannot be, or need not be."""
+        del batch
+        return None
+
+    @abstractmethod
+    def facts(self, question: Question) -> Facts:
+        """Say what it is; asked after the warm-up."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free what it holds."""
+
+
+class PackageContender(Measurable):
+    """An exported package in this project's runtime.
+
+    The selection is part of the vision graph. To time it apart, its nodes are cut out of that graph into one of their
+    own, which runs right after every call on the features of the same image; its time is taken from the
+    vision stage. ``first_token`` and ``total`` are of the whole graph, as it is used.
+
+    Attributes:
+        pipeline: of the package.
+    """
+
+    concurrent = True
+
+    def __init__(self, name: str, folder: Path, pipeline: VisionLanguagePipeline, config: RuntimeConfig) -> None:
+        self.name = name
+        self._folder = folder
+        self.pipeline = pipeline
+        self._config = config
+        self._selection: _SelectionApart | None = None
+        self._last: Result | None = None
+        self._cache_bytes = 0  # of one answer
+
+    def run(self, question: Question, batch: int) -> Sample:
+        """Answer; see :class:`Measurable`."""
+        requests = [(question.image, question.prompt)] * batch
+        result = self.pipeline.generate_batch(requests, max_new_tokens=question.new_tokens, ignore_eos=True)[0]
+        self._last, timings = result, result.timings
+        self._cache_bytes = timings.kv_cache_bytes // batch
+        stages = {
+            "preprocess": timings.preprocess_ms + timings.prompt_ms,
+            "vision": timings.vision_ms,
+            "splice": timings.splice_ms,
+            "prefill": timings.prefill_ms,
+            "first_token": timings.first_token_ms,
+            "total": timings.total_ms,
+        }
+        if timings.new_tokens > 1:
+            stages["decode"] = timings.decode_ms / (timings.new_tokens - 1)
+        return Sample(stages_ms=stages, token_ids=result.token_ids)
+
+    def separate_selection(self, image: Path) -> None:
+        """Cut the selection out of the vision graph, where there is one; see :class:`Measurable`."""
+        self._selection = _SelectionApart.of(self._folder, self.pipeline, self._config, self._prepared(image))
+
+    def selection_apart_ms(self, batch: int) -> float | None:
+        """Run what was cut out; see :class:`Measurable`."""
+        return None if self._selection is None else sum(self._selection.run_ms() for _ in range(batch))
+
+    def facts(self, question: Question) -> Facts:
+        """Say what it is, and count its work on an image whose selection just ran."""
+        if self._last is None:
+            raise RuntimeError("facts are asked for after the warm-up")
+        manifest = self.pipeline.manifest
+        prompt_tokens = self._last.timings.prompt_tokens
+        prepared = self._prepared(question.image)
+        sizes = _sizes(manifest.graphs[prepared.graph], prepared)
+        work = plugin("work").package_work(self._folder, manifest, prepared.graph, sizes, prompt_tokens)
+        selection = self._last.selection[0]
+        return Facts(
+            name=self.name,
+            kind="package",
+            path=str(self._folder),
+            model=source_name(manifest),
+            dtype=manifest.dtype,
+            device=self.pipeline.device,
+            num_tokens=selection.num_tokens,
+            keep_tokens=selection.keep_tokens,
+            policy=selection.policy if selection.ran else "all",
+            saliency_count=selection.saliency_count,
+            prompt_tokens=prompt_tokens,
+            package_bytes=sum(file.size_bytes for file in manifest.files),
+            engine_bytes=_bytes_under(self._folder / "engines"),
+            kv_cache_bytes=self._cache_bytes,
+            work=work,
+            first_token_flops=sum(stage.flops for name, stage in work.items() if name != "decode"),
+        )
+
+    def _prepared(self, image: Path) -> PreparedImage:
+        prepared = self.pipeline.encoder.prepare(image)
+        if not isinstance(prepared, PreparedImage):
+            raise TypeError(f"a file was prepared as {type(prepared).__name__}")
+        return prepared
+
+    def close(self) -> None:
+        """Free the graphs."""
+        self.pipeline.close()
+        if self._selection is not None:
+            self._selection.close()
+
+
+def open_packages(folders: Mapping[str, Path], config: RuntimeConfig) -> list[PackageContender]:
+    """Load packages, those of one language model with one copy of it.
+
+    Raises:
+        PackageError: one is no package with a language model.
+        BackendError: one cannot be loaded.
+    """
+    opened: list[PackageContender] = []
+    with contextlib.ExitStack() as loaded:
+        for name, folder in folders.items():
+            pipeline = _pipeline(folder, opened, config)
+            opened.append(PackageContender(name, folder, pipeline, config))
+            loaded.callback(pipeline.close)
+        loaded.pop_all()
+    return opened
+
+
+def device_of(folder: Path, config: RuntimeConfig) -> str:
+    """Load a package, say where its language model runs, and free it again.
+
+    Raises:
+        PackageError: it is no package with a language model.
+        BackendError: it cannot be loaded.
+    """
+    options: Any = vars(config)
+    with VisionLanguagePipeline.from_package(folder, **options) as pipeline:
+        return pipeline.device
+
+
+def source_name(manifest: Manifest) -> str:
+    """Name what a package was made from: the model, and the beginning of its weights' digest."""
+    return f"{manifest.source.model} {manifest.source.weights_sha256[:12]}"
+
+
+def _sizes(graph: GraphRecord, prepared: PreparedImage) -> dict[str, int]:
+    """Return the sizes that an image gives to the dynamic dimensions of a vision graph."""
+    return {
+        dimension: size
+        for tensor in graph.inputs
+        for dimension, size in zip(tensor.shape, prepared.feeds[tensor.name].shape, strict=True)
+        if isinstance(dimension, str)
+    }
+
+
+def _pipeline(folder: Path, opened: Sequence[PackageContender], config: RuntimeConfig) -> VisionLanguagePipeline:
+    options: Any = vars(config)
+    if config.backend == CUT_BACKEND:
+        manifest = read_manifest(folder)
+        for other in opened:
+            if same_language_model(manifest, other.pipeline.manifest):
+                return other.pipeline.with_vision_of(folder, **options)
+    return VisionLanguagePipeline.from_package(folder, **options)
+
+
+def _bytes_under(folder: Path) -> int | None:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else None
+
+
+class _SelectionApart:
+    """The selection's part of a vision graph, with its inputs for one image."""
+
+    def __init__(self, session: Session, inputs: Mapping[str, Value], held: Session) -> None:
+        self._session = session
+        self._inputs = inputs
+        self._held = held  # on a GPU, the inputs live in its memory
+
+    @classmethod
+    def of(
+        cls, folder: Path, pipeline: VisionLanguagePipeline, config: RuntimeConfig, prepared: PreparedImage
+    ) -> _SelectionApart | None:
+        """Cut it out, or return ``None`` where that cannot be done."""
+        if config.backend != CUT_BACKEND:
+            return None
+        path = folder / pipeline.manifest.graphs[prepared.graph].file
+        options = SessionOptions(provider=config.provider, num_threads=config.num_threads)
+        with tempfile.TemporaryDirectory() as scratch:
+            parts = plugin("work").write_parts(path, Path(scratch))
+            if parts is None:
+                return None
+            before, after = (open_session(part, options) for part in parts)
+        made = before.run_keeping(prepared.feeds, keep=set(before.outputs))
+        if pipeline.device != "CPU":
+            return cls(after, {name: made[name] for name in after.inputs}, before)
+        inputs = {name: made[name].numpy().copy() for name in after.inputs}
+        before.close()
+        return cls(after, inputs, before)
+
+    def run_ms(self) -> float:
+        """Run it once; return the milliseconds until its result is on the host."""
+        start = time.perf_counter()
+        self._session.run_keeping(self._inputs, keep=())
+        return (time.perf_counter() - start) * 1000
+
+    def close(self) -> None:
+        self._session.close()
+        self._held.close()

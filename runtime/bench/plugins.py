@@ -1,0 +1,31 @@
+"""The parts of the benchmark that need onnx or PyTorch, which the runtime does not have.
+
+They are part of ``promprune.export``, which imports the runtime; this table is the only way in the other direction.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Final
+
+__all__ = ["PLUGINS", "plugin"]
+
+PLUGINS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "packages": "promprune.export.baselines.export_cache",  # exports the packages of --model
+        "pytorch": "promprune.export.baselines.pytorch",  # Hugging Face, and the authors' method
+        "work": "promprune.export.roofline.work",  # counts the work of a graph
+        "ceilings": "promprune.export.roofline.ceilings",  # measures what the device can do at best
+    }
+)
+
+
+def plugin(name: str) -> Any:
+    """Import one of :data:`PLUGINS`.
+
+    Raises:
+        ModuleNotFoundError: what it needs is not installed.
+    """
+    return importlib.import_module(PLUGINS[name])

@@ -1,0 +1,441 @@
+"""``promprune-bench``: measure packages and baselines in turns, count their work, and report both."""
+
+from __future__ import annotations
+
+import importlib
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from promprune.dtypes import DTYPES
+from promprune.errors import ConfigError, OutputError
+from promprune.files import replace_file
+from promprune.method.config import POLICIES
+from promprune.runtime.bench.config import BASELINES, BenchConfig
+from promprune.runtime.bench.plugins import plugin
+from promprune.runtime.commands.options import Backend, CudaGraphs, NumThreads, Provider, Version
+from promprune.runtime.sessions.config import RuntimeConfig
+from promprune.terminal import (
+    EXIT_REFUSED,
+    console,
+    missing_extra,
+    missing_package,
+    option_type,
+    plain,
+    print_json,
+    run_command,
+)
+
+if TYPE_CHECKING:
+    from promprune.runtime.bench.compare import Comparison, Difference, MissingCase
+    from promprune.runtime.bench.report import Report
+
+__all__ = ["bench", "compare", "main"]
+
+EXTRA: Final = "bench"
+OPENVINO: Final = ("openvino-genai", "openvino_genai", "openvino")  # how it is installed, and imported
+DEFAULT_RATIOS: Final = "1.0,0.12"
+DEFAULT_DTYPE: Final = "fp32"
+_INT: Final = "a whole number"
+_FILE_COLUMNS: Final = 240  # of the tables where stdout is no terminal
+_POLICIES: Final = POLICIES[1:]  # the first is the method itself
+
+
+def bench(
+    packages: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Folders that promprune-export wrote. Left out: those of --model.", metavar="[PACKAGE]..."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or hub id to export packages of, and to run baselines with.",
+            show_default="the embedded model; with packages, theirs",
+            metavar="MODEL",
+        ),
+    ] = None,
+    ratios: Annotated[
+        str | None,
+        typer.Option(
+            help="Fractions KEPT of the packages that are exported.", show_default=DEFAULT_RATIOS, metavar="LIST"
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help=f"Of those packages: {' or '.join(DTYPES)}.", show_default=DEFAULT_DTYPE, metavar="NAME"),
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder they are kept in.", show_default="~/.cache/promprune/bench", metavar="FOLDER"),
+    ] = None,
+    baseline: Annotated[
+        str,
+        typer.Option(
+            help="Measure also: hf (Hugging Face in PyTorch, unpruned), authors (with their selection, eager); with "
+            f"--model, other policies of selection: {', '.join(_POLICIES)}.",
+            show_default="none",
+            metavar="LIST",
+        ),
+    ] = "",
+    peer: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure another runtime also: openvino=FOLDER, of the same model as OpenVINO GenAI reads it.",
+            metavar="NAME=FOLDER",
+        ),
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option("--image", "-i", show_default="a rendered scene", metavar="FILE")
+    ] = None,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT")] = BenchConfig.prompt,
+    new_tokens: Annotated[
+        int, typer.Option(help="Length of every answer.", parser=option_type(int, _INT), metavar="COUNT")
+    ] = BenchConfig.new_tokens,
+    rounds: Annotated[
+        int,
+        typer.Option(
+            help="In each, everybody runs once, in changing order.", parser=option_type(int, _INT), metavar="COUNT"
+        ),
+    ] = BenchConfig.rounds,
+    warmup: Annotated[
+        int, typer.Option(help="Rounds that are not counted.", parser=option_type(int, _INT), metavar="COUNT")
+    ] = BenchConfig.warmup,
+    batch: Annotated[str, typer.Option(help="Prompts answered together; several: 1,4.", metavar="LIST")] = "1",
+    concurrency: Annotated[str, typer.Option(help="Calls at the same time; several: 1,2.", metavar="LIST")] = "1",
+    cold_starts: Annotated[
+        int,
+        typer.Option(
+            help="Processes started of each, after one more, for peak memory and the time from nothing.",
+            parser=option_type(int, _INT),
+            metavar="COUNT",
+        ),
+    ] = BenchConfig.cold_starts,
+    backend: Backend = RuntimeConfig.backend,
+    provider: Provider = RuntimeConfig.provider,
+    num_threads: NumThreads = RuntimeConfig.num_threads,
+    cuda_graphs: CudaGraphs = RuntimeConfig.cuda_graphs,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Folder for report.json, .csv, .md and .html.", metavar="OUT"),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the reports in OUT.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one line of JSON on stdout.")] = False,
+    version: Version = False,
+) -> None:
+    """Measure packages and baselines in turns, stage by stage, and count the work that they do.
+
+    Another command, promprune-bench compare A.json B.json, compares two reports: see its --help.
+
+    Examples:
+
+      promprune-bench
+
+      promprune-bench llava-1.0 llava-0.12 --image photo.jpg --baseline hf,authors -o report
+
+      promprune-bench --model ./llava-1.5-7b-hf --ratios 1.0,0.5,0.25,0.12 --batch 1,4 --concurrency 1,2
+    """
+    if output is not None:
+        _check_output(output, force=force)
+    with missing_extra(EXTRA):
+        from promprune.runtime.bench.measure import run_benchmark
+
+    baselines, policies = _baselines(baseline)
+    if packages:
+        exporting = {"--ratios": ratios, "--dtype": dtype, "--cache": cache, "--model": None if baselines else model}
+        _refuse_with_packages(exporting, policies)
+    asked: dict[str, Any] = {
+        "image": image,
+        "prompt": prompt,
+        "new_tokens": new_tokens,
+        "rounds": rounds,
+        "warmup": warmup,
+        "batches": _numbers(batch, int, "--batch", "whole numbers such as 1,4"),
+        "concurrencies": _numbers(concurrency, int, "--concurrency", "whole numbers such as 1,2"),
+        "cold_starts": cold_starts,
+        "baselines": baselines,
+        "model": model,
+        "openvino": _openvino(peer),
+        "runtime": RuntimeConfig(
+            backend=backend,
+            provider=provider,  # type: ignore[arg-type]  # it is checked there
+            num_threads=num_threads,
+            cuda_graphs=cuda_graphs,
+        ),
+        "command": shlex.join(["promprune-bench", *sys.argv[1:]]),
+    }
+    given = {_name(folder): folder for folder in packages or []}
+    if packages and len(given) < len(packages):
+        raise ConfigError("received packages of the same name", expected="folders with different names")
+    wanted = _numbers(DEFAULT_RATIOS if ratios is None else ratios, float, "--ratios", "fractions such as 1.0,0.12")
+    BenchConfig(packages=given or {"none yet": Path()}, **asked)  # refuses what is wrong before anything is exported
+    if output is not None:
+        _prepare_output(output)
+    with _bar() as progress, missing_extra("export"), missing_package(*OPENVINO):
+        if peer is not None:
+            importlib.import_module("openvino_genai")  # rather now than after the first measurements
+        folders = given or _exported(
+            model, wanted, DEFAULT_DTYPE if dtype is None else dtype, policies, cache, progress
+        )
+        report = run_benchmark(BenchConfig(packages=folders, **asked), progress)
+    try:
+        if output is not None:
+            _write(report, output)
+    finally:  # what was measured is not lost with a disk that is full by now
+        _print(report, as_json=as_json)
+
+
+def compare(
+    before: Annotated[Path, typer.Argument(help="report.json of promprune-bench.", metavar="A.json")],
+    after: Annotated[Path, typer.Argument(help="Another one.", metavar="B.json")],
+    stage: Annotated[str, typer.Option(help="Whose time is compared.", metavar="STAGE")] = "first_token",
+    threshold: Annotated[
+        float,
+        typer.Option(
+            help="Relative slow-down that is a regression.",
+            parser=option_type(float, "a number such as 0.05"),
+            metavar="FRACTION",
+        ),
+    ] = 0.05,
+    confidence: Annotated[
+        float,
+        typer.Option(help="Of the intervals.", parser=option_type(float, "a number such as 0.95"), metavar="FRACTION"),
+    ] = 0.95,
+    relative_to: Annotated[
+        str | None,
+        typer.Option(
+            help="Compare each contender's time over this one's, round by round: a slower machine cancels.",
+            metavar="CONTENDER",
+        ),
+    ] = None,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Accept cases that only one report has.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON on stdout.")] = False,
+) -> None:
+    """Compare two reports of the same work. Exits with 1 if B is slower than A by more than the threshold.
+
+    A regression is a ratio of medians past the threshold whose confidence interval, from rounds drawn again and
+    again, lies above 1 as a whole; below 6 rounds (8 for 99 %) there is no interval. It exits with 1 also where one
+    report lacks a case of the other.
+
+    Examples:
+
+      promprune-bench compare yesterday/report.json today/report.json --threshold 0.1
+
+      promprune-bench compare A.json B.json --relative-to 1.0
+    """
+    with missing_extra(EXTRA):
+        from promprune.runtime.bench.compare import CompareConfig, compare_reports
+        from promprune.runtime.bench.report import read_report
+    config = CompareConfig(stage=stage, threshold=threshold, confidence=confidence, relative_to=relative_to)
+    found = compare_reports(read_report(before), read_report(after), config)
+    if as_json:
+        print_json({"stage": stage, "threshold": threshold, **_as_plain(found)})
+    else:
+        _results().print(_differences(found.differences, config.stage, relative_to))
+    for missing in found.missing:
+        console.print(_missing_line(missing), soft_wrap=True)
+    slower = [entry for entry in found.differences if entry.regression]
+    print(f"{len(slower)} of {len(found.differences)} cases are slower by more than {threshold:.1%}", file=sys.stderr)
+    if slower or (found.missing and not allow_missing):
+        raise typer.Exit(EXIT_REFUSED)
+
+
+def main() -> None:
+    """Entry point of ``promprune-bench``."""
+    if sys.argv[1:2] == ["compare"]:
+        run_command(compare, name="promprune-bench compare", arguments=sys.argv[2:])
+    run_command(bench)
+
+
+class _RichProgress:
+    """One bar after the other."""
+
+    def __init__(self, bar: Bar) -> None:
+        self._bar = bar
+        self._task: Any = None
+
+    def __enter__(self) -> _RichProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def begin(self, description: str, steps: int) -> None:
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+        self._task = self._bar.add_task(description, total=steps)
+
+    def advance(self) -> None:
+        self._bar.advance(self._task)
+
+
+def _bar() -> _RichProgress:
+    columns = (SpinnerColumn(), TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn())
+    return _RichProgress(Bar(*columns, TimeElapsedColumn(), console=console, transient=True))
+
+
+def _numbers(text: str, convert: Callable[[str], Any], option: str, expected: str) -> tuple[Any, ...]:
+    try:
+        return tuple(convert(part) for part in text.split(","))
+    except ValueError as error:
+        raise typer.BadParameter(f"received {option} {text!r}; expected {expected}") from error
+
+
+def _baselines(text: str) -> tuple[tuple[str, ...], list[str]]:
+    """Return the baselines in PyTorch, and the other policies of selection, that a list names."""
+    named = [name.strip() for name in text.split(",") if name.strip()]
+    for name in named:
+        if name not in (*BASELINES, *_POLICIES):
+            raise ConfigError(f"received baseline {name!r}", expected=f"one of {', '.join((*BASELINES, *_POLICIES))}")
+    return tuple(name for name in named if name in BASELINES), [name for name in named if name in _POLICIES]
+
+
+def _refuse_with_packages(exporting: Mapping[str, object], policies: list[str]) -> None:
+    """Refuse options that say how packages are exported, beside packages."""
+    for option, value in exporting.items():
+        if value is not None:
+            use = "--baseline hf or authors with it" if option == "--model" else f"one of them: {option} is for --model"
+            raise typer.BadParameter(f"received packages and {option}; expected {use}")
+    if policies:
+        raise typer.BadParameter(
+            f"received packages and --baseline {policies[0]}; expected --model, or packages exported with --policy"
+        )
+
+
+def _openvino(peer: str | None) -> Path | None:
+    """Return the folder of the one peer that is known."""
+    if peer is None:
+        return None
+    name, _, folder = peer.partition("=")
+    if name != "openvino" or not folder:
+        raise typer.BadParameter(f"received --peer {peer!r}; expected openvino=FOLDER")
+    return Path(folder)
+
+
+def _name(folder: Path) -> str:
+    return folder.resolve().name
+
+
+def _exported(
+    model: str | None,
+    ratios: tuple[float, ...],
+    dtype: str,
+    policies: list[str],
+    cache: Path | None,
+    progress: _RichProgress,
+) -> dict[str, Path]:
+    exports = plugin("packages")
+    folders: dict[str, Path] = exports.packages_of(
+        model, ratios, dtype, policies, cache or exports.default_cache(), progress
+    )
+    return folders
+
+
+def _check_output(output: Path, *, force: bool) -> None:
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} exists and is no folder", expected="a folder", fix="choose another -o")
+    if (output / "report.json").exists() and not force:
+        raise OutputError(
+            f"{output} holds a report already", expected="a new folder", fix="choose another -o, or add --force"
+        )
+
+
+def _prepare_output(output: Path) -> None:
+    """Make sure, before anything is measured, that the reports can be written."""
+    with missing_extra(EXTRA):
+        importlib.import_module("promprune.runtime.bench.page")
+    there = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there) as scratch:
+            scratch.write(b"promprune")
+    except OSError as error:
+        raise _unwritable(output, error) from error
+
+
+def _write(report: Report, output: Path) -> None:
+    """Write all four forms, each of which appears whole or not at all, the one that the others follow from first."""
+    from promprune.runtime.bench.page import to_html
+    from promprune.runtime.bench.tables import to_csv, to_markdown
+
+    forms: dict[str, Callable[[Report], str]] = {
+        "json": _json_text,
+        "csv": to_csv,
+        "md": to_markdown,
+        "html": to_html,
+    }
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for suffix, text_of in forms.items():
+            replace_file(output / f"report.{suffix}", text_of(report).encode())
+    except OSError as error:
+        raise _unwritable(output, error) from error
+
+
+def _json_text(report: Report) -> str:
+    return msgspec.json.format(msgspec.json.encode(report), indent=2).decode() + "\n"
+
+
+def _unwritable(output: Path, error: OSError) -> OutputError:
+    return OutputError(f"{output} cannot be written ({error.strerror})", fix="choose another -o")
+
+
+def _results() -> Console:
+    """Return what tables are printed with on stdout; in a file, they may be wider than a terminal."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _FILE_COLUMNS)
+
+
+def _print(report: Report, *, as_json: bool) -> None:
+    if as_json:
+        print_json(msgspec.to_builtins(report))
+        return
+    from promprune.runtime.bench.tables import grids, machine_lines
+
+    results = _results()
+    for line in machine_lines(report):
+        results.print(plain(line), style="dim", soft_wrap=True)
+    for grid in grids(report):
+        table = Table(title=grid.title, caption=grid.note or None, title_justify="left", title_style="bold")
+        for number, title in enumerate(grid.header):
+            table.add_column(plain(title), justify="right" if number else "left")
+        for row in grid.rows:
+            table.add_row(*map(plain, row))
+        results.print(table)
+
+
+def _differences(found: list[Difference], stage: str, relative_to: str | None) -> Table:
+    unit = f"over {relative_to}" if relative_to else "ms"
+    table = Table(title=f"{stage}, B against A", title_justify="left", title_style="bold")
+    for number, title in enumerate(("", "batch", "calls at once", f"A, {unit}", f"B, {unit}", "B / A", "interval", "")):
+        table.add_column(title, justify="right" if number else "left")
+    for entry in found:
+        ratio, low, high = entry.ratio
+        interval = "" if low is None or high is None else f"{low:.3f} ... {high:.3f}"
+        load = (str(entry.batch), str(entry.concurrency), f"{entry.before:.4g}", f"{entry.after:.4g}")
+        colour = "bold red" if entry.regression else "green" if interval else "yellow"
+        table.add_row(plain(entry.contender), *load, f"{ratio:.3f}", interval, f"[{colour}]{entry.verdict}[/]")
+    return table
+
+
+def _missing_line(case: MissingCase) -> str:
+    return f"[yellow]missing[/] in {case.report}: {plain(case.contender)}, {case.load}"
+
+
+def _as_plain(found: Comparison) -> dict[str, Any]:
+    differences = [{**vars(entry), "ratio": entry.ratio._asdict()} for entry in found.differences]
+    return {"differences": differences, "missing": [case._asdict() for case in found.missing]}
+
+
+if __name__ == "__main__":
+    main()

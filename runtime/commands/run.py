@@ -1,0 +1,406 @@
+"""``promprune-run``: answer a question about images with an exported package."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+from rich.table import Table
+
+from promprune.errors import ConfigError, OutputError, PrompruneError
+from promprune.package.describe import describe_selection
+from promprune.runtime.commands.options import Backend, CudaGraphs, NumThreads, Provider, Version
+from promprune.runtime.engine.config import DEFAULT_NEW_TOKENS, GenerationConfig
+from promprune.runtime.sessions.config import RuntimeConfig
+from promprune.terminal import (
+    EXIT_REFUSED,
+    console,
+    option_type,
+    plain,
+    print_json,
+    run_command,
+)
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from promprune.runtime import AnswerStream, Chat, ImageEncoder, Result, TokenSelection, VisionLanguagePipeline
+
+__all__ = ["main", "run"]
+
+_PICTURE_FORMATS: Final = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a terminal would obey these
+
+_INT: Final = "a whole number"
+_FLOAT: Final = "a number"
+
+
+def run(
+    package: Annotated[Path, typer.Argument(help="Folder that promprune-export wrote.", metavar="PACKAGE")],
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", "-i", help="Image file; repeat it for several.", metavar="FILE")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="What to ask; - reads it from stdin.", metavar="TEXT")
+    ] = None,
+    interactive: Annotated[
+        bool, typer.Option("--interactive", help="Go on asking, line by line; every image is read once.")
+    ] = False,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Longest answer, in tokens.",
+            parser=option_type(int, _INT),
+            show_default=f"what the context leaves, at most {DEFAULT_NEW_TOKENS}",
+            metavar="COUNT",
+        ),
+    ] = GenerationConfig.max_new_tokens,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            help="0 takes the likeliest token; above 0, tokens are drawn.",
+            parser=option_type(float, _FLOAT),
+            metavar="NUMBER",
+        ),
+    ] = GenerationConfig.temperature,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            help="Draw from the likeliest tokens that reach this probability; 1 is off.",
+            parser=option_type(float, _FLOAT),
+            metavar="FRACTION",
+        ),
+    ] = GenerationConfig.top_p,
+    top_k: Annotated[
+        int,
+        typer.Option(
+            help="Draw from this many likeliest tokens; 0 is off.", parser=option_type(int, _INT), metavar="COUNT"
+        ),
+    ] = GenerationConfig.top_k,
+    repetition_penalty: Annotated[
+        float,
+        typer.Option(
+            help="Above 1 makes tokens that occurred less likely; 1 is off.",
+            parser=option_type(float, _FLOAT),
+            metavar="FACTOR",
+        ),
+    ] = GenerationConfig.repetition_penalty,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends the answer; repeat it for several.", metavar="TEXT")
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Makes drawing reproducible.", parser=option_type(int, _INT), metavar="NUMBER"),
+    ] = GenerationConfig.seed,
+    show_tokens: Annotated[
+        Path | None,
+        typer.Option(help="Draw the kept visual tokens over the image; one picture per image.", metavar="OUT.png"),
+    ] = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Print selection and timings on stderr.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON on stdout instead of text.")] = False,
+    backend: Backend = RuntimeConfig.backend,
+    provider: Provider = RuntimeConfig.provider,
+    num_threads: NumThreads = RuntimeConfig.num_threads,
+    prefill_chunk: Annotated[
+        int | None,
+        typer.Option(
+            help="Read the prompt in pieces of this many tokens; bounds the scratch memory of long prompts.",
+            parser=option_type(int, _INT),
+            show_default="the whole prompt at once",
+            metavar="COUNT",
+        ),
+    ] = RuntimeConfig.prefill_chunk,
+    cuda_graphs: CudaGraphs = RuntimeConfig.cuda_graphs,
+    weight_budget_mib: Annotated[
+        int | None,
+        typer.Option(
+            help="Of engines that stream weights: device memory for the weights of each.",
+            parser=option_type(int, "a whole number of MiB"),
+            show_default="TensorRT's choice",
+            metavar="MIB",
+        ),
+    ] = RuntimeConfig.weight_budget_mib,
+    check_weights: Annotated[
+        bool, typer.Option("--check-weights", help="Compare the SHA-256 of the weights as well.")
+    ] = RuntimeConfig.check_weights,
+    version: Version = False,
+) -> None:
+    """Answer a question about images with an exported package.
+
+    The answer goes to stdout as it is generated, everything else to stderr.
+
+    Examples:
+
+      promprune-run llava-0.12 --image photo.jpg --prompt "What is on the table?"
+
+      promprune-run llava-0.12 -i photo.jpg -p "How many dogs?" --show-tokens kept.png --stats
+
+      promprune-run llava-0.12 -i before.png -i after.png -p "What changed?" --json
+
+      promprune-run llava-0.12 -i photo.jpg --show-tokens kept.png     (only show, ask nothing)
+    """
+    warnings.filterwarnings("ignore", module="PIL")  # of damaged metadata; damaged pixels are errors
+    asked = _Asked(
+        package=package,
+        images=image or [],
+        question=_question(prompt, interactive=interactive, as_json=as_json, only_show=show_tokens is not None),
+        generation=GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            stop=tuple(stop or ()),
+            seed=seed,
+        ),
+        loading=RuntimeConfig(
+            backend=backend,
+            provider=provider,  # type: ignore[arg-type]  # it validates
+            num_threads=num_threads,
+            check_weights=check_weights,
+            cuda_graphs=cuda_graphs,
+            weight_budget_mib=weight_budget_mib,
+            prefill_chunk=prefill_chunk,
+        ),
+        show_tokens=show_tokens,
+        stats=stats,
+        as_json=as_json,
+    )
+    if show_tokens is not None:
+        _check_pictures(show_tokens, len(asked.images), interactive=interactive)
+    if interactive:
+        _converse(asked)
+    elif asked.question is None:
+        _show(asked)
+    else:
+        _answer(asked, asked.question)
+
+
+def main() -> None:
+    """Entry point of ``promprune-run``."""
+    run_command(run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """The command line, checked before a large model is loaded."""
+
+    package: Path
+    images: list[Path]
+    question: str | None
+    generation: GenerationConfig
+    loading: RuntimeConfig
+    show_tokens: Path | None
+    stats: bool
+    as_json: bool
+
+    def load(self) -> VisionLanguagePipeline:
+        from promprune.runtime import VisionLanguagePipeline
+
+        pipeline = VisionLanguagePipeline.from_package(self.package, **vars(self.loading))
+        if console.is_terminal and not self.as_json:
+            console.print(f"[dim]on {pipeline.device}; {describe_selection(pipeline.manifest)}[/]", soft_wrap=True)
+        return pipeline
+
+    def report(self, device: str) -> dict[str, Any]:
+        """What every JSON report says."""
+        return {"package": str(self.package), "images": [str(path) for path in self.images], "device": device}
+
+
+def _answer(asked: _Asked, question: str) -> None:
+    """Answer one question."""
+    started = time.perf_counter()
+    with asked.load() as pipeline:
+        load_ms = (time.perf_counter() - started) * 1000
+        answer = pipeline.stream(list(asked.images), question, **vars(asked.generation))
+        if not asked.images and not asked.as_json:
+            console.print("[dim]no --image: answering from the text alone[/]")
+        result = answer.result if asked.as_json else _print_answer(answer)
+        _draw(pipeline.encoder, asked, result.selection)
+        if asked.as_json:
+            model = {"model": pipeline.manifest.source.model, "load_ms": round(load_ms, 3)}
+            print_json({**result.to_dict(), **asked.report(pipeline.device), **model})
+        elif asked.stats:
+            _print_stats(pipeline.device, result, load_ms)
+            for note in pipeline.notes:
+                console.print(f"[dim]{plain(note)}[/]", soft_wrap=True)
+
+
+def _question(prompt: str | None, *, interactive: bool, as_json: bool, only_show: bool) -> str | None:
+    if interactive and as_json:
+        raise typer.BadParameter("received --json with --interactive; expected one of them")
+    if prompt is None and not interactive and not only_show:
+        raise typer.BadParameter("received no --prompt; expected --prompt TEXT, --interactive or --show-tokens OUT.png")
+    if prompt != "-":
+        return prompt
+    try:
+        return sys.stdin.read().rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the prompt on stdin is not text ({error})", expected=sys.stdin.encoding) from error
+
+
+def _print_answer(answer: AnswerStream) -> Result:
+    """Write the answer to stdout piece by piece; return the whole."""
+    begun = False
+    for text in answer:
+        piece = text if begun else text.lstrip()
+        begun = begun or bool(piece)
+        _write(piece)
+    _write("\n")
+    return answer.result
+
+
+def _write(text: str) -> None:
+    """Write to stdout at once; what its encoding lacks, or would steer a terminal, is replaced."""
+    if sys.stdout.isatty():
+        text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+    sys.stdout.flush()
+
+
+def _converse(asked: _Asked) -> None:
+    """Ask and answer until the end of the input; what is refused is said, and the conversation goes on."""
+    question, pending, failed = asked.question, list(asked.images), False
+    with asked.load() as pipeline:
+        chat = pipeline.chat()
+        console.print("[dim]one question per line; /image FILE adds an image; an empty line or Ctrl-D ends[/]")
+        while line := question if question is not None else _read_line():
+            question = None
+            if line.startswith("/image "):
+                pending.append(Path(line.removeprefix("/image ").strip()))
+                continue
+            failed |= not _turn(chat, line, pending, asked)
+            pending = []
+    if failed and not sys.stdin.isatty():
+        raise typer.Exit(EXIT_REFUSED)
+
+
+def _turn(chat: Chat, question: str, images: list[Path], asked: _Asked) -> bool:
+    """Answer one question of a conversation; return whether it was answered."""
+    try:
+        result = _print_answer(chat.stream(question, list(images), **vars(asked.generation)))
+    except PrompruneError as error:
+        console.print(f"[bold red]error:[/] {plain(str(error))}", soft_wrap=True)
+        return False
+    except KeyboardInterrupt:  # of an answer; at the prompt it ends the command
+        _write("\n")
+        return False
+    if asked.stats:
+        _print_stats(None, result, None)
+    return True
+
+
+def _read_line() -> str:
+    if sys.stdin.isatty():
+        console.print("[bold]> [/]", end="")
+    return sys.stdin.readline().strip()
+
+
+def _print_stats(device: str | None, result: Result, load_ms: float | None) -> None:
+    timings = result.timings
+    rate = timings.decode_tokens_per_s
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    for number, selection in enumerate(result.selection, start=1):
+        name = "visual tokens" if len(result.selection) == 1 else f"visual tokens, image {number}"
+        table.add_row(name, f"{selection.keep_tokens} of {selection.num_tokens}", _describe(selection))
+    if load_ms is not None:
+        table.add_row("load", f"{load_ms:.1f} ms", f"on {device}")
+    table.add_row("preprocess", f"{timings.preprocess_ms + timings.prompt_ms:.1f} ms", "images and prompt")
+    encoded = f"{timings.encoded_images} of {len(result.selection)} images encoded now"
+    table.add_row("vision + selection", f"{timings.vision_ms:.1f} ms", encoded)
+    table.add_row("splice", f"{timings.splice_ms:.1f} ms", "")
+    reused = f", {timings.reused_tokens} of them reused" if timings.reused_tokens else ""
+    table.add_row("prefill", f"{timings.prefill_ms:.1f} ms", f"{timings.prompt_tokens} tokens{reused}")
+    table.add_row("first token", f"{timings.first_token_ms:.1f} ms", "after the package was loaded")
+    table.add_row("decode", f"{timings.decode_ms:.1f} ms", "" if rate is None else f"{rate:.1f} tokens/s")
+    table.add_row("answer", f"{timings.new_tokens} tokens", f"ended by {result.finish_reason}")
+    table.add_row("KV cache", f"{timings.kv_cache_bytes / 1e6:.2f} MB", "")
+    console.print(table)
+
+
+def _describe(selection: TokenSelection) -> str:
+    if not selection.ran:
+        return "no selection in this package"
+    saliency = selection.saliency_count or 0
+    return (
+        f"{saliency} for saliency, {selection.keep_tokens - saliency} for coverage, "
+        f"spectral entropy {selection.spectral_entropy:.3f}"
+    )
+
+
+def _check_pictures(output: Path, num_images: int, *, interactive: bool) -> None:
+    """Refuse an output before anything is computed for it."""
+    if num_images == 0 or interactive:
+        raise typer.BadParameter("received --show-tokens without --image, or with --interactive; expected an image")
+    if output.suffix.lower() not in _PICTURE_FORMATS:
+        raise OutputError(
+            f"received --show-tokens {output}", expected=f"a name that ends in {', '.join(_PICTURE_FORMATS)}"
+        )
+    if output.is_dir() or not output.parent.is_dir():
+        reason = "is a folder" if output.is_dir() else f"lies in {output.parent}, which is no folder"
+        raise OutputError(f"{output} {reason}", expected="a file in an existing folder", fix="choose another name")
+
+
+def _show(asked: _Asked) -> None:
+    """Draw the kept tokens of images that nothing is asked about."""
+    from promprune.runtime import ImageEncoder
+
+    with ImageEncoder.from_package(asked.package, **vars(asked.loading)) as encoder:
+        selections = [encoder.encode_image(path).selection for path in asked.images]
+        _draw(encoder, asked, selections)
+    if asked.as_json:
+        print_json({**asked.report(encoder.device), "selection": [selection.to_dict() for selection in selections]})
+        return
+    for path, selection in zip(asked.images, selections, strict=True):
+        kept = f"{selection.keep_tokens} of {selection.num_tokens} visual tokens"
+        console.print(f"{plain(path.name)}: {kept}, {_describe(selection)}", soft_wrap=True)
+
+
+def _draw(encoder: ImageEncoder, asked: _Asked, selections: Sequence[TokenSelection]) -> None:
+    """Write one picture per image, if pictures were asked for: OUT.png, OUT-2.png, ..."""
+    output = asked.show_tokens
+    if output is None:
+        return
+    from promprune.runtime import draw_kept_tokens
+
+    for number, (path, selection) in enumerate(zip(asked.images, selections, strict=True), start=1):
+        target = output if number == 1 else output.with_stem(f"{output.stem}-{number}")
+        _save(draw_kept_tokens(encoder.view(path), selection), target)
+        if not asked.as_json:
+            console.print(f"[dim]kept tokens of {plain(path.name)}: {plain(str(target))}[/]", soft_wrap=True)
+
+
+def _save(picture: Image, target: Path) -> None:
+    """Write a picture so that it appears whole, or not at all."""
+    partial: Path | None = None
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.partial-", dir=target.parent)
+        partial = Path(name)
+        with os.fdopen(handle, "wb") as stream:
+            picture.save(stream, format=_PICTURE_FORMATS[target.suffix.lower()])
+        partial.chmod(0o644)
+        partial.replace(target)
+    except OSError as error:
+        raise OutputError(
+            f"{target} cannot be written ({error.strerror or error})", fix="choose another name"
+        ) from error
+    finally:
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Answering requests: prompt, KV cache, decoder, sampling."""

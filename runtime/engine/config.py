@@ -1,0 +1,68 @@
+"""Settings of one answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, TypedDict
+
+from promprune.checks import check_integer, check_number, require
+
+__all__ = ["DEFAULT_NEW_TOKENS", "GenerationConfig", "GenerationOptions"]
+
+DEFAULT_NEW_TOKENS: Final = 256
+
+
+class GenerationOptions(TypedDict, total=False):
+    """The fields of :class:`GenerationConfig`, as keyword arguments."""
+
+    max_new_tokens: int | None
+    temperature: float
+    top_p: float
+    top_k: int
+    repetition_penalty: float
+    stop: str | tuple[str, ...] | list[str]
+    seed: int | None
+    ignore_eos: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How tokens are chosen, and when to stop.
+
+    Attributes:
+        max_new_tokens: most tokens to generate, at least 1. ``None``: as many as the context leaves, at most
+            ``DEFAULT_NEW_TOKENS``. A number that does not fit the context is refused.
+        temperature: 0 is greedy; above 0, tokens are drawn from softmax(logits / temperature).
+        top_p: draw from the smallest set of tokens whose probability reaches ``top_p``, in (0, 1]; 1 is off.
+        top_k: draw from the ``top_k`` likeliest tokens; 0 is off.
+        repetition_penalty: above 1, the logits of tokens already in the prompt or the answer are lowered
+            (divided when positive, multiplied when negative); 1 is off. Applies to greedy choice as well.
+        stop: texts that end the answer; they are not part of it. One string, or a sequence of strings; kept as a tuple.
+        seed: makes drawing reproducible; ``None`` draws a new seed each time.
+        ignore_eos: go on after an end-of-sequence token, so that an answer has exactly the length that was asked for.
+
+    Raises:
+        ConfigError: a value is of another type, or out of its range.
+    """
+
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    stop: str | tuple[str, ...] | list[str] = ()
+    seed: int | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        check_integer(self, "max_new_tokens", least=1, optional=True)
+        check_number(self, "temperature", lambda value: value >= 0, "a number of 0 or more")
+        check_number(self, "top_p", lambda value: 0 < value <= 1, "a number in (0, 1]")
+        check_integer(self, "top_k", least=0)
+        check_number(self, "repetition_penalty", lambda value: value > 0, "a number above 0")
+        texts = (self.stop,) if isinstance(self.stop, str) else self.stop
+        valid = isinstance(texts, Sequence) and all(isinstance(text, str) and text for text in texts)
+        require(valid, "stop", self.stop, "a non-empty string, or a sequence of such")
+        object.__setattr__(self, "stop", tuple(texts))
+        check_integer(self, "seed", least=0, most=None, optional=True)

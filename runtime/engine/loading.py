@@ -1,0 +1,89 @@
+"""Loading the graphs of a package, and checking that they fit each other and the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from promprune.errors import PackageError
+from promprune.package.manifest import DECODER, EMBED_TOKENS, VISION_ENCODER, Manifest, TensorRecord
+from promprune.runtime.engine.prompt import read_json
+from promprune.runtime.images.base import expect
+from promprune.runtime.sessions import Session, open_graph
+from promprune.runtime.sessions.config import RuntimeConfig
+
+__all__ = ["expect_same_width", "open_language_model", "same_language_model", "steps_in_place"]
+
+
+def open_language_model(folder: Path, manifest: Manifest, config: RuntimeConfig) -> tuple[Session, Session]:
+    """Load ``embed_tokens`` and the decoder; what the decoder needs is checked where it is run.
+
+    Raises:
+        PackageError: they are not what the manifest says, or do not fit each other.
+        BackendError: one of them, or the provider that was asked for, cannot be loaded.
+    """
+    if not manifest.has_language_model:
+        raise PackageError(
+            f"{folder} has no language model: it was exported with --vision-only",
+            expected="a package with a language model",
+            fix="use ImageEncoder for its visual tokens, or export without --vision-only",
+        )
+    # One Gather: threads of its own would only get in the decoder's way.
+    embed = open_graph(folder, manifest, EMBED_TOKENS, replace(config, num_threads=1))
+    decoder = open_graph(folder, manifest, DECODER, config)
+    expect("embed_tokens' inputs", {*embed.inputs}, {"input_ids"})
+    expect("embed_tokens' outputs", {*embed.outputs}, {"inputs_embeds"})
+    if "inputs_embeds" in decoder.inputs:
+        made, wanted = embed.outputs["inputs_embeds"], decoder.inputs["inputs_embeds"]
+        expect("embed_tokens' size", made.shape[-1], wanted.shape[-1])
+        expect("embed_tokens' dtype", made.dtype, wanted.dtype)
+    return embed, decoder
+
+
+def expect_same_width(manifest: Manifest) -> None:
+    """Compare the size of the visual tokens with that of the language model's embeddings.
+
+    The manifest's own words: every graph is compared with them when it is opened.
+
+    Raises:
+        PackageError: they differ.
+    """
+    decoder = manifest.graphs.get(DECODER)
+    wanted = _width(decoder.inputs, "inputs_embeds") if decoder else None
+    for name, graph in manifest.graphs.items():
+        if wanted is not None and name.startswith(VISION_ENCODER):
+            expect(f"size of the visual tokens of {name}", _width(graph.outputs, "image_features"), wanted)
+
+
+def _width(tensors: Sequence[TensorRecord], name: str) -> int | str | None:
+    """Return the last dimension of a tensor; ``None``: there is none of that name, or it has no dimension."""
+    return next((tensor.shape[-1] for tensor in tensors if tensor.name == name and tensor.shape), None)
+
+
+def steps_in_place(folder: Path, decoder: Session) -> bool:
+    """Say whether a decoder's steps are to have the same shapes: where that pays, and its attention has no window."""
+    windowed = decoder.repeats and _has_window(read_json(folder / "config.json"))
+    if windowed:
+        decoder.notes += (f"{decoder.name} steps without CUDA graphs: its attention has a sliding window",)
+    return decoder.repeats and not windowed
+
+
+def _has_window(config: Mapping[str, Any]) -> bool:
+    """Say whether a language model attends to the latest tokens only, from its model configuration."""
+    text = config.get("text_config", config)
+    if layers := text.get("layer_types"):
+        return "sliding_attention" in layers
+    return text.get("sliding_window") is not None and text.get("use_sliding_window") is not False
+
+
+def same_language_model(a: Manifest, b: Manifest) -> bool:
+    """Say whether two packages have the same language model, byte for byte."""
+    return a.has_language_model and b.has_language_model and _language_files(a) == _language_files(b)
+
+
+def _language_files(manifest: Manifest) -> set[tuple[str, str]]:
+    graphs = [manifest.graphs[name] for name in (EMBED_TOKENS, DECODER)]
+    wanted = {file for graph in graphs for file in (graph.file, *graph.weights)}
+    return {(record.path, record.sha256) for record in manifest.files if record.path in wanted}

@@ -1,0 +1,464 @@
+"""From messages to token ids: chat template, tokenizer, and a run of placeholders for every image.
+
+A message is ``{"role": "user", "content": TEXT}`` or ``{"role": ..., "content": [PART, ...]}`` with parts
+``{"type": "text", "text": TEXT}`` and ``{"type": "image"}``, as in Hugging Face chats.
+
+Only the chat template writes special tokens. The caller's texts may not contain the image placeholder: it would stand
+for an image that is not there, so it is refused. Other special tokens in a text (``</s>``, ``<|im_end|>``), and all in
+what the assistant said, are read as the characters they are written with, also where they begin in one text and end in
+the next, or in the template: a text cannot end its turn and begin another's. Special tokens that a package's tokenizer
+finds in normalized text only (``"normalized": true``) are an exception.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from promprune.errors import PackageError, PrompruneError, PromptError, first_line
+from promprune.package.manifest import CHAT_TEMPLATE_FILE, Manifest
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+    from tokenizers import Tokenizer
+
+__all__ = [
+    "FALLBACK_TEMPLATE",
+    "Message",
+    "PromptBuilder",
+    "TokenIds",
+    "as_messages",
+    "read_json",
+    "tokenizer_errors",
+]
+
+Message = Mapping[str, Any]
+TokenIds = npt.NDArray[np.int64]
+
+# For packages without a chat template: the format LLaVA-1.5 was tuned on.
+FALLBACK_TEMPLATE: Final = """\
+{% for message in messages %}
+{{- message.role.upper() + ': ' }}
+{%- for part in message.content if part.type == 'image' %}{{ image_token + '\n' }}{% endfor %}
+{%- for part in message.content if part.type == 'text' %}{{ part.text + ' ' }}{% endfor %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
+# In texts while the template has them: code points that are no characters, and never will be. A special token stands
+# between the two. The second one is also at the end of a text that ends with the beginning of one, and at the start of
+# a text that starts with the end of one: any text might follow, or stand before.
+_LITERAL: Final = "\ufdd0"
+_EDGE: Final = "\ufdd1"
+_MARKS: Final = re.compile(f"([{_LITERAL}{_EDGE}])")
+_ROLE: Final = re.compile("[A-Za-z_]+")
+_MAX_RENDERED_CHARACTERS: Final = 8_000_000
+_SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_AGAIN: Final = "copy the package again, or export it again"
+
+
+@dataclass(frozen=True)
+class PromptBuilder:
+    """Turns messages into token ids. Safe to use from several threads at once.
+
+    Attributes:
+        image_token: the placeholder's text.
+        image_token_id: its id.
+        context_length: positions the language model was made for.
+    """
+
+    folder: Path
+    image_token: str
+    image_token_id: int
+    context_length: int
+
+    @classmethod
+    def from_package(cls, folder: Path, manifest: Manifest) -> PromptBuilder:
+        """Read the tokenizer and the chat template of a package.
+
+        Raises:
+            PackageError: one of them cannot be read, or the tokenizer knows no image placeholder.
+        """
+        prompts = cls(
+            folder=folder,
+            image_token=manifest.image.token,
+            image_token_id=manifest.image.token_id,
+            context_length=manifest.context_length,
+        )
+        _ = prompts._special, prompts._special_tokens, prompts._template
+        return prompts
+
+    def build(self, messages: Sequence[Message], image_tokens: Sequence[int]) -> TokenIds:
+        """Return the token ids of a conversation that the assistant is to continue, int64 [length].
+
+        Args:
+            messages: of the conversation.
+            image_tokens: the number of placeholders that each image part becomes, in order.
+
+        Raises:
+            PromptError: a message is malformed, its text contains the placeholder, the template refuses it, or
+                images and placeholders do not match.
+            PackageError: the tokenizer fails.
+        """
+        text = self.render(messages)
+        ids = self._encoded(text)
+        if not len(ids):
+            raise PromptError("the prompt has no tokens", expected="at least one", fix="ask something")
+        is_image = ids == self.image_token_id
+        if int(is_image.sum()) != len(image_tokens):
+            raise PromptError(
+                f"the prompt has {int(is_image.sum())} image placeholders for {len(image_tokens)} images",
+                expected="one per image",
+                fix="give one {'type': 'image'} part per image, before or between the texts",
+            )
+        repeats = np.ones(len(ids), np.int64)
+        repeats[is_image] = image_tokens
+        return np.repeat(ids, repeats)
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """Return the text of a conversation, one placeholder per image; special tokens in the texts are marked.
+
+        Raises:
+            PromptError: a message is malformed, its text contains the placeholder, or the template refuses it.
+        """
+        from jinja2 import TemplateError
+
+        template = self._template
+        values = {
+            "messages": [self._checked(message) for message in messages],
+            "add_generation_prompt": True,
+            "image_token": self.image_token,
+            "tools": None,
+            "documents": None,
+            **self._special_tokens,
+        }
+        try:
+            return _joined(template.generate(values))
+        except PrompruneError:
+            raise
+        except TemplateError as error:
+            raise PromptError(f"the chat template refuses the messages ({error})", fix="change the messages") from error
+        except Exception as error:  # whatever the Python that jinja made of the template runs into
+            raise PromptError(
+                f"the chat template fails on these messages ({type(error).__name__}: {error})",
+                fix="change the messages, or the package's chat template",
+            ) from error
+
+    def check_fits(self, prompt_tokens: int, new_tokens: int | None, *, at_most: int) -> int:
+        """Return how many tokens may be generated after a prompt.
+
+        Args:
+            prompt_tokens: length of the prompt, images included.
+            new_tokens: what was asked for; ``None``: what the context leaves, at most ``at_most``.
+            at_most: see ``new_tokens``.
+
+        Raises:
+            PromptError: the prompt, or the prompt and the answer, do not fit the context.
+        """
+        left = self.context_length - prompt_tokens
+        if left < 1 or (new_tokens is not None and new_tokens > left):
+            asked = f" and max_new_tokens is {new_tokens}" if new_tokens is not None and left >= 1 else ""
+            raise PromptError(
+                f"the prompt is {prompt_tokens} tokens long{asked}",
+                expected=f"at most {self.context_length} tokens in all ({max(left, 0)} are left for the answer)",
+                fix="shorten the prompt, use fewer images, or ask for fewer new tokens",
+            )
+        return min(left, at_most) if new_tokens is None else new_tokens
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The package's tokenizer.
+
+        Raises:
+            PackageError: it cannot be read, or knows no image placeholder.
+        """
+        from tokenizers import Tokenizer
+
+        path = self.folder / "tokenizer.json"
+        with tokenizer_errors(f"{path} is not a usable tokenizer"):
+            tokenizer = Tokenizer.from_file(str(path))
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+        if tokenizer.token_to_id(self.image_token) != self.image_token_id:
+            raise PackageError(
+                f"{path} gives {self.image_token!r} the id {tokenizer.token_to_id(self.image_token)}",
+                expected=f"{self.image_token_id}, as the manifest says",
+                fix=_AGAIN,
+            )
+        return tokenizer
+
+    @cached_property
+    def _template(self) -> Template:
+        source = self._template_source()
+        try:
+            return _compiled(source)
+        except Exception as error:  # jinja's own, and those of Python compiling what jinja made of it
+            reason = f"{type(error).__name__}: {error}"
+            raise PackageError(f"{self.folder} has a broken chat template ({reason})", fix=_AGAIN) from error
+
+    def _template_source(self) -> str:
+        path = self.folder / CHAT_TEMPLATE_FILE
+        if path.is_file():
+            try:
+                return path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise PackageError(f"{path} cannot be read ({error})", fix=_AGAIN) from error
+        template = self._tokenizer_config.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+            template = named.get("default")
+        return template if isinstance(template, str) else FALLBACK_TEMPLATE
+
+    @cached_property
+    def _tokenizer_config(self) -> dict[str, Any]:
+        return read_json(self.folder / "tokenizer_config.json")
+
+    @cached_property
+    def _special_tokens(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for name in _SPECIAL_TOKENS:
+            token = self._tokenizer_config.get(name)
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str):
+                found[name] = token
+        return found
+
+    def _encoded(self, text: str) -> TokenIds:
+        """Tokenize; a template that writes the beginning-of-sequence token itself gets no second one."""
+        bos = self._special_tokens.get("bos_token")
+        add_special_tokens = not (bos and text.startswith(bos))
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise PromptError(f"the prompt cannot be tokenized ({error})", expected="valid Unicode text") from error
+        ids: list[int] = []
+        with tokenizer_errors("the package's tokenizer fails on the prompt"):
+            for number, (piece, is_literal) in enumerate(self._pieces(text)):
+                if is_literal:
+                    ids += self._spelt(piece)
+                elif piece or number == 0:
+                    with_special_tokens = add_special_tokens and number == 0
+                    ids += self.tokenizer.encode(piece, add_special_tokens=with_special_tokens).ids
+        return np.array(ids, np.int64)
+
+    def _pieces(self, text: str) -> Iterator[tuple[str, bool]]:
+        """Yield a rendered prompt piece by piece, without marks, and whether a piece is a special token to be spelt.
+
+        The first piece never is. What the template wrote has no mark in front, and none in it.
+        """
+        *texts_and_marks, last = _MARKS.split(text)
+        texts, marks = texts_and_marks[::2], texts_and_marks[1::2]
+        plain = "".join([*texts, last])
+        places = list(accumulate(map(len, texts)))  # of the marks in the plain text
+        literal = {place for place, mark in zip(places, marks, strict=True) if mark == _LITERAL}
+        edges = {place for place, mark in zip(places, marks, strict=True) if mark == _EDGE}
+        done = 0
+        for match in self._special.finditer(plain):
+            begin, end = match.span()
+            between = begin in literal and end in edges  # both: a template may have cut what one of them belonged to
+            if between or bisect_right(places, begin) < bisect_left(places, end):
+                yield plain[done:begin], False
+                yield match[0], True
+                done = end
+        yield plain[done:], False
+
+    def _spelt(self, text: str) -> list[int]:
+        """Return ordinary tokens for a special one: of its parts, where the model itself knows the whole."""
+        ids: list[int] = self._spelling_tokenizer.encode(text, add_special_tokens=False).ids
+        if len(text) > 1 and not self._special_ids.isdisjoint(ids):
+            return self._spelt(text[:1]) + self._spelt(text[1:])
+        return ids
+
+    @cached_property
+    def _spelling_tokenizer(self) -> Tokenizer:
+        """The same tokenizer, without special tokens: it spells them, and the image placeholder."""
+        from tokenizers import AddedToken
+
+        tokenizer = type(self.tokenizer).from_str(self.tokenizer.to_str())
+        tokenizer.add_special_tokens([AddedToken(self.image_token, special=True)])  # some packages have it as a word
+        tokenizer.encode_special_tokens = True
+        return tokenizer
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        ids = map(self.tokenizer.token_to_id, self._special_texts)
+        return frozenset(token for token in ids if token is not None)
+
+    @cached_property
+    def _special_texts(self) -> list[str]:
+        """The special tokens and the image placeholder, sorted."""
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        return sorted({self.image_token, *(token.content for token in added if token.special and token.content)})
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        """Finds special tokens, the longest first."""
+        return re.compile("|".join(map(re.escape, sorted(self._special_texts, key=len, reverse=True))))
+
+    @cached_property
+    def _parts_of_special(self) -> tuple[frozenset[str], frozenset[str]]:
+        """What special tokens begin with, and what they end with."""
+        cuts = [(text[:place], text[place:]) for text in self._special_texts for place in range(1, len(text))]
+        return frozenset(head for head, _ in cuts), frozenset(tail for _, tail in cuts)
+
+    def _checked(self, message: Message) -> dict[str, Any]:
+        """Return a message of plain strings, lists and dicts, with its content as a list of parts."""
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            _refuse_message(message, "a mapping with 'role' and 'content'")
+        role, content = str(message["role"]), message.get("content")
+        if not _ROLE.fullmatch(role):
+            raise PromptError(
+                f"received a message of the role {role[:100]!r}",
+                expected="letters and underscores, as in 'user', 'assistant' or 'system'",
+            )
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        if not isinstance(content, Sequence) or isinstance(content, (str, bytes)):
+            _refuse_message(message, "content that is a text, or a list of parts")
+        return {"role": role, "content": [self._checked_part(part, role) for part in content]}
+
+    def _checked_part(self, part: object, role: str) -> dict[str, str]:
+        if isinstance(part, Mapping) and part.get("type") == "image":
+            return {"type": "image"}
+        if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+            _refuse_message(part, "{'type': 'image'}, or {'type': 'text', 'text': ...}")
+        text = _MARKS.sub("", str(part["text"]))
+        if self.image_token in text and role != "assistant":  # what the model says is nobody's fault
+            raise PromptError(
+                f"the text contains {self.image_token!r}, which stands for an image",
+                expected="text without it",
+                fix="leave it out (the image is put in front of the text), or place {'type': 'image'} parts",
+            )
+        return {"type": "text", "text": self._marked(text)}
+
+    def _marked(self, text: str) -> str:
+        """Mark what is, or may become, a special token; space around it stays outside, for templates that trim it."""
+        said = text.strip()
+        if not said:
+            return text
+        heads, tails = self._parts_of_special
+        lengths = range(1, min(len(said), max(map(len, self._special_texts))) + 1)
+        before = _EDGE if any(said[:length] in tails for length in lengths) else ""
+        behind = _EDGE if any(said[-length:] in heads for length in lengths) else ""
+        marked = self._special.sub(rf"{_LITERAL}\g<0>{_EDGE}", said)
+        return text.replace(said, f"{before}{marked}{behind}", 1)
+
+
+def as_messages(prompt: str | Sequence[Message], num_images: int) -> list[Message]:
+    """Return the messages of a prompt; a text becomes one user message with the images in front of it.
+
+    Raises:
+        PromptError: it is neither a text nor a sequence of messages, or it is empty.
+    """
+    if isinstance(prompt, str):
+        images: list[dict[str, str]] = [{"type": "image"}] * num_images
+        return [{"role": "user", "content": [*images, {"type": "text", "text": prompt}]}]
+    if not isinstance(prompt, (list, tuple)) or not prompt:
+        raise PromptError(
+            f"received a prompt of type {type(prompt).__name__}", expected="a text, or a list of one message or more"
+        )
+    return list(prompt)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of a package; a file that is not there is empty.
+
+    Raises:
+        PackageError: it is no JSON object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise PackageError(f"{path} cannot be read ({error})", fix=_AGAIN) from error
+    if not isinstance(content, dict):
+        raise PackageError(f"{path} holds a {type(content).__name__}", expected="a JSON object", fix=_AGAIN)
+    return content
+
+
+@contextmanager
+def tokenizer_errors(received: str) -> Iterator[None]:
+    """Turn whatever a tokenizer raises into a PackageError.
+
+    The library raises bare Exceptions, and its panics are no Exceptions at all.
+    """
+    try:
+        yield
+    except (PrompruneError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise PackageError(f"{received} ({first_line(error)})", fix=_AGAIN) from error
+
+
+def _joined(parts: Iterator[str]) -> str:
+    """Join what a template writes, as long as it is not too long."""
+    taken: list[str] = []
+    length = 0
+    for part in parts:
+        taken.append(part)
+        length += len(part)
+        if length > _MAX_RENDERED_CHARACTERS:
+            raise PromptError(f"the prompt is longer than {_MAX_RENDERED_CHARACTERS} characters", fix="shorten it")
+    return "".join(taken)
+
+
+def _refuse_message(received: object, expected: str) -> NoReturn:
+    raise PromptError(f"received the message {str(received)[:100]!r}", expected=expected)
+
+
+def _compiled(source: str) -> Template:
+    """Compile a template in a sandbox, with what Hugging Face chat templates may use."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _generation_extension()]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment.from_string(source)
+
+
+def _generation_extension() -> Any:
+    """Return a jinja extension for ``{% generation %}...{% endgeneration %}``, which marks what was generated."""
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        tags: set[str] = {"generation"}  # noqa: RUF012 - jinja's own declaration
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    return Generation
+
+
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    from jinja2 import TemplateError
+
+    raise TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)

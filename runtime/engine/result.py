@@ -1,0 +1,114 @@
+"""An answer, and how long each stage of it took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from promprune.runtime.engine.sampling import FinishReason
+from promprune.runtime.images.encoded import TokenSelection
+
+__all__ = ["Result", "Stopwatch", "Timings"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """Wall-clock times of one call, in milliseconds; answers of one batch share them.
+
+    Attributes:
+        preprocess_ms: decoding and preparing the images.
+        prompt_ms: chat template and tokenizer.
+        vision_ms: vision encoder and selection; near 0 when every image was encoded before.
+        splice_ms: token embeddings, and the image features put in their places.
+        prefill_ms: the language model on the prompt.
+        decode_ms: all further tokens.
+        first_token_ms: from the call to the first token.
+        total_ms: from the call to the end; of a stream, includes waiting for the reader.
+        prompt_tokens: tokens of the prompt, visual tokens included; of the longest one of a batch.
+        reused_tokens: those whose keys and values were still there from the turn before.
+        new_tokens: tokens generated for this answer.
+        encoded_images: images that went through the vision encoder; the others were encoded before.
+        kv_cache_bytes: keys and values held at the end, by the rows of a batch that ran longest.
+    """
+
+    preprocess_ms: float
+    prompt_ms: float
+    vision_ms: float
+    splice_ms: float
+    prefill_ms: float
+    decode_ms: float
+    first_token_ms: float
+    total_ms: float
+    prompt_tokens: int
+    reused_tokens: int
+    new_tokens: int
+    encoded_images: int
+    kv_cache_bytes: int
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """Tokens per second after the first; ``None`` where there are no others."""
+        return (self.new_tokens - 1) / self.decode_ms * 1000 if self.new_tokens > 1 and self.decode_ms > 0 else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers, for JSON; times rounded to microseconds."""
+        values = {name: round(value, 3) if name.endswith("_ms") else value for name, value in asdict(self).items()}
+        rate = self.decode_tokens_per_s
+        return {**values, "decode_tokens_per_s": None if rate is None else round(rate, 2)}
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """One answer.
+
+    Attributes:
+        text: decoded, without special tokens, up to the first stop text.
+        token_ids: everything generated, the end-of-sequence token included.
+        finish_reason: ``"stop"``: end-of-sequence token or stop text; ``"length"``: as many tokens as allowed.
+        timings: how long each stage took.
+        selection: of each image, in the order of the images.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    timings: Timings
+    selection: tuple[TokenSelection, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers, strings and lists, for JSON."""
+        return {
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+            "token_ids": list(self.token_ids),
+            "timings": self.timings.to_dict(),
+            "selection": [selection.to_dict() for selection in self.selection],
+        }
+
+
+class Stopwatch:
+    """Adds up the time of named stages."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._stages: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the block's time to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._stages[name] = self._stages.get(name, 0.0) + (time.perf_counter() - start) * 1000
+
+    def mark(self, name: str) -> None:
+        """Record the time since the beginning as a stage of its own."""
+        self._stages[name] = (time.perf_counter() - self._start) * 1000
+
+    def __getitem__(self, name: str) -> float:
+        """Return a stage's time, in milliseconds."""
+        return self._stages.get(name, 0.0)

@@ -1,0 +1,183 @@
+"""From an image to its kept visual tokens: preprocessing, the vision graph, and a memory of what it returned."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TypeAlias, Unpack
+
+import numpy as np
+import numpy.typing as npt
+
+from promprune.errors import ConfigError
+from promprune.package.manifest import Manifest, read_manifest
+from promprune.runtime.images import ImageLayout, PreparedImage, layout_of
+from promprune.runtime.images.encoded import EncodedImage
+from promprune.runtime.images.preprocess import load_image
+from promprune.runtime.sessions import Session, open_graph
+from promprune.runtime.sessions.config import RuntimeConfig, RuntimeOptions
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["ImageEncoder", "ImageSource"]
+
+# A file, its encoded bytes, a PIL image, an array [height, width, 3] of uint8, or an image encoded before.
+ImageSource: TypeAlias = "str | Path | bytes | Image | npt.NDArray[np.uint8] | EncodedImage"
+
+
+class ImageEncoder:
+    """The vision half of a package: for language models elsewhere, and inside :class:`VisionLanguagePipeline`.
+
+    Safe to use from several threads at once.
+
+    Attributes:
+        manifest: what the package says of itself.
+        layout: from pictures to the inputs of a vision graph, and from its outputs to encoded images.
+        device: where the graphs run: ``"CPU"`` or ``"CUDA"``.
+        sessions: the loaded graphs, by name.
+    """
+
+    def __init__(
+        self, manifest: Manifest, layout: ImageLayout, sessions: Mapping[str, Session], config: RuntimeConfig
+    ) -> None:
+        self.manifest = manifest
+        self.layout = layout
+        self.device = sessions[layout.graphs[0]].device
+        self.sessions = sessions
+        self._cache = _ImageCache(config.image_cache_size)
+
+    @classmethod
+    def from_package(
+        cls,
+        path: str | Path,
+        **options: Unpack[RuntimeOptions],
+    ) -> Self:
+        """Load the vision graphs of a package, and nothing else of it.
+
+        Args and errors: as in :meth:`VisionLanguagePipeline.from_package`.
+        """
+        config = RuntimeConfig(**options)
+        folder = Path(path)
+        return cls.open(folder, read_manifest(folder, check_weights=config.check_weights), config)
+
+    @classmethod
+    def open(cls, folder: Path, manifest: Manifest, config: RuntimeConfig) -> Self:
+        """Load the vision graphs of a package whose manifest was read.
+
+        Raises:
+            PackageError: they are not what the manifest says.
+            BackendError: one of them, or the provider that was asked for, cannot be loaded.
+        """
+        layout = layout_of(folder, manifest)
+        sessions = {name: open_graph(folder, manifest, name, config) for name in layout.graphs}
+        for name, session in sessions.items():
+            layout.check(name, session)
+        return cls(manifest, layout, sessions, config)
+
+    def encode_image(self, image: ImageSource) -> EncodedImage:
+        """Return the kept visual tokens of one image.
+
+        Raises:
+            ImageError: it cannot be read.
+            BackendError: the vision graph failed, or returned something that is not a number.
+        """
+        return self.encode(self.prepare(image))[0]
+
+    def view(self, image: str | Path | bytes | Image | npt.NDArray[np.uint8]) -> Image:
+        """Return what the model sees of an image, in the size in which it sees it; 8-bit RGB.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+        return self.layout.view(load_image(image))
+
+    def prepare(self, source: ImageSource) -> EncodedImage | PreparedImage:
+        """Read and preprocess one image; one that was encoded by this package before is returned as it is.
+
+        Raises:
+            ImageError: it cannot be read.
+            ConfigError: it was encoded by a package of another shape.
+        """
+        if not isinstance(source, EncodedImage):
+            return self.layout.prepare(load_image(source))
+        size = self.sessions[self.layout.graphs[0]].outputs["image_features"].shape[-1]
+        expected = (self.layout.num_placeholders(source.selection), size)
+        if source.image_features.shape != expected:
+            raise ConfigError(
+                f"received an encoded image of shape {list(source.image_features.shape)}",
+                expected=str(list(expected)),
+                fix="encode it with this package",
+            )
+        return source
+
+    def encode(self, image: EncodedImage | PreparedImage) -> tuple[EncodedImage, bool]:
+        """Return an encoded image, and whether the vision encoder had to run for it.
+
+        Raises:
+            BackendError: the vision graph failed, or returned something that is not a number.
+        """
+        if isinstance(image, EncodedImage):
+            return image, False
+        known = self._cache.get(image.digest)
+        if known is not None:
+            return known, False
+        encoded = self._run(image)
+        encoded.image_features.flags.writeable = False
+        self._cache.put(image.digest, encoded)
+        return encoded, True
+
+    def _run(self, image: PreparedImage) -> EncodedImage:
+        session = self.sessions[image.graph]
+        if not session.joins:
+            return self.layout.pack(session.run(image.feeds), image)
+        outputs = session.run_keeping(image.feeds, keep=["image_features"])
+        features = outputs["image_features"]
+        encoded = self.layout.pack({name: output.numpy() for name, output in outputs.items()}, image)
+        # A layout may have put them in another order, with others between.
+        as_they_are = np.shares_memory(encoded.image_features, features.numpy())
+        return replace(encoded, on_device=features) if as_they_are and features.shape[0] == 1 else encoded
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Why the graphs run where and as they do, in words."""
+        return tuple(dict.fromkeys(note for session in self.sessions.values() for note in session.notes))
+
+    def close(self) -> None:
+        """Free the graphs; encoding afterwards is a BackendError."""
+        for session in self.sessions.values():
+            session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _ImageCache:
+    """The images encoded last, by the digest of their pixels."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._lock = threading.Lock()
+        self._images: OrderedDict[bytes, EncodedImage] = OrderedDict()
+
+    def get(self, digest: bytes) -> EncodedImage | None:
+        with self._lock:
+            if digest in self._images:
+                self._images.move_to_end(digest)
+            return self._images.get(digest)
+
+    def put(self, digest: bytes, image: EncodedImage) -> None:
+        with self._lock:
+            self._images[digest] = image
+            self._images.move_to_end(digest)
+            while len(self._images) > self._size:
+                self._images.popitem(last=False)

@@ -1,0 +1,1 @@
+"""Packages in other projects: vLLM, lmms-eval."""

@@ -1,0 +1,78 @@
+"""Settings of loading and running a package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final, Literal, TypedDict, get_args
+
+from promprune.checks import check_integer, check_name, require
+
+__all__ = ["BACKENDS", "Provider", "RuntimeConfig", "RuntimeOptions"]
+
+Provider = Literal["auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx"]
+
+# Backend -> module with ``open_session(path, options) -> Session``; imported on first use.
+BACKENDS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "onnxruntime": "promprune.runtime.sessions.onnxruntime",
+        "tensorrt": "promprune.runtime.sessions.tensorrt.session",
+    }
+)
+
+
+class RuntimeOptions(TypedDict, total=False):
+    """The fields of :class:`RuntimeConfig`, as keyword arguments."""
+
+    backend: str
+    provider: Provider
+    num_threads: int | None
+    check_weights: bool
+    image_cache_size: int
+    prefill_chunk: int | None
+    cuda_graphs: bool
+    weight_budget_mib: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """How a package is loaded.
+
+    Attributes:
+        backend: ``"onnxruntime"``, or another one of ``promprune.runtime.sessions.config.BACKENDS``.
+        provider: of ONNX Runtime: ``"cpu"``, ``"cuda"``, ``"tensorrt"``, ``"tensorrt-rtx"``, or ``"auto"``: CUDA where
+            it really loads, else the CPU.
+        num_threads: CPU threads of one operator; ``None``: as many as this process may use.
+        check_weights: compare the SHA-256 of the weight files with the manifest; reads them whole.
+        image_cache_size: encoded images kept for reuse, keyed by a digest of their pixels; 0 is off.
+        prefill_chunk: most tokens of a prompt that one run of the language model reads; ``None``: the whole prompt.
+            Bounds the scratch memory of long prompts, at the price of more runs.
+        cuda_graphs: with the backend ``"tensorrt"``, replay the vision encoder and the steps of the decoder as CUDA
+            graphs; the latter takes the memory of two more KV caches of the largest size.
+        weight_budget_mib: with the backend ``"tensorrt"`` and engines that stream weights, device memory for the
+            weights of each engine, in MiB; ``None``: TensorRT's choice.
+
+    Raises:
+        ConfigError: a value is of another type, or out of its range.
+    """
+
+    backend: str = "onnxruntime"
+    provider: Provider = "auto"
+    num_threads: int | None = None
+    check_weights: bool = False
+    image_cache_size: int = 8
+    prefill_chunk: int | None = None
+    cuda_graphs: bool = False
+    weight_budget_mib: int | None = None
+
+    def __post_init__(self) -> None:
+        check_name(self, "backend", tuple(BACKENDS))
+        check_name(self, "provider", get_args(Provider))
+        check_integer(self, "num_threads", least=1, optional=True)
+        check_integer(self, "image_cache_size", least=0)
+        check_integer(self, "prefill_chunk", least=1, optional=True)
+        check_integer(self, "weight_budget_mib", least=0, optional=True)
+        engines, budget = self.backend == "tensorrt", self.weight_budget_mib
+        require(engines or not self.cuda_graphs, "cuda_graphs", self.cuda_graphs, "the backend 'tensorrt' with it")
+        require(engines or budget is None, "weight_budget_mib", budget, "the backend 'tensorrt' with it")

@@ -1,0 +1,290 @@
+"""The first CUDA device, and engines on it, through NVIDIA's own Python modules. Nothing else here needs a driver."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from promprune.errors import BackendError, MissingDependencyError
+from promprune.files import replace_file
+from promprune.package.engines import EngineBackend
+from promprune.runtime.sessions.base import Array
+from promprune.runtime.sessions.tensorrt.device import DeviceEngine, DeviceGraph, EngineLoading, Pitched, Shapes
+from promprune.runtime.sessions.tensorrt.dlpack import CUDA
+from promprune.runtime.sessions.tensorrt.modules import TENSOR_DTYPES, log_of, trimmed
+
+__all__ = ["CudaDevice", "import_module"]
+
+
+class CudaDevice:
+    """The first CUDA device; satisfies :class:`promprune.runtime.sessions.tensorrt.device.Device`.
+
+    Raises:
+        MissingDependencyError: the CUDA bindings are not installed.
+        BackendError: no driver, one that is too old, or no device.
+    """
+
+    dlpack_device = (CUDA, 0)
+
+    def __init__(self) -> None:
+        self._cuda = import_module("tensorrt", "cuda.bindings.runtime")
+        self._stream = self.call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
+        # Freed memory stays ours: by default every synchronisation would return it, and every step ask for it again.
+        pool, everything = self.call("cudaDeviceGetDefaultMemPool", 0), (1 << 64) - 1
+        threshold = import_module("tensorrt", "cuda.bindings.driver").cuuint64_t(everything)
+        attribute = self._cuda.cudaMemPoolAttr.cudaMemPoolAttrReleaseThreshold
+        self.call("cudaMemPoolSetAttribute", pool, attribute, threshold)
+
+    @property
+    def stream(self) -> int:
+        """The address of the stream."""
+        return int(self._stream)
+
+    def load(self, plan: bytes, trt: Any, loading: EngineLoading) -> DeviceEngine:
+        """Load a serialized engine; see :class:`Device`."""
+        return _CudaEngine(plan, trt, self, loading)
+
+    def allocate(self, nbytes: int) -> int:
+        """Return the address of new memory; see :class:`Device`."""
+        return int(self.call("cudaMallocAsync", nbytes, self._stream))
+
+    def free(self, address: int) -> None:
+        """Free memory in the order of the stream; see :class:`Device`."""
+        self._cuda.cudaFreeAsync(address, self._stream)  # what fails here has failed before, and was reported
+
+    def upload(self, array: Array, address: int) -> None:
+        """Begin a copy to the device; see :class:`Device`."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self.call("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kind, self._stream)
+
+    def download(self, address: int, array: Array) -> None:
+        """Begin a copy from the device; see :class:`Device`."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self.call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, self._stream)
+
+    def clear(self, address: int, nbytes: int) -> None:
+        """Begin to fill memory with zeros; see :class:`Device`."""
+        self.call("cudaMemsetAsync", address, 0, nbytes, self._stream)
+
+    def copy(self, source: Pitched, target: Pitched, width: int, height: int) -> None:
+        """Begin a copy on the device; see :class:`Device`."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self.call("cudaMemcpy2DAsync", *target, *source, width, height, kind, self._stream)
+
+    def synchronize(self) -> None:
+        """Wait for the stream; see :class:`Device`."""
+        self.call("cudaStreamSynchronize", self._stream)
+
+    def call(self, function: str, *arguments: Any) -> Any:
+        """Call the CUDA runtime, and return its one result, if it has any.
+
+        Raises:
+            BackendError: it fails; the message names the function and CUDA's error.
+        """
+        error, *values = getattr(self._cuda, function)(*arguments)
+        if int(error) != 0:
+            raise BackendError(f"{function} failed on the GPU ({error.name})", fix=_fix(error.name))
+        return values[0] if values else None
+
+    def graph_of(self, run: Any) -> _CudaGraph:
+        """Record what ``run(stream)`` enqueues, on a stream of its own: that of the device serves other threads too.
+
+        Raises:
+            BackendError: that of ``run``, or it cannot be recorded.
+        """
+        recording = self.call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
+        try:
+            graph = self._captured(recording, run)
+            try:
+                executable = self.call("cudaGraphInstantiate", graph, 0)
+            finally:
+                self._cuda.cudaGraphDestroy(graph)
+            launch = functools.partial(self.call, "cudaGraphLaunch", executable, self._stream)
+            return _CudaGraph(self._cuda, launch, executable)
+        finally:
+            self._cuda.cudaStreamDestroy(recording)
+
+    def _captured(self, recording: Any, run: Any) -> Any:
+        """Return the graph of what ``run`` enqueues on a stream; where that fails, leave none behind."""
+        mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self.call("cudaStreamBeginCapture", recording, mode)
+        try:
+            run(int(recording))
+        except BaseException:
+            error, *graph = self._cuda.cudaStreamEndCapture(recording)  # mostly fails too, and says less of why
+            if int(error) == 0:
+                self._cuda.cudaGraphDestroy(*graph)
+            raise
+        return self.call("cudaStreamEndCapture", recording)
+
+
+class _CudaGraph:
+    """A recorded run; satisfies :class:`DeviceGraph`."""
+
+    def __init__(self, cuda: Any, launch: Callable[[], None], executable: Any) -> None:
+        self.launch = launch
+        weakref.finalize(self, cuda.cudaGraphExecDestroy, executable).atexit = False
+
+
+class _CudaEngine:
+    """An engine loaded by TensorRT; satisfies :class:`DeviceEngine`."""
+
+    def __init__(self, plan: bytes, trt: Any, device: CudaDevice, loading: EngineLoading) -> None:
+        self._trt, self._device, self._log = trt, device, log_of(trt)
+        self._log.errors.clear()
+        self._runtime = trt.Runtime(self._log)
+        self._engine = self._runtime.deserialize_cuda_engine(plan)
+        if self._engine is None:
+            raise self.error("the engine does not load on this GPU")
+        if loading.weights_from is not None:
+            self._refit(loading.weights_from)
+        if loading.weight_budget is not None:
+            self._engine.weight_streaming_budget_v2 = min(loading.weight_budget, self._engine.streamable_weights_size)
+        self._cache_file = loading.runtime_cache
+        self._cache = self._runtime_cache() if hasattr(trt, "IRuntimeCache") else None
+        names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
+        kinds = {name: self._engine.get_tensor_dtype(name).name for name in names}
+        self.dtypes = {name: TENSOR_DTYPES.get(kind, kind) for name, kind in kinds.items()}
+        self.outputs = [n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT]
+        self._scratch_bytes = max(int(self._engine.device_memory_size_v2), 1)
+        self._scratch = device.allocate(self._scratch_bytes)
+        weakref.finalize(self, device.free, self._scratch).atexit = False
+
+    def context(self, *, recorded: bool = False) -> _CudaContext:
+        """Return a new way of running it; see :class:`DeviceEngine`."""
+        settings = managed = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self._cache is not None:  # TensorRT for RTX, which records by itself
+            settings = self._engine.create_runtime_config()
+            settings.set_runtime_cache(self._cache)
+            settings.set_execution_context_allocation_strategy(managed)
+            if recorded:
+                settings.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        context = self._engine.create_execution_context(settings)
+        if context is None:
+            raise self.error("the engine does not load on this GPU")
+        context.set_device_memory(self._scratch, self._scratch_bytes)
+        return _CudaContext(self, context, self._trt, self._device)
+
+    @property
+    def records_itself(self) -> bool:
+        """Whether TensorRT records runs that come again."""
+        return self._cache is not None
+
+    def _refit(self, path: Path) -> None:
+        """Put the weights of an ONNX file into an engine that was built without."""
+        refitter = self._trt.Refitter(self._engine, self._log)
+        parser = self._trt.OnnxParserRefitter(refitter, self._log)
+        if not parser.refit_from_file(str(path)) or not refitter.refit_cuda_engine():
+            raise self.error(f"the weights of {path} cannot be put into the engine")
+
+    def _runtime_cache(self) -> Any:
+        """Return the kernels that TensorRT for RTX compiled before, as far as there are any."""
+        cache = self._engine.create_runtime_config().create_runtime_cache()
+        with contextlib.suppress(OSError):
+            if self._cache_file is not None:
+                cache.deserialize(self._cache_file.read_bytes())  # refused, and then left empty, if foreign
+        return cache
+
+    def close(self) -> None:
+        """Keep the compiled kernels beside the engine, where that can be written; see :class:`DeviceEngine`."""
+        content = b"" if self._cache is None else bytes(memoryview(self._cache.serialize()))
+        with contextlib.suppress(OSError):
+            if content and self._cache_file is not None:
+                replace_file(self._cache_file, content)
+
+    def error(self, what: str) -> BackendError:
+        """Return the error of something that failed, with TensorRT's reason."""
+        reason = trimmed(self._log.errors[-1]) if self._log.errors else "no reason given"
+        self._log.errors.clear()
+        if "driver version is insufficient" in reason.lower():
+            return BackendError(f"{what} ({reason})", fix=_fix("cudaErrorInsufficientDriver"))
+        return BackendError(f"{what} ({reason})", fix="build the engines again on this machine, or use ONNX Runtime")
+
+
+class _CudaContext:
+    """An execution context of TensorRT; satisfies :class:`DeviceContext`."""
+
+    def __init__(self, engine: _CudaEngine, context: Any, trt: Any, device: CudaDevice) -> None:
+        self._engine, self._context, self._trt, self._device = engine, context, trt, device
+        self._stream, self._profile = device.stream, -1
+
+    def prepare(self, profile: int, inputs: Shapes) -> Shapes:
+        """Choose a profile and set the input shapes; see :class:`DeviceContext`."""
+        context = self._context
+        if profile != self._profile:
+            if not context.set_optimization_profile_async(profile, self._stream):
+                raise self._engine.error(f"profile {profile} cannot be chosen")
+            self._profile = profile
+        if not all(context.set_input_shape(name, shape) for name, shape in inputs.items()) or context.infer_shapes():
+            raise self._engine.error(f"the engine refuses the shapes {dict(inputs)}")
+        return {name: tuple(context.get_tensor_shape(name)) for name in self._engine.outputs}
+
+    def enqueue(self, addresses: Mapping[str, int]) -> None:
+        """Run at these addresses; see :class:`DeviceContext`."""
+        for name, address in addresses.items():
+            self._context.set_tensor_address(name, address)
+        self._execute(self._stream)
+
+    def capture(self, addresses: Mapping[str, int]) -> DeviceGraph | None:
+        """Record a run at these addresses; see :class:`DeviceContext`."""
+        if self._engine.records_itself:
+            return None
+        for name, address in addresses.items():
+            self._context.set_tensor_address(name, address)
+        return self._device.graph_of(self._execute)
+
+    def layer_times(self, addresses: Mapping[str, int]) -> list[tuple[str, float]]:
+        """Run once under TensorRT's profiler; see :class:`DeviceContext`."""
+        times: list[tuple[str, float]] = []
+
+        class Profiler(self._trt.IProfiler):  # type: ignore[misc, name-defined]  # the module is chosen at run time
+            def report_layer_time(self, layer_name: str, ms: float) -> None:
+                times.append((layer_name, ms))
+
+        self._profiler = self._context.profiler = Profiler()  # the context does not keep it alive
+        self._context.enqueue_emits_profile = True
+        try:
+            self.enqueue(addresses)
+            self._device.synchronize()
+        finally:
+            self._context.enqueue_emits_profile = False
+        return times
+
+    def _execute(self, stream: int) -> None:
+        if not self._context.execute_async_v3(stream):
+            raise self._engine.error("the engine failed while running")
+
+
+def _fix(error: str) -> str:
+    """Return what to do about one of CUDA's errors."""
+    fixes = {
+        "cudaErrorMemoryAllocation": "use fewer images or tokens at a time, or free memory",
+        "cudaErrorInsufficientDriver": "install or update the NVIDIA driver: it is missing, or older than this CUDA",
+        "cudaErrorNoDevice": "use a machine with an NVIDIA GPU, or ONNX Runtime",
+    }
+    return fixes.get(error, "check the driver (nvidia-smi)")
+
+
+def import_module(extra: EngineBackend, module: str) -> Any:
+    """Import one of NVIDIA's modules.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+        BackendError: it is, but does not load.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"running engines needs {error.name}, which is not installed", fix=f"pip install 'promprune[{extra}]'"
+        ) from error
+    except (ImportError, OSError, RuntimeError) as error:
+        raise BackendError(
+            f"{module} does not load ({trimmed(error)})",
+            fix=f"pip install --force-reinstall 'promprune[{extra}]'",
+        ) from error

@@ -1,0 +1,539 @@
+"""TensorRT and TensorRT for RTX: runs the engines that ``promprune-build`` wrote for this machine's GPU.
+
+Everything that needs the driver is behind :class:`Device` and :class:`DeviceEngine`; the rest is ordinary Python and
+is tested without a GPU. Outputs that are kept stay in device memory, and are fed to the next engine by address.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import threading
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from promprune.errors import BackendError, PackageError, PrompruneError
+from promprune.package.engines import (
+    ENGINE_BACKENDS,
+    ENGINE_FILE,
+    EngineBackend,
+    EngineConfig,
+    EngineManifest,
+    EngineRecord,
+    ProfileRecord,
+    current_target,
+    difference,
+    engine_folder,
+    identity_of,
+    read_engines,
+    read_plan,
+)
+from promprune.package.manifest import MANIFEST_FILE, Manifest, read_manifest
+from promprune.runtime.sessions.base import Array, DeviceTensor, Rows, Session, SessionOptions, TensorSpec, Value
+from promprune.runtime.sessions.tensorrt.cuda import CudaDevice, import_module
+from promprune.runtime.sessions.tensorrt.device import (
+    BufferPool,
+    Device,
+    DeviceArray,
+    DeviceContext,
+    DeviceEngine,
+    DeviceGraph,
+    EngineLoading,
+    Shapes,
+)
+from promprune.runtime.sessions.tensorrt.dlpack import BorrowedTensor
+from promprune.runtime.sessions.tensorrt.modules import ENGINE_MODULES
+
+__all__ = ["FoundEngines", "TensorRtSession", "choose_profile", "find_engines", "open_session"]
+
+_KNOWN_PACKAGES: Final = 8  # whose engines need not be looked for again
+_MOST_GRAPHS: Final = 16  # shapes of one engine that keep buffers and a CUDA graph of their own
+_BATCH: Final = "batch_size"
+_PAST: Final = "past_sequence_length"
+
+
+def open_session(path: Path, options: SessionOptions) -> TensorRtSession:
+    """Load the engine of one graph of a package, on the first CUDA device.
+
+    Args:
+        path: the graph's ONNX file in the package; the engine is looked up beside it.
+        options: ``provider`` must be ``"auto"`` or ``"cuda"``.
+
+    Raises:
+        PackageError: no engines for this GPU, or they are stale; the message is the command that builds them.
+        BackendError: no driver, or the engine does not load.
+        MissingDependencyError: TensorRT or the CUDA bindings are not installed.
+    """
+    if options.provider not in ("auto", "cuda"):
+        raise BackendError(
+            f"received provider {options.provider!r} for the backend tensorrt",
+            expected="auto or cuda",
+            fix="leave --provider out, or use --backend onnxruntime with it",
+        )
+    backend, folder, manifest, notes = find_engines(path.parent.parent, current_target())
+    if path.stem not in manifest.engines:
+        raise PackageError(f"{folder} has no engine of {path.stem}", fix="run promprune-build with --rebuild")
+    loading = _loading(folder, manifest, path, options)
+    trt = import_module(backend, ENGINE_MODULES[backend])
+    session = TensorRtSession(folder, manifest.engines[path.stem], _shared_device(), trt, loading)
+    session.notes += notes
+    return session
+
+
+def _loading(folder: Path, manifest: EngineManifest, path: Path, options: SessionOptions) -> EngineLoading:
+    built = manifest.identity.options
+    if options.weight_budget_mib is not None and not built.weight_streaming:
+        raise BackendError(
+            f"received weight_budget_mib = {options.weight_budget_mib}, but {folder} has engines that do not stream",
+            fix="run promprune-build with --weight-streaming --rebuild",
+        )
+    return EngineLoading(
+        weights_from=path if built.strip_weights else None,
+        weight_budget=None if options.weight_budget_mib is None else options.weight_budget_mib * 1024 * 1024,
+        runtime_cache=folder / f"{path.stem}.runtime-cache",
+        cuda_graphs=options.cuda_graphs and _repeats(manifest.engines[path.stem]),
+    )
+
+
+class FoundEngines(NamedTuple):
+    """The engines of a package that run here, and why others that were built do not, in words."""
+
+    backend: EngineBackend
+    folder: Path
+    manifest: EngineManifest
+    notes: tuple[str, ...]
+
+
+def find_engines(package: Path, target: str) -> FoundEngines:
+    """Return the engines of a package for one target.
+
+    Where both backends have built some, TensorRT's are taken if they can be used: they were tuned on the GPU itself.
+    Every graph of a package asks for them: they are looked for again only when a manifest has changed.
+
+    Raises:
+        PackageError: there are none, or they are damaged, stale or foreign; the message says why, of every backend.
+        MissingDependencyError, BackendError: the module of the only backend that has built some does not load.
+    """
+    manifests = [engine_folder(package, backend, target) / ENGINE_FILE for backend in ENGINE_BACKENDS]
+    return _find_engines(package, target, tuple(_stamp(path) for path in (package / MANIFEST_FILE, *manifests)))
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Return what is another when a file was written again; empty where it is not there."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@functools.lru_cache(_KNOWN_PACKAGES)
+def _find_engines(package: Path, target: str, stamps: tuple[tuple[int, ...], ...]) -> FoundEngines:
+    del stamps  # they tell one state of the package from another
+    manifest = read_manifest(package)
+    refusals: dict[EngineBackend, PrompruneError] = {}
+    backend: EngineBackend
+    for backend in ENGINE_BACKENDS:
+        folder = engine_folder(package, backend, target)
+        if not folder.exists():
+            continue
+        try:
+            engines = _usable_engines(package, manifest, backend, target)
+        except PrompruneError as error:
+            refusals[backend] = error
+        else:
+            notes = tuple(f"not {name}: {reason}" for name, reason in refusals.items())
+            return FoundEngines(backend, folder, engines, notes)
+    raise _refusal(package, target, refusals)
+
+
+def _refusal(package: Path, target: str, refusals: Mapping[EngineBackend, PrompruneError]) -> PrompruneError:
+    """Return the error that says why no engines can be used, of every backend that has built some."""
+    if not refusals:
+        return PackageError(
+            f"{package} has no engines for this GPU, {target}",
+            expected=f"engines/tensorrt-{target} or engines/tensorrt-rtx-{target}",
+            fix=f"promprune-build {package} --target {target}",
+        )
+    first, *others = refusals.values()
+    if not others:
+        return first
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
+    return PackageError(f"none of the engines of {package} for {target} can be used; {reasons}")
+
+
+def _usable_engines(package: Path, manifest: Manifest, backend: EngineBackend, target: str) -> EngineManifest:
+    """Read the engines that one backend has built for all graphs of a package, and refuse what cannot run here."""
+    folder = engine_folder(package, backend, target)
+    engines = read_engines(folder)
+    version = str(import_module(backend, ENGINE_MODULES[backend]).__version__)
+    wanted = identity_of(manifest, EngineConfig(backend=backend), tool_version=version, target=target)
+    reason = difference(engines.identity, wanted, options=False)
+    for name in sorted(manifest.graphs.keys() - engines.engines.keys()):
+        reason = reason or f"without one of {name}"
+    if reason is not None:
+        raise PackageError(
+            f"the engines in {folder} cannot be used ({reason})",
+            expected="engines of this package, tool and GPU",
+            fix=f"promprune-build {package} --backend {backend} --target {target} --rebuild",
+        )
+    return engines
+
+
+def choose_profile(record: EngineRecord, shapes: Shapes) -> int:
+    """Return the index of the narrowest profile that all input shapes fit.
+
+    Raises:
+        BackendError: they fit none; the message names an input, and what the engine was built for.
+    """
+    fitting = [(_width(p), i) for i, p in enumerate(record.profiles) if _misfit(p, shapes) is None]
+    if fitting:
+        return min(fitting)[1]
+    name = next(misfit for profile in record.profiles if (misfit := _misfit(profile, shapes)) is not None)
+    ranges = [f"{list(p.shapes[name].min)} to {list(p.shapes[name].max)} ({p.name})" for p in record.profiles]
+    raise BackendError(
+        f"{record.file} received {name}: {list(shapes[name])}",
+        expected=" or ".join(ranges),
+        fix="build engines with a larger --max-prompt-tokens, --max-new-tokens or --max-batch",
+    )
+
+
+def _misfit(profile: ProfileRecord, shapes: Shapes) -> str | None:
+    for name, allowed in profile.shapes.items():
+        bounds = zip(allowed.min, shapes[name], allowed.max, strict=True)
+        if not all(low <= size <= high for low, size, high in bounds):
+            return name
+    return None
+
+
+def _width(profile: ProfileRecord) -> int:
+    return sum(sum(shape.max) - sum(shape.min) for shape in profile.shapes.values())
+
+
+class TensorRtSession(Session):
+    """One engine on one device.
+
+    Outputs that grow with the text (keys and values) lie in buffers of the largest size that the engine was built
+    for, two of them in turn. Where runs are repeated, a step that is made in place writes to a third one, which all
+    graphs share, and what is new is copied from there.
+
+    Args:
+        folder: of the engines.
+        record: of the engine, from ``engine.json``.
+        device: where it runs; sessions that hand each other tensors share one device.
+        trt: ``tensorrt`` or ``tensorrt_rtx``, whichever built it.
+        loading: how it is loaded.
+
+    Raises:
+        PackageError: the engine cannot be read, or was changed since it was built.
+        BackendError: it does not load, or has other inputs and outputs than its record.
+    """
+
+    joins = True
+
+    def __init__(
+        self, folder: Path, record: EngineRecord, device: Device, trt: Any, loading: EngineLoading | None = None
+    ) -> None:
+        self.name = record.file
+        self.device = "CUDA"
+        self.inputs = {tensor.name: TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor in record.inputs}
+        self.outputs = {tensor.name: TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor in record.outputs}
+        self.notes = (f"engines of {trt.__name__} {trt.__version__} from {folder}",)
+        self._record = record
+        self._device = device
+        self._lock = threading.Lock()
+        loading = loading or EngineLoading()
+        self.repeats = loading.cuda_graphs
+        self._static = loading.cuda_graphs and _is_static(record)
+        self._replays: dict[tuple[int, ...], _Replay] = {}
+        engine = device.load(read_plan(folder, record), trt, loading)
+        stated = {name: spec.dtype for name, spec in {**self.inputs, **self.outputs}.items()}
+        if dict(engine.dtypes) != stated:
+            raise BackendError(
+                f"{folder / record.file} has the tensors {dict(engine.dtypes)}",
+                expected=f"{stated}, as its record says",
+                fix="run promprune-build with --rebuild",
+            )
+        self._opened: _Opened | None = _Opened(engine, engine.context())
+        self.limits = _limits(record)
+        self._pools = _pools(record, self.limits, device)
+        self._roomy = BufferPool(device, max((pool.nbytes for pool in self._pools.values()), default=0))
+        self._scratch: dict[str, DeviceArray] = {}
+
+    def from_dlpack(self, tensor: Any) -> DeviceTensor:
+        """Return a tensor of another library on this device as an input, without a copy: ``torch.Tensor``, ...
+
+        Raises:
+            BackendError: it is elsewhere, not contiguous, or of a dtype that no graph has.
+        """
+        return BorrowedTensor(tensor, self._device.dlpack_device, self._device.stream)
+
+    def layer_times(self, inputs: Mapping[str, Value], *, runs: int = 10) -> dict[str, float]:
+        """Return the median time of every layer of the engine, in milliseconds, in the order in which they ran.
+
+        Raises:
+            BackendError: a name, dtype or shape is not the graph's, or the backend fails.
+        """
+        self._check(inputs)
+        times: dict[str, list[float]] = {}
+        with self._lock:
+            context = self._required().context
+            tensors, outputs = self._prepared(context, inputs)
+            for _ in range(runs):
+                for layer, milliseconds in context.layer_times(_addresses({**tensors, **outputs})):
+                    times.setdefault(layer, []).append(milliseconds)
+        return {layer: statistics.median(found) for layer, found in times.items()}
+
+    def joined(self, shape: tuple[int, ...], dtype: str, parts: Sequence[Rows]) -> Value:
+        """Return a tensor with rows of others in it, on the device; see :meth:`Session.joined`."""
+        self._check_rows(shape[-1], parts)
+        whole = DeviceArray(self._device, shape, dtype)
+        whole.clear()
+        rows = DeviceArray(self._device, (math.prod(shape[:-1]), shape[-1]), dtype, memory=whole)
+        sources = [self._on_device(_as(dtype, part.source)) for part in parts]
+        for part, source in zip(parts, sources, strict=True):
+            rows.paste(source, axis=0, start=part.start, at=part.at, count=part.count)
+        self._device.synchronize()
+        return whole
+
+    def resized(self, tensor: Value, length: int, capacity: int) -> Value:
+        """Return a copy of a tensor, with room; see :meth:`Session.resized`."""
+        source = self._on_device(tensor)
+        shape = (*source.shape[:2], capacity, *source.shape[3:])
+        copy = DeviceArray(self._device, shape, source.dtype, self._roomy if capacity > length else None)
+        if capacity > length:
+            copy.clear()  # whatever lay there before may not be a number
+        copy.paste(source, axis=2, start=0, at=0, count=length)
+        if source is not tensor:
+            self._device.synchronize()
+        return copy
+
+    def run_in_place(self, inputs: Mapping[str, Value], grown: Mapping[str, str], at: int) -> dict[str, DeviceTensor]:
+        """Make a step of a shape that comes again, as a CUDA graph from the second time on; see :class:`Session`."""
+        self._begin(inputs)
+        fixed = {name: value for name in grown.values() if isinstance(value := inputs[name], DeviceArray)}
+        with self._lock:  # the buffers are shared by all steps
+            replay = self._replay(inputs, fixed)
+            for output, name in grown.items():
+                size, made = fixed[name].shape[2], replay.outputs[output]
+                fixed[name].paste(made, axis=2, start=size, at=at, count=made.shape[2] - size)
+            return self._fetched(replay, replay.outputs.keys() - grown.keys())
+
+    def _run(self, inputs: Mapping[str, Value], keep: Collection[str]) -> dict[str, DeviceTensor]:
+        if self._static:
+            with self._lock:  # the buffers are shared by all runs of these shapes
+                replay = self._replay(inputs, {})
+                kept = {name: self._copied(replay.outputs[name]) for name in keep}
+                return {**self._fetched(replay, replay.outputs.keys() - kept.keys()), **kept}
+        with self._lock:  # the context holds shapes and addresses
+            context = self._required().context
+            tensors, outputs = self._prepared(context, inputs)
+            context.enqueue(_addresses({**tensors, **outputs}))
+        for name, tensor in outputs.items():
+            if name not in keep:
+                tensor.fetch()
+        self._device.synchronize()  # host arrays that were uploaded may change from here on
+        return dict(outputs)
+
+    def _prepared(
+        self, context: DeviceContext, inputs: Mapping[str, Value], *, in_place: bool = False
+    ) -> tuple[dict[str, DeviceArray | BorrowedTensor], dict[str, DeviceArray]]:
+        """Bring the inputs to the device, tell the engine their shapes, and make room for its outputs."""
+        profile = choose_profile(self._record, {name: tuple(value.shape) for name, value in inputs.items()})
+        tensors = {name: self._on_device(value) for name, value in inputs.items()}
+        shapes = context.prepare(profile, {name: tensor.shape for name, tensor in tensors.items()})
+        memory = self._shared_outputs() if in_place else {}
+        outputs = {
+            name: DeviceArray(self._device, shapes[name], spec.dtype, self._pools.get(name), memory=memory.get(name))
+            for name, spec in self.outputs.items()
+        }
+        return tensors, outputs
+
+    def _shared_outputs(self) -> Mapping[str, DeviceArray]:
+        """Return room for the outputs that grow, for all runs that are recorded: they are copied from at once."""
+        for name, pool in self._pools.items():
+            if name not in self._scratch:
+                self._scratch[name] = DeviceArray(self._device, (pool.nbytes,), "uint8", pool)
+        return self._scratch
+
+    def _replay(self, inputs: Mapping[str, Value], fixed: Mapping[str, DeviceArray]) -> _Replay:
+        """Run at the addresses of the last run of these shapes, as a CUDA graph from the second time on.
+
+        Args:
+            inputs: all of them.
+            fixed: those that are read where they lie; the others are copied.
+        """
+        engine = self._required().engine
+        shapes = (size for name in self.inputs for size in inputs[name].shape)
+        key = (*shapes, *(tensor.address for tensor in fixed.values()))
+        replay = self._replays.pop(key, None)
+        if replay is None:
+            replay = self._recorded(engine, inputs, fixed)
+        else:
+            for name, tensor in replay.inputs.items():
+                _copy(inputs[name], tensor)
+            replay.run()
+        while len(self._replays) >= _MOST_GRAPHS:
+            self._replays.pop(next(iter(self._replays)))
+        self._replays[key] = replay  # last, as the latest used
+        return replay
+
+    def _recorded(self, engine: DeviceEngine, inputs: Mapping[str, Value], fixed: Mapping[str, DeviceArray]) -> _Replay:
+        """Run as ever, which lets TensorRT prepare itself, and then record a run, in a context that is kept for it."""
+        context = engine.context(recorded=True)
+        owned = {}
+        for name, value in inputs.items():
+            if name not in fixed:
+                owned[name] = DeviceArray(self._device, tuple(value.shape), str(value.dtype))
+                _copy(value, owned[name])
+        tensors, outputs = self._prepared(context, {**owned, **fixed}, in_place=bool(fixed))
+        replay = _Replay(context, _addresses({**tensors, **outputs}), owned, outputs)
+        replay.run()
+        try:
+            replay.graph = context.capture(replay.addresses)
+        except BackendError as error:  # such as of a loop whose length the device decides
+            note = f"{self.name} runs without a CUDA graph: {error}"
+            self.notes = tuple(dict.fromkeys((*self.notes, note)))
+        return replay
+
+    def _fetched(self, replay: _Replay, names: Collection[str]) -> dict[str, DeviceTensor]:
+        found = {name: _Fetched(tensor.fetch()) for name, tensor in replay.outputs.items() if name in names}
+        self._device.synchronize()
+        return dict(found)
+
+    def _copied(self, tensor: DeviceArray) -> DeviceArray:
+        copy = DeviceArray(self._device, tensor.shape, tensor.dtype)
+        _copy(tensor, copy)
+        return copy
+
+    def _required(self) -> _Opened:
+        if self._opened is None:
+            raise BackendError(f"{self.name} was closed", fix="load the package again")
+        return self._opened
+
+    def _on_device(self, value: Value) -> DeviceArray | BorrowedTensor:
+        if isinstance(value, BorrowedTensor) or (isinstance(value, DeviceArray) and value.device is self._device):
+            return value
+        array = np.ascontiguousarray(value if isinstance(value, np.ndarray) else value.numpy())
+        tensor = DeviceArray(self._device, tuple(array.shape), str(array.dtype))
+        tensor.write(array)
+        return tensor
+
+    def close(self) -> None:
+        """Free the engine; running it afterwards is a BackendError."""
+        with self._lock:
+            opened, self._opened = self._opened, None
+            self._replays.clear()
+            self._scratch.clear()
+        if opened is not None:
+            opened.engine.close()
+            for pool in (*self._pools.values(), self._roomy):
+                pool.close()
+
+
+@dataclass(frozen=True, eq=False)
+class _Opened:
+    """An engine, and the context of all runs that are not recorded."""
+
+    engine: DeviceEngine
+    context: DeviceContext
+
+
+@dataclass(eq=False)
+class _Replay:
+    """The buffers of the runs of one engine that have the same shapes, and their CUDA graph.
+
+    Attributes:
+        context: for these runs alone: a graph is of no use once the shapes of its context have changed.
+        addresses: of the runs; the tensors of some of them are not held here.
+        inputs: what a run reads, but for those tensors.
+        outputs: what it writes.
+        graph: a recorded run; ``None``: there is none, or the engine has recorded it itself.
+    """
+
+    context: DeviceContext
+    addresses: Mapping[str, int]
+    inputs: Mapping[str, DeviceArray]
+    outputs: Mapping[str, DeviceArray]
+    graph: DeviceGraph | None = None
+
+    def run(self) -> None:
+        """Run on what the input buffers hold now."""
+        if self.graph is not None:
+            self.graph.launch()
+        else:
+            self.context.enqueue(self.addresses)
+
+
+class _Fetched:
+    """An output that was brought to the host; satisfies :class:`DeviceTensor`."""
+
+    def __init__(self, array: Array) -> None:
+        self._array = array
+        self.dtype, self.shape, self.nbytes = str(array.dtype), tuple(array.shape), array.nbytes
+
+    def numpy(self) -> Array:
+        """Return it."""
+        return self._array
+
+
+def _addresses(tensors: Mapping[str, DeviceArray | BorrowedTensor]) -> dict[str, int]:
+    return {name: tensor.address for name, tensor in tensors.items()}
+
+
+def _as(dtype: str, value: Value) -> Value:
+    """Return a tensor of another dtype; such a one comes back to the host."""
+    if str(value.dtype) == dtype:
+        return value
+    return (value if isinstance(value, np.ndarray) else value.numpy()).astype(dtype)
+
+
+def _copy(value: Value, target: DeviceArray) -> None:
+    """Begin to copy a tensor, wherever it is, into one of the same shape and dtype."""
+    if isinstance(value, BorrowedTensor) or (isinstance(value, DeviceArray) and value.device is target.device):
+        target.paste(value, axis=0, start=0, at=0, count=target.shape[0])
+    else:
+        target.write(np.ascontiguousarray(value if isinstance(value, np.ndarray) else value.numpy()))
+
+
+def _repeats(record: EngineRecord) -> bool:
+    """Whether runs are recorded: of static shapes, or with keys and values that lie in room for more."""
+    return _is_static(record) or any(_PAST in tensor.shape for tensor in record.inputs)
+
+
+def _is_static(record: EngineRecord) -> bool:
+    """Whether all dimensions but the batch are fixed, so that the same shapes come again."""
+    return all(dim == _BATCH for tensor in record.inputs for dim in tensor.shape if isinstance(dim, str))
+
+
+def _limits(record: EngineRecord) -> dict[str, int]:
+    """Return the largest sizes of the dynamic dimensions, by name."""
+    most: dict[str, int] = {}
+    for tensor in record.inputs:
+        for profile in record.profiles:
+            for dim, size in zip(tensor.shape, profile.shapes[tensor.name].max, strict=True):
+                if isinstance(dim, str):
+                    most[dim] = max(size, most.get(dim, 0))
+    return most
+
+
+def _pools(record: EngineRecord, most: Mapping[str, int], device: Device) -> dict[str, BufferPool]:
+    """Make a pool for every output that grows from run to run."""
+    pools = {}
+    for tensor in record.outputs:
+        dynamic = [dim for dim in tensor.shape if isinstance(dim, str)]
+        if set(dynamic) - {_BATCH} and all(dim in most for dim in dynamic):
+            count = math.prod(most[dim] if isinstance(dim, str) else dim for dim in tensor.shape)
+            pools[tensor.name] = BufferPool(device, max(count * np.dtype(tensor.dtype).itemsize, 1))
+    return pools
+
+
+@functools.cache
+def _shared_device() -> CudaDevice:
+    """Return the device that all sessions of the process share, so that they can hand each other tensors."""
+    return CudaDevice()
