@@ -16,7 +16,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from promprune.embedded import scenes
 from promprune.embedded.scenes import render_scene
 from promprune.errors import ConfigError
-from promprune.export import checkpoint as checkpoint_module
+from promprune.export.checkpoint import loading as checkpoint_module
 from promprune.export.checkpoint.loading import load_checkpoint
 from promprune.export.commands import calibrate as calibrate_command
 from promprune.export.commands import export as export_command

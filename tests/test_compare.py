@@ -30,8 +30,9 @@ pytest.importorskip("polygraphy", reason="Polygraphy is not installed")
 import polygraphy.config
 from polygraphy.backend.base import BaseRunner
 
-from promprune.export.verify.backends import Subject
-from promprune.export.verify.comparison import RUNNERS, GraphComparison, compare_package, pipeline, sample_feeds
+from promprune.export.verify import comparison as pipeline
+from promprune.export.verify.backends import RUNNERS, Subject
+from promprune.export.verify.comparison import GraphComparison, compare_package, sample_feeds
 from promprune.export.verify.tensors import same_tensors, tensor_error
 
 

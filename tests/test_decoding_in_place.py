@@ -13,7 +13,7 @@ from PIL import Image
 from promprune.export import ExportResult
 from promprune.export.families import FAMILIES
 from promprune.runtime import VisionLanguagePipeline
-from promprune.runtime import decoder as module
+from promprune.runtime.engine import decoder as module
 from promprune.runtime.engine.decoder import Cache, Decoder
 from promprune.runtime.engine.loading import steps_in_place
 from promprune.runtime.sessions import Session, SessionOptions, open_session

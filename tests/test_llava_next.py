@@ -22,6 +22,7 @@ from promprune.export.config import ExportConfig
 from promprune.export.engine import profiles_of
 from promprune.method.config import SelectionConfig
 from promprune.method.reference import select_tokens
+from promprune.package.describe import describe_selection
 from promprune.package.engines import EngineConfig
 from promprune.package.image import IMAGE_NEWLINE_FILE
 from promprune.package.manifest import read_manifest, write_manifest
@@ -33,7 +34,6 @@ from promprune.runtime import (
     image_embeds_part,
 )
 from promprune.runtime.images import layout_of
-from promprune.terminal import describe_selection
 from tests.tiny_models import IMAGE_SIZE, save_tiny_llava_next, tiny_language_model
 
 DATA = Path(skimage.__file__).parent / "data"

@@ -38,12 +38,12 @@ from promprune.package.engines import (
 )
 from promprune.package.manifest import DECODER, TensorRecord, read_manifest, sha256_of_file
 from promprune.runtime import VisionLanguagePipeline
-from promprune.runtime import decoder as decoder_module
+from promprune.runtime.engine import decoder as decoder_module
 from promprune.runtime.engine.decoder import Cache, Decoder
 from promprune.runtime.images.encoded import EncodedImage
 from promprune.runtime.sessions import Rows, SessionOptions, open_session
-from promprune.runtime.sessions import cuda as cuda_module
-from promprune.runtime.sessions import tensorrt as module
+from promprune.runtime.sessions.tensorrt import cuda as cuda_module
+from promprune.runtime.sessions.tensorrt import session as module
 from promprune.runtime.sessions.tensorrt.cuda import CudaDevice
 from promprune.runtime.sessions.tensorrt.device import EngineLoading, Pitched
 from promprune.runtime.sessions.tensorrt.dlpack import CPU
