@@ -3,11 +3,10 @@
     python scripts/bench_selector.py agreement --sets 500
     python scripts/bench_selector.py agreement --sets 500 --hidden-size 1024 --dtypes float32 float16
     python scripts/bench_selector.py speed
-    python scripts/bench_selector.py cuda
 
 ``speed`` compares with the method as its authors run it (eager PyTorch, an eigensolver, a Python loop); all
-contenders take turns in one process, and the ratio is between the fastest runs of each. ``cuda`` needs a GPU. The
-last line on stdout is JSON.
+contenders take turns in one process, and the ratio is between the fastest runs of each. The last line on stdout is
+JSON. On a GPU, ``scripts/gpu/report.py`` measures.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from promprune.export.baselines.authors_method import authors_select
 from promprune.export.graphs.selector import build_selector
-from promprune.method.batched import _coverage_loop, coverage_picks, prune_tokens
+from promprune.method.batched import prune_tokens
 from promprune.method.config import LOOP_FORMS, SelectionConfig
 from promprune.method.reference import select_tokens
 from tests.feature_sets import KINDS, feature_set
@@ -193,78 +192,9 @@ def _authoring_ms(n: int, d: int, keep: int) -> float:
     return min(times)
 
 
-def cuda(n: int, d: int, keep: int, repeats: int) -> dict[str, Any]:
-    """On a GPU: the selection in microseconds, beside the encoder that it follows."""
-    if not torch.cuda.is_available():
-        raise SystemExit("no CUDA device")
-    report: dict[str, Any] = {"device": torch.cuda.get_device_name()}
-    print(f"{report['device']}: N = {n}, D = {d}, T = {keep}; median of {repeats} between CUDA events, microseconds\n")
-    print("| | B | µs | of eager |\n|---|---|---|---|")
-    encoder = _vision_encoder().to("cuda", torch.bfloat16)
-    for size in (1, 5):
-        contenders = device_contenders(size, n, d, keep, "cuda")
-        pixels = torch.randn(size, 3, 336, 336, device="cuda", dtype=torch.bfloat16)
-        contenders["ViT-L/14-336 forward, bf16"] = lambda pixels=pixels: encoder(pixels)
-        times = {name: device_us(contender, repeats) for name, contender in contenders.items()}
-        for name, microseconds in times.items():
-            print(f"| {name} | {size} | {microseconds:.0f} | {microseconds / times['authors, eager PyTorch']:.3f} |")
-            report[f"{name}, B = {size}, us"] = microseconds
-    return report
-
-
-def _vision_encoder() -> torch.nn.Module:
-    """CLIP ViT-L/14-336 with random weights, 577 tokens."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    shape = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-    )
-    return CLIPVisionModel(shape).eval()
-
-
-def device_contenders(batch: int, n: int, d: int, keep: int, device: str) -> dict[str, Callable[[], Any]]:
-    """What the table for a device times, by name, with its inputs on that device."""
-    sets = [feature_set(index, n, d)[1:] for index in range(batch)]
-    x = torch.from_numpy(np.stack([x for x, _ in sets])).to(device)
-    a = torch.from_numpy(np.stack([a for _, a in sets])).to(device)
-    unit = x / x.norm(dim=-1, keepdim=True)
-    kernel, loss = unit @ unit.mT, torch.zeros(batch, n, device=device)
-    count = torch.zeros(batch, dtype=torch.int64, device=device)
-    return {
-        "authors, eager PyTorch": lambda: authors_select(x, a, keep),
-        "prune_tokens": lambda: prune_tokens(x, a, keep),
-        "greedy stage, Triton kernel": lambda: coverage_picks(kernel, loss, count, keep),
-        "greedy stage, PyTorch loop": lambda: _coverage_loop(kernel, loss, keep),
-    }
-
-
-@torch.inference_mode()
-def device_us(contender: Callable[[], Any], repeats: int, warm_up: int = 10) -> float:
-    """Median time of a run on the current CUDA stream, in microseconds, after untimed runs that compile and allocate.
-
-    Nothing waits between runs, so that the host may queue work ahead of the device as a model does.
-    """
-    for _ in range(warm_up):
-        contender()
-    events = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        contender()
-        end.record()
-        events.append((start, end))
-    torch.cuda.synchronize()
-    return median(start.elapsed_time(end) * 1e3 for start, end in events)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["agreement", "speed", "cuda"])
+    parser.add_argument("table", choices=["agreement", "speed"])
     parser.add_argument("--sets", type=int, default=500, help="feature sets per row of the agreement table")
     parser.add_argument(
         "--dtypes",
@@ -287,10 +217,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     n, d, keep = o.num_tokens, o.hidden_size, o.keep_tokens
     if o.table == "agreement":
         report = agreement(o.sets, n, d, o.threads, o.dtypes, o.tf32)
-    elif o.table == "speed":
-        report = speed(n, d, keep, o.threads, o.rounds, o.repeats, o.clock)
     else:
-        report = cuda(n, d, keep, o.rounds * o.repeats)
+        report = speed(n, d, keep, o.threads, o.rounds, o.repeats, o.clock)
     print(json.dumps({"table": o.table, "settings": vars(o), "selection": vars(SelectionConfig())} | report))
 
 

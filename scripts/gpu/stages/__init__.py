@@ -1,0 +1,1 @@
+"""One module per stage: ``run(sizes, record)`` measures and records; ``scripts.gpu.plan`` has their order."""

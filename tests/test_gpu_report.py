@@ -1,0 +1,288 @@
+"""The GPU report, rehearsed at tiny shapes on the CPU: what a machine with a GPU would bring back."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from scripts.gpu import report
+from scripts.gpu.carried import LIMIT_BYTES, carried_bytes
+from scripts.gpu.goals import goals
+from scripts.gpu.measure import count_flops, device_ms
+from scripts.gpu.plan import RUNS, limits_s, plan_lines
+from scripts.gpu.record import Record, read_record
+from scripts.gpu.stages.gpu_tests import junit_rows
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts/gpu/report.py"
+KILLS = 20
+
+
+def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--rehearse", "--out", str(out), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """The report of a whole first run, and what it printed."""
+    out = tmp_path_factory.mktemp("rehearsal")
+    process = start(out)
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
+    return json.loads((out / "report.json").read_bytes()), printed
+
+
+def rows(found: dict[str, Any], stage: str, **labels: Any) -> list[dict[str, Any]]:
+    return [row for row in found["stages"][stage]["rows"] if labels.items() <= row.items()]
+
+
+def test_every_stage_of_the_first_run_is_done(rehearsal: tuple[dict[str, Any], str]) -> None:
+    found, printed = rehearsal
+    assert {name: record["status"] for name, record in found["stages"].items()} == {
+        stage.name: "done" for stage in RUNS["pytorch"]
+    }
+    assert found["kind"] == "rehearsal"
+    assert printed.splitlines()[-1].startswith("a rehearsal at tiny shapes")
+
+
+def test_nothing_fails_but_what_needs_cuda(rehearsal: tuple[dict[str, Any], str]) -> None:
+    found, _ = rehearsal
+    errors = {
+        row["error"] for record in found["stages"].values() for row in record["rows"] if row.get("error") is not None
+    }
+    assert errors == {"RuntimeError: no CUDA device to capture a graph on"}
+
+
+def test_every_contender_keeps_what_the_reference_keeps(rehearsal: tuple[dict[str, Any], str]) -> None:
+    found, _ = rehearsal
+    checks = [row for row in rows(found, "selection") if "check" in row and "error" not in row]
+    assert {(row["check"], row["mode"]) for row in checks} == {
+        ("authors", "eager"),
+        ("batched, Triton", "eager"),
+        ("batched, loop", "eager"),
+        ("batched, Triton", "compiled"),
+        ("batched, loop", "compiled"),
+    }
+    for row in checks:
+        assert row["identical_sets"] == row["identical_saliency_counts"] == row["images"] == 4
+        assert row["largest_entropy_error"] < 1e-5
+
+
+@pytest.mark.parametrize(("stage", "kept"), [("llava", 2), ("llava_next", 5 * 2)])
+def test_first_tokens_are_of_the_right_prompts(stage: str, kept: int, rehearsal: tuple[dict[str, Any], str]) -> None:
+    """Of the tiny LLaVA's 16 visual tokens per crop, 12 % are 2; the prompt has 5 others."""
+    found, _ = rehearsal
+    (ours,) = rows(found, stage, time="first token", contender="ours", mode="eager")
+    (full,) = rows(found, stage, time="first token", contender="all tokens", mode="eager")
+    assert (ours["prompt_tokens"], full["prompt_tokens"]) == (5 + kept, 5 + kept * 8)
+    assert ours["flops"] < full["flops"]
+    (same,) = rows(found, stage, check="first token at ratio 1.0 equal to all tokens")
+    assert same["equal"] is True
+
+
+def test_the_tests_marked_gpu_are_there(rehearsal: tuple[dict[str, Any], str]) -> None:
+    found, _ = rehearsal
+    outcomes = {row["test"]: row["outcome"] for row in rows(found, "gpu_tests")}
+    wanted = "passed" if torch.cuda.is_available() else "skipped"
+    assert outcomes["tests.test_pruning::test_on_the_device[config0]"] == wanted
+
+
+def check_files(out: Path) -> int:
+    """Check what a killed run left, and return how many of its stages had finished."""
+    files = {path.stem: json.loads(path.read_bytes()) for path in out.glob("*.json")}
+    whole = files.pop("report", {"stages": {}})
+    for name, record in whole["stages"].items():
+        assert record["status"] == "done"
+        assert record["rows"]
+        assert files[name] == record
+    return len(whole["stages"])
+
+
+def killed_at(moment_s: float, out: Path, *arguments: str) -> int:
+    """Kill a rehearsal after so many seconds, check its files, and return how many of its stages had finished."""
+    out.mkdir()
+    process = start(out, *arguments)
+    time.sleep(moment_s)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()  # ends when its stage has ended too
+    return check_files(out)
+
+
+def kill_all(moments_s: list[float], folder: Path, *arguments: str) -> list[int]:
+    """Kill one rehearsal at each moment, two rehearsals at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda job: killed_at(job[1], folder / str(job[0]), *arguments), enumerate(moments_s)))
+
+
+def test_a_run_killed_at_any_moment_leaves_valid_json(tmp_path: Path) -> None:
+    moments = random.Random(13)
+    finished = kill_all([moments.uniform(0, 5) for _ in range(KILLS)], tmp_path, "--stages", "roofline")
+    assert set(finished) <= {0, 1}
+
+
+@pytest.mark.slow
+def test_a_whole_run_killed_at_any_moment_leaves_valid_json(tmp_path: Path) -> None:
+    moments = random.Random(13)
+    finished = kill_all([moments.uniform(0, 80) for _ in range(KILLS)], tmp_path)
+    assert len(set(finished)) > 2
+
+
+def options_of(out: Path) -> Any:
+    return report._options(["--rehearse", "--out", str(out)])
+
+
+def test_a_stage_that_takes_too_long_is_killed_and_said(tmp_path: Path) -> None:
+    found = report.run_in_process("roofline", 0.1, options_of(tmp_path))
+    assert (found["status"], found["error"][:6]) == ("timed out", "killed")
+    assert json.loads((tmp_path / "roofline.json").read_bytes()) == found
+
+
+def test_a_stage_that_crashes_is_recorded(tmp_path: Path) -> None:
+    found = report.run_in_process("no such stage", 60, options_of(tmp_path))
+    assert found["status"] == "crashed"
+    assert found["error"] == "exit status 1: KeyError: 'no such stage'"
+
+
+def test_a_stage_without_time_left_is_skipped(tmp_path: Path) -> None:
+    assert report.run_in_process("roofline", 0, options_of(tmp_path))["status"] == "skipped"
+
+
+def test_a_process_of_a_stage_ends_with_the_report(tmp_path: Path) -> None:
+    process = start(tmp_path, "--stages", "selection")
+    path = tmp_path / "selection.json"
+    while not path.is_file():
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    time.sleep(0.2)
+    before = path.read_bytes()
+    time.sleep(1)
+    assert path.read_bytes() == before
+
+
+def test_a_row_that_fails_costs_no_other(tmp_path: Path) -> None:
+    def fails() -> dict[str, Any]:
+        raise RuntimeError("CUDA error:\n  out of memory")
+
+    record = Record(tmp_path / "stage.json", "stage")
+    record.attempt(fails, time="first")
+    record.attempt(lambda: {"median_ms": 2.0}, time="second")
+    found = read_record(tmp_path / "stage.json", "stage")
+    assert found["status"] == "running"
+    assert found["rows"] == [
+        {"time": "first", "error": "RuntimeError: CUDA error: out of memory"},
+        {"time": "second", "median_ms": 2.0},
+    ]
+
+
+def test_the_plan_fits_one_run() -> None:
+    lines = plan_lines(RUNS["pytorch"], report.DEFAULT_BUDGET_S)
+    seconds = [int(line.split(" s ")[0].split()[-1]) for line in lines]
+    assert sum(seconds[:-1]) == seconds[-1] <= report.DEFAULT_BUDGET_S <= 9 * 60
+    assert limits_s(RUNS["pytorch"], 150) == [120, 30, 0, 0, 0, 0]
+
+
+def test_few_files_come_back() -> None:
+    """At most 8: one per stage, and the report."""
+    assert all(len(stages) + 1 <= 8 for stages in RUNS.values())
+
+
+def test_what_is_carried_is_small_enough() -> None:
+    assert carried_bytes([ROOT / "scripts/gpu/wheels"]) < LIMIT_BYTES
+
+
+class FakeDevice:
+    """A stream whose clock only moves in `run`, by 1, 2, 3... ms."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.synchronized = 0
+        self.durations: Iterator[int] = count(1)
+
+    def run(self) -> None:
+        self.now += next(self.durations)
+
+    def synchronize(self) -> None:
+        self.synchronized += 1
+
+
+def test_times_on_a_device_are_between_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = FakeDevice()
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = device.now
+
+        def elapsed_time(self, end: Event) -> float:
+            assert device.synchronized == 2
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", device.synchronize)
+    assert device_ms(device.run, "cuda", 3) == [1, 2, 3]
+
+
+def test_flops_are_counted() -> None:
+    left, right = torch.ones(3, 5), torch.ones(5, 7)
+    assert count_flops(lambda: left @ right) == 2 * 3 * 5 * 7
+
+
+def measured(**figures: float) -> dict[str, Any]:
+    selection = [
+        {"time": "batched, Triton", "mode": "eager", "batch": 5, "median_ms": 3.0},
+        {"time": "batched, Triton", "mode": "graph", "batch": 5, "median_ms": figures["ours"]},
+        {"time": "batched, Triton", "mode": "graph", "batch": 1, "median_ms": 0.1},
+        {"time": "authors", "mode": "eager", "batch": 5, "median_ms": figures["authors"]},
+    ]
+    first = [
+        {"time": "first token", "contender": "all tokens", "mode": "eager", "median_ms": figures["whole"]},
+        {"time": "first token", "contender": "ours", "mode": "eager", "median_ms": figures["pruned"]},
+    ]
+    return {"kind": "measurement", "stages": {"selection": {"rows": selection}, "llava_next": {"rows": first}}}
+
+
+def test_goals_are_judged_by_the_largest_batch() -> None:
+    found = list(goals(measured(ours=0.8, authors=20.0, whole=100.0, pruned=40.0)))
+    assert [(figure, reached) for _, figure, _, reached in found] == [
+        (0.8, True),
+        (pytest.approx(25), True),
+        (pytest.approx(0.6), False),
+    ]
+
+
+def test_goals_of_a_run_that_was_cut_off_are_not_measured() -> None:
+    assert [reached for *_, reached in goals({"kind": "measurement", "stages": {}})] == [None] * 3
+
+
+def test_outcomes_are_read_from_junit() -> None:
+    xml = (
+        '<testsuites><testsuite><testcase classname="tests.a" name="one"/>'
+        '<testcase classname="tests.a" name="two"><skipped message="no CUDA device"/></testcase>'
+        '<testcase classname="tests.b" name="three"><failure message="assert 1 ==&#10; 2">long</failure></testcase>'
+        "</testsuite></testsuites>"
+    )
+    assert junit_rows(xml) == [
+        {"test": "tests.a::one", "outcome": "passed"},
+        {"test": "tests.a::two", "outcome": "skipped", "message": "no CUDA device"},
+        {"test": "tests.b::three", "outcome": "failure", "message": "assert 1 == 2"},
+    ]
