@@ -70,7 +70,7 @@ def test_mistakes(tiny_export: ExportResult, arguments: list[str], exit_code: in
     [
         (["--tolerance", "0"], "received --tolerance without --against or --reference; expected one of those two"),
         (["--backend", "onnxruntime"], "received --backend without --against or --reference"),
-        (["--against", "onnx-reference", "--images", "3"], "received --images with --against or --reference"),
+        (["--against", "onnxruntime", "--images", "3"], "received --images with --against or --reference"),
         (["--reference", "other", "--model", "m"], "received --model with --against or --reference"),
         (["--inspect", "--json"], "received --json with --inspect"),
         (["--inspect", "--images", "0", "--layers"], "received --images and --layers with --inspect"),

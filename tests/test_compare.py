@@ -12,7 +12,6 @@ import pytest
 from onnx import helper, numpy_helper
 from onnx.external_data_helper import load_external_data_for_model
 
-from promprune.dtypes import Dtype
 from promprune.errors import BackendError, ConfigError, PackageError
 from promprune.export import ExportResult, export_package
 from promprune.export.commands.verify import BACKENDS, main
@@ -111,26 +110,16 @@ def test_the_inputs_are_those_of_real_answers(fake: Path) -> None:
     assert len(feeds["vision_encoder"]) == 1
 
 
-def test_onnx_runtime_agrees_with_the_evaluator_of_onnx(tiny_export: ExportResult) -> None:
-    results = compare_package(tiny_export.output, CompareConfig(against="onnx-reference", tolerance=1e-4))
-    assert [result.graph for result in results] == list(tiny_export.manifest.graphs)
-    for result in results:
-        assert result.passed, result.first
-        assert len(result.outputs) == len(tiny_export.manifest.graphs[result.graph].outputs)
-    assert max(output.error for output in results[0].outputs) > 0  # two implementations, not one twice
-
-
-def test_the_evaluator_of_onnx_reads_linked_weights(linked: Path) -> None:
+def test_linked_weights_are_found(linked: Path) -> None:
     manifest = read_manifest(linked)
     assert manifest.graphs[DECODER].weights == ("onnx/model.safetensors",)
-    for result in compare_package(linked, CompareConfig(against="onnx-reference", tolerance=1e-4)):
+    for result in compare_package(linked, CompareConfig()):
         assert result.passed, result.first
         assert result.compared == len(manifest.graphs[result.graph].outputs)
 
 
-def test_they_agree_in_every_tensor_of_the_decoder(tiny_export: ExportResult) -> None:
-    config = CompareConfig(against="onnx-reference", graphs=(DECODER,), layers=True, tolerance=1e-4)
-    (result,) = compare_package(tiny_export.output, config)
+def test_every_tensor_of_the_decoder_is_compared(tiny_export: ExportResult) -> None:
+    (result,) = compare_package(tiny_export.output, CompareConfig(graphs=(DECODER,), layers=True))
     assert result.passed, result.first
     assert result.compared > 100
     assert result.feeds == 2
@@ -190,29 +179,18 @@ def test_an_injected_fault_is_traced_to_the_node_that_has_the_weight(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("dtype", "backend", "limit"), [("fp16", "onnxruntime", 1e-2), ("bf16", "onnx-reference", 5e-2)]
-)
 def test_half_precision_is_close_to_single_in_every_tensor_they_share(
-    tiny_llava: Path, tiny_export: ExportResult, tmp_path: Path, dtype: Dtype, backend: str, limit: float
+    tiny_llava: Path, tiny_export: ExportResult, tmp_path: Path
 ) -> None:
-    """ONNX Runtime has no kernels in bf16 for a CPU; the evaluator of onnx has them all."""
     config = ExportConfig(
-        model=str(tiny_llava), ratio=0.25, output=tmp_path / "half", dtype=dtype, verify=False, split_selector=True
+        model=str(tiny_llava), ratio=0.25, output=tmp_path / "half", dtype="fp16", verify=False, split_selector=True
     )
     half = export_package(config).output
-    compare = CompareConfig(
-        backend=backend,
-        against=backend,
-        reference=tiny_export.output,
-        graphs=(DECODER,),
-        layers=True,
-        tolerance=2 * limit,
-    )
+    compare = CompareConfig(reference=tiny_export.output, graphs=(DECODER,), layers=True, tolerance=2e-2)
     (result,) = compare_package(half, compare)
     assert result.passed, result.first
     assert result.compared > 100
-    assert 1e-5 < max(output.error for output in result.outputs) < limit
+    assert 1e-5 < max(output.error for output in result.outputs) < 1e-2
 
 
 @pytest.mark.parametrize("weights", ["copied", "linked"])
@@ -254,7 +232,7 @@ def test_a_graph_that_takes_truth_values_is_compared(tmp_path: Path) -> None:
     package = with_graph(tmp_path / "package", "token_selector", build_selector(16, 8, 4, token_mask=True))
     (feed,) = sample_feeds(package, read_manifest(package))["token_selector"]
     assert (feed["token_mask"].dtype, feed["token_mask"].tolist()) == (np.bool_, [[True] * 16])
-    config = CompareConfig(against="onnx-reference", graphs=("token_selector",), tolerance=1e-4)
+    config = CompareConfig(graphs=("token_selector",))
     (result,) = compare_package(package, config)
     assert result.passed, result.first
     assert result.compared == 5
@@ -266,8 +244,8 @@ def test_a_graph_without_inputs_to_run_it_on_is_no_success(tmp_path: Path, graph
     package = with_graph(tmp_path / "package", "counter", counter)
     expected = "received graph counter, which no answer needs.*expected one of vision_encoder, .*name those with --gr"
     with pytest.raises(ConfigError, match=expected):
-        compare_package(package, CompareConfig(against="onnx-reference", graphs=graphs))
-    (result,) = compare_package(package, CompareConfig(against="onnx-reference", graphs=("vision_encoder",)))
+        compare_package(package, CompareConfig(graphs=graphs))
+    (result,) = compare_package(package, CompareConfig(graphs=("vision_encoder",)))
     assert result.passed
 
 
@@ -334,7 +312,7 @@ def test_the_command_names_the_backends_of_the_table() -> None:
 
 
 def test_the_command_compares_and_reports(fake: Path, tmp_path: Path) -> None:
-    same = run(main, str(fake), "--against", "onnx-reference", "--layers")
+    same = run(main, str(fake), "--against", "onnxruntime", "--layers")
     assert same.exit_code == 0, same.stderr
     assert "vision_encoder: " in same.stdout
     assert same.stdout.count("all within 0.02") == 3
@@ -359,7 +337,7 @@ def test_the_command_describes_graphs(fake: Path) -> None:
     [
         (["--backend", "abacus", "--against", "onnxruntime"], 1, "received backend 'abacus'; expected one of onnxr"),
         (
-            ["--against", "onnx-reference", "--graph", "head"],
+            ["--against", "onnxruntime", "--graph", "head"],
             1,
             "received graph 'head'; expected one of vision_encoder",
         ),

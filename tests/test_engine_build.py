@@ -175,13 +175,12 @@ def test_an_engine_of_this_gpu_can_be_loaded(fake: Path, toolkit: Toolkit) -> No
         current_target()
     except BackendError as error:
         pytest.skip(str(error))
-    (result,) = build_engines(fake, EngineConfig(keep_inspector_json=True))
-    for name, record in result.manifest.engines.items():
+    (result,) = build_engines(fake, EngineConfig())
+    for record in result.manifest.engines.values():
         content = (result.folder / record.file).read_bytes()
         loaded = trt.Runtime(trt.Logger()).deserialize_cuda_engine(content)
         names = {loaded.get_tensor_name(index) for index in range(loaded.num_io_tensors)}
         assert names == {tensor.name for tensor in (*record.inputs, *record.outputs)}
-        assert (result.folder / f"{name}.layers.json").is_file()
 
 
 def test_the_profiles_lie_around_the_tokens_that_are_kept(fake: Path) -> None:
@@ -499,20 +498,13 @@ def test_two_builders_at_a_time_do_not_clobber_each_other(fake: Path) -> None:
 
 def test_building_needs_neither_torch_nor_onnx(fake: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from promprune.config import EngineConfig\n"
+        "import sys; from pathlib import Path; from promprune.package.engines import EngineConfig\n"
         "from promprune.export.engine import build_engines\n"
         f"build_engines(Path({str(fake)!r}), EngineConfig(targets=('sm89',)))\n"
         "print(sorted({'torch', 'transformers', 'onnx', 'onnxruntime'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.stdout.strip() == "[]", result.stderr
-
-
-def test_the_inspector_says_why_it_was_not_asked(fake: Path) -> None:
-    (result,) = build_engines(fake, EngineConfig(targets=("sm120",), keep_inspector_json=True))
-    layers = list(result.folder.glob("*.layers.json"))
-    assert layers or "can only be inspected on its own kind of GPU" in result.notes[0]
-    assert len(result.notes) <= 1
 
 
 def test_a_workspace_limit_reaches_the_builder(fake: Path, toolkit: Toolkit, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -541,43 +533,6 @@ def test_a_vision_only_package_has_one_engine(fake: Path) -> None:
     assert list(result.manifest.engines) == ["vision_encoder"]
     assert 0 < result.seconds <= time.perf_counter() - started
     assert np.isfinite(result.manifest.engines["vision_encoder"].build_seconds)
-
-
-@pytest.mark.parametrize(
-    ("config", "wanted"),
-    [
-        (EngineConfig(), set()),
-        (EngineConfig(weight_streaming=True), {"WEIGHT_STREAMING"}),
-        (EngineConfig(strip_weights=True), {"STRIP_PLAN", "REFIT"}),
-    ],
-)
-def test_settings_of_the_weights_reach_the_builder(toolkit: Toolkit, config: EngineConfig, wanted: set[str]) -> None:
-    settings = trt.Builder(log_of(trt)).create_builder_config()
-    network._configure(toolkit, settings, "sm89", config)
-    flags = ("WEIGHT_STREAMING", "STRIP_PLAN", "REFIT", "TF32")
-    assert {flag for flag in flags if settings.get_flag(getattr(trt.BuilderFlag, flag))} == wanted
-
-
-def test_engines_that_stream_their_weights_are_others(fake: Path) -> None:
-    (result,) = build_engines(fake, EngineConfig(targets=("sm89",), weight_streaming=True))
-    assert result.manifest.identity.options.weight_streaming
-    with pytest.raises(PackageError, match=r"are stale .built with weight_streaming = true, not false"):
-        build_engines(fake, EngineConfig(targets=("sm89",)))
-
-
-def test_engines_without_weights_are_built_where_a_gpu_is(fake: Path) -> None:
-    """The real builder refuses: whatever can be refitted is compiled on a GPU."""
-    config = EngineConfig(targets=("sm89",), strip_weights=True)
-    try:
-        current_target()
-    except BackendError:
-        expected = r"vision_encoder.onnx for sm89 without its weights needs a GPU, .*; build it there, or without --str"
-        with pytest.raises(BackendError, match=expected):
-            build_engines(fake, config)
-        assert list((fake / "engines").iterdir()) == []
-    else:
-        (result,) = build_engines(fake, config)
-        assert result.manifest.identity.options.strip_weights
 
 
 def test_kernels_that_were_measured_are_kept_beside_the_engines(

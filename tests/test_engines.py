@@ -180,7 +180,7 @@ def test_no_engines(tmp_path: Path) -> None:
         (lambda folder: (folder / ENGINE_FILE).write_text("{"), "is not a valid engine manifest"),
         (lambda folder: (folder / ENGINE_FILE).write_bytes(b"\xff\xfe"), "is not a valid engine manifest"),
         (lambda folder: (folder / ENGINE_FILE).write_text("[" * 100_000), "is not a valid engine manifest"),
-        (lambda folder: edit(folder, schema_version=99), "has schema version 99; expected version 1"),
+        (lambda folder: edit(folder, schema_version=99), "has schema version 99; expected version 2"),
         (lambda folder: edit(folder, extra=1), "is not a valid engine manifest"),
     ],
 )

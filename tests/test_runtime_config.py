@@ -56,7 +56,6 @@ def refused(kind: type[GenerationConfig | RuntimeConfig], name: str, value: Any)
         (RuntimeConfig, "num_threads"),
         (RuntimeConfig, "image_cache_size"),
         (RuntimeConfig, "prefill_chunk"),
-        (RuntimeConfig, "weight_budget_mib"),
     ],
 )
 def test_what_is_no_integer_in_range_is_refused(kind: type[Any], name: str, value: Any) -> None:

@@ -267,8 +267,6 @@ def test_cuda_keeps_tensors_on_the_device(path: Path) -> None:
     ("options", "message"),
     [
         ({"cuda_graphs": True}, "received cuda_graphs = True; expected the backend 'tensorrt' with it"),
-        ({"weight_budget_mib": 64}, "received weight_budget_mib = 64; expected the backend 'tensorrt' with it"),
-        ({"weight_budget_mib": -1, "backend": "tensorrt"}, "received weight_budget_mib = -1; expected 0 or more"),
     ],
 )
 def test_settings_of_engines_need_engines(options: dict[str, Any], message: str) -> None:

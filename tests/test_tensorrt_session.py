@@ -46,7 +46,6 @@ from promprune.runtime.sessions.tensorrt import cuda as cuda_module
 from promprune.runtime.sessions.tensorrt import session as module
 from promprune.runtime.sessions.tensorrt.cuda import CudaDevice
 from promprune.runtime.sessions.tensorrt.device import EngineLoading, Pitched
-from promprune.runtime.sessions.tensorrt.dlpack import CPU
 from promprune.runtime.sessions.tensorrt.session import TensorRtSession, choose_profile, find_engines
 from tests.fake_package import HIDDEN, FakeModel, write_fake_package
 
@@ -127,8 +126,6 @@ class FakeDevice:
     It is host memory at its real addresses, so that other libraries can look at it.
     """
 
-    dlpack_device = (CPU, 0)
-    stream = None
     captures = True
     refuses_capture = False
 
@@ -212,8 +209,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def add_engines(package: Path, *, backend: str = "tensorrt-rtx", **changes: Any) -> None:
     manifest = read_manifest(package)
-    known = {name: changes.pop(name) for name in ("weight_streaming", "strip_weights") if name in changes}
-    config = EngineConfig(**{**vars(CONFIG), "backend": backend, **known})
+    config = EngineConfig(**{**vars(CONFIG), "backend": backend})
     settings = {"tool_version": TOOL.__version__, "target": TARGET, **changes}
     with writing_engines(engine_folder(package, backend, TARGET)) as folder:
         records = {}
@@ -603,77 +599,10 @@ def test_the_time_of_every_layer(built: Path, device: FakeDevice) -> None:
     assert device.calls["enqueue"] == 3
 
 
-def test_an_output_is_lent_by_dlpack_without_a_copy(built: Path, device: FakeDevice) -> None:
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-    ids = np.array([[3, 4, 9]])
-    with opened(built, "embed_tokens") as session:
-        tensor: Any = session.run_keeping({"input_ids": ids}, keep=["inputs_embeds"])["inputs_embeds"]
-        address = tensor.address
-        for module_of in (torch, np):
-            lent = module_of.from_dlpack(tensor)
-            np.testing.assert_array_equal(np.asarray(lent), FakeModel().weights["embed"][ids])
-            assert (lent.data_ptr() if module_of is torch else lent.ctypes.data) == address
-        assert device.downloaded == 0
-    del tensor
-    gc.collect()
-    assert address in device.memory  # the borrower lives
-    del lent
-    gc.collect()
-    assert device.memory == {}
-
-
-def test_a_capsule_that_nobody_takes_lends_nothing(built: Path, device: FakeDevice) -> None:
-    with opened(built, "embed_tokens") as session:
-        kept = session.run_keeping({"input_ids": np.array([[1]])}, keep=["inputs_embeds"])
-        capsule = kept["inputs_embeds"].__dlpack__()  # type: ignore[attr-defined]
-    del kept
-    assert len(device.memory) == 1
-    del capsule
-    gc.collect()
-    assert device.memory == {}
-
-
-@pytest.mark.parametrize("dtype", ["float32", "int64"])
-def test_a_tensor_of_another_library_is_used_where_it_lies(built: Path, device: FakeDevice, dtype: str) -> None:
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-    name, inputs = ("vision_encoder", images_of(4)) if dtype == "float32" else ("embed_tokens", {"input_ids": [[5, 6]]})
-    tensors = {key: torch.asarray(value, dtype=getattr(torch, dtype)) for key, value in inputs.items()}
-    for tensor in tensors.values():
-        device.memory[tensor.data_ptr()] = tensor.numpy().reshape(-1).view(np.uint8)
-    path = built / "onnx" / f"{name}.onnx"
-    with opened(built, name) as session, open_session(path, SessionOptions()) as reference:
-        borrowed = {key: session.from_dlpack(tensor) for key, tensor in tensors.items()}
-        found = session.run_keeping(borrowed, keep=())
-        assert device.calls["upload"] == 0
-        for key, value in reference.run({key: tensor.numpy() for key, tensor in tensors.items()}).items():
-            np.testing.assert_array_equal(found[key].numpy(), value)
-
-
-def test_tensors_that_no_engine_takes_are_refused(built: Path, device: FakeDevice) -> None:
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-    with opened(built, "embed_tokens") as session:
-        with pytest.raises(BackendError, match="expected a contiguous one of float32"):
-            session.from_dlpack(torch.zeros(4, 6, dtype=torch.int64)[:, ::2])
-        with pytest.raises(BackendError, match="that no graph takes"):
-            session.from_dlpack(torch.zeros(4, dtype=torch.complex64))
-        device.dlpack_device = (2, 0)  # type: ignore[misc]
-        with pytest.raises(BackendError, match=r"on DLPack device \(1, 0\); expected \(2, 0\); move it there"):
-            session.from_dlpack(torch.zeros(1))
-
-
-def test_a_budget_for_weights_needs_engines_that_stream_them(built: Path, tmp_path: Path, device: FakeDevice) -> None:
-    options = SessionOptions(weight_budget_mib=64)
-    with pytest.raises(BackendError, match="that do not stream; run promprune-build with --weight-streaming"):
-        open_session(built / "onnx" / f"{DECODER}.onnx", options, backend="tensorrt")
-    write_fake_package(tmp_path / "package")
-    add_engines(tmp_path / "package", weight_streaming=True, strip_weights=True)
-    path = tmp_path / "package" / "onnx" / f"{DECODER}.onnx"
-    open_session(path, options, backend="tensorrt").close()
-    loading = device.loadings[-1]
-    assert (loading.weight_budget, loading.weights_from) == (64 * 1024 * 1024, path)
-    assert loading.runtime_cache == engine_folder(tmp_path / "package", "tensorrt-rtx", TARGET) / (
-        f"{DECODER}.runtime-cache"
-    )
+def test_compiled_kernels_are_looked_for_beside_the_engine(built: Path, device: FakeDevice) -> None:
+    open_session(built / "onnx" / f"{DECODER}.onnx", SessionOptions(), backend="tensorrt").close()
+    folder = engine_folder(built, "tensorrt-rtx", TARGET)
+    assert device.loadings[-1].runtime_cache == folder / f"{DECODER}.runtime-cache"
     assert device.calls["close"] == 1
 
 
@@ -1065,8 +994,6 @@ def test_the_thin_layer_calls_what_the_real_module_has() -> None:
             "create_execution_context",
             "create_runtime_config",
             "device_memory_size_v2",
-            "streamable_weights_size",
-            "weight_streaming_budget_v2",
             "get_tensor_dtype",
             "get_tensor_mode",
             "get_tensor_name",
@@ -1093,8 +1020,6 @@ def test_the_thin_layer_calls_what_the_real_module_has() -> None:
         ],
         trt.IRuntimeCache: ["serialize", "deserialize"],
         trt.CudaGraphStrategy: ["WHOLE_GRAPH_CAPTURE"],
-        trt.Refitter: ["refit_cuda_engine"],
-        trt.OnnxParserRefitter: ["refit_from_file"],
         trt: ["IProfiler", "IRuntimeCache"],
     }
     source = Path(cuda_module.__file__).read_text()
@@ -1107,7 +1032,6 @@ def test_the_thin_layer_calls_what_the_real_module_has() -> None:
 class StandIn:
     """The objects of TensorRT that only exist where an engine loads: they note what is done with them, in order."""
 
-    streamable_weights_size = 1000
     num_io_tensors = 0
     device_memory_size_v2 = 640
 
@@ -1134,8 +1058,7 @@ def stand_in() -> tuple[Any, list[Any]]:
     trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed (Linux x86-64 only)")
     done: list[Any] = []
     members = {name: getattr(trt, name) for name in MEMBERS}
-    makers = {name: lambda *arguments: StandIn(done) for name in ("Runtime", "Refitter", "OnnxParserRefitter")}
-    return SimpleNamespace(**members, **makers), done
+    return SimpleNamespace(**members, Runtime=lambda *arguments: StandIn(done)), done
 
 
 def load_with(trt: Any, loading: EngineLoading) -> Any:
@@ -1162,16 +1085,12 @@ def test_a_package_that_cannot_be_written_runs_all_the_same(stand_in: tuple[Any,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_and_their_budget_are_set_before_the_context(stand_in: tuple[Any, list[Any]], tmp_path: Path) -> None:
+def test_recording_is_chosen_before_the_context_is_made(stand_in: tuple[Any, list[Any]]) -> None:
     trt, done = stand_in
-    path = tmp_path / "decoder.onnx"
-    load_with(trt, EngineLoading(weights_from=path, weight_budget=4000)).context(recorded=True)
-    assert ("refit_from_file", str(path)) in done
-    assert ("weight_streaming_budget_v2", 1000) in done  # no more than there is
+    load_with(trt, EngineLoading()).context(recorded=True)
     assert ("cuda_graph_strategy", trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE) in done
     names = [name for name, *_ in done]
-    order = ["refit_cuda_engine", "weight_streaming_budget_v2", "cuda_graph_strategy", "create_execution_context"]
-    assert sorted(order, key=names.index) == order
+    assert names.index("cuda_graph_strategy") < names.index("create_execution_context")
 
 
 def test_contexts_share_scratch_memory_and_record_where_asked(stand_in: tuple[Any, list[Any]]) -> None:

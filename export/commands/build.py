@@ -76,19 +76,6 @@ def build(
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Replace engines that are there, stale or not.")
     ] = DEFAULTS.rebuild,
-    keep_inspector_json: Annotated[
-        bool, typer.Option("--keep-inspector-json", help="Also write every layer as built; needs the target GPU.")
-    ] = DEFAULTS.keep_inspector_json,
-    weight_streaming: Annotated[
-        bool,
-        typer.Option("--weight-streaming", help="Let the runtime keep part of the weights in host memory."),
-    ] = DEFAULTS.weight_streaming,
-    strip_weights: Annotated[
-        bool,
-        typer.Option(
-            "--strip-weights", help="Leave the weights out; the runtime takes them from the package. Needs a GPU."
-        ),
-    ] = DEFAULTS.strip_weights,
     as_json: Annotated[bool, typer.Option("--json", help="Print the engines as one line of JSON on stdout.")] = False,
     version: Version = False,
 ) -> None:
@@ -109,16 +96,11 @@ def build(
         decode_profile=decode_profile,
         workspace_mib=workspace_mib,
         rebuild=rebuild,
-        keep_inspector_json=keep_inspector_json,
-        weight_streaming=weight_streaming,
-        strip_weights=strip_weights,
     )
     with missing_extra(backend):
         from promprune.export.engine import build_engines
     with _progress() as progress:
         results = build_engines(package, config, progress=progress)
-    for note in dict.fromkeys(note for result in results for note in result.notes):
-        console.print(f"[yellow]note:[/] {note}", soft_wrap=True)
     if as_json:
         print_json({"package": str(package), "engines": [_as_json(result) for result in results]})
     else:
@@ -158,7 +140,6 @@ def _as_json(result: BuiltEngines) -> dict[str, Any]:
         "folder": str(result.folder),
         "built": result.built,
         "seconds": round(result.seconds, 3),
-        "notes": list(result.notes),
         **msgspec.to_builtins(result.manifest),
     }
 

@@ -40,7 +40,7 @@ __all__ = ["main", "verify"]
 MAX_IMAGES: Final = 10_000
 MOST_OUTPUTS: Final = 5  # of a graph in the table; a decoder can have a hundred
 DEFAULTS: Final = CompareConfig()
-BACKENDS: Final = ("onnxruntime", "onnxruntime-cuda", "onnx-reference", "tensorrt", "tensorrt-rtx")
+BACKENDS: Final = ("onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 
 
 def verify(

@@ -6,7 +6,6 @@ import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from promprune.errors import PackageError
 from promprune.export.engine.network import engine_from_onnx
@@ -28,7 +27,6 @@ from promprune.package.engines import (
     writing_engines,
 )
 from promprune.package.manifest import Manifest, read_manifest
-from promprune.runtime.sessions.tensorrt.modules import log_of, trimmed
 
 __all__ = ["BuiltEngines", "build_engines"]
 
@@ -42,14 +40,12 @@ class BuiltEngines:
         manifest: what ``engine.json`` says.
         built: False where they were up to date.
         seconds: wall time of building all of them; 0 where they were up to date.
-        notes: what was asked for and could not be done, in words.
     """
 
     folder: Path
     manifest: EngineManifest
     built: bool
     seconds: float
-    notes: tuple[str, ...] = ()
 
 
 def build_engines(
@@ -81,16 +77,13 @@ def _build_target(
     read_manifest(package, check_weights=True)  # an engine keeps whatever it is built from
     started = time.perf_counter()
     records: dict[str, EngineRecord] = {}
-    notes: tuple[str, ...] = ()
     with writing_engines(folder) as partial:
         for name in graph_digests(manifest):
             with progress.building(f"{target} {name}") as report:
-                records[name], note = _build_one(package, manifest, name, toolkit, target, config, partial, report)
-            notes += (note,) if note else ()
+                records[name] = _build_one(package, manifest, name, toolkit, target, config, partial, report)
         written = write_engine_manifest(partial, identity, records)
     seconds = time.perf_counter() - started
-    notes = tuple(dict.fromkeys(notes))
-    return BuiltEngines(folder=folder, manifest=written, built=True, seconds=seconds, notes=notes)
+    return BuiltEngines(folder=folder, manifest=written, built=True, seconds=seconds)
 
 
 def _up_to_date(folder: Path, identity: EngineIdentity) -> EngineManifest:
@@ -115,8 +108,8 @@ def _build_one(
     config: EngineConfig,
     folder: Path,
     report: Report,
-) -> tuple[EngineRecord, str]:
-    """Build one graph into ``folder``; return its record, and a note where the inspector could not be asked."""
+) -> EngineRecord:
+    """Build one graph into ``folder`` and return its record."""
     graph = manifest.graphs[name]
     profiles = profiles_of(name, manifest, config)
     started = time.perf_counter()
@@ -134,7 +127,7 @@ def _build_one(
     content = memoryview(plan)
     file = folder / f"{name}.engine"
     file.write_bytes(content)
-    record = EngineRecord(
+    return EngineRecord(
         file=file.name,
         size_bytes=content.nbytes,
         sha256=hashlib.sha256(content).hexdigest(),
@@ -143,17 +136,3 @@ def _build_one(
         profiles=profiles,
         build_seconds=round(seconds, 3),
     )
-    note = _write_inspection(toolkit, plan, folder / f"{name}.layers.json") if config.keep_inspector_json else ""
-    return record, note
-
-
-def _write_inspection(toolkit: Toolkit, plan: Any, file: Path) -> str:
-    """Write what the builder made of every layer; return a note where the engine cannot be loaded here."""
-    trt, log = toolkit.module, log_of(toolkit.module)
-    log.errors.clear()
-    engine = trt.Runtime(log).deserialize_cuda_engine(plan)
-    if engine is None:
-        reason = trimmed(log.errors[0]) if log.errors else "no reason given"
-        return f"no inspector JSON: an engine can only be inspected on its own kind of GPU ({reason})"
-    file.write_text(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
-    return ""

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Final
 
 from promprune.errors import BackendError
-from promprune.package.engines import EngineConfig
 from promprune.runtime.sessions.tensorrt.modules import trimmed
 
 __all__ = ["build_error"]
@@ -20,7 +19,7 @@ _MEMORY_WORDS: Final = (
 )
 
 
-def build_error(path: Path, target: str, config: EngineConfig, messages: list[str]) -> BackendError:
+def build_error(path: Path, target: str, messages: list[str]) -> BackendError:
     """Say in one line why an engine could not be built, from what the builder logged (first what came first)."""
     text = " ".join(messages).lower()
     reason = trimmed(messages[0]) if messages else "the builder gave no reason"
@@ -29,12 +28,6 @@ def build_error(path: Path, target: str, config: EngineConfig, messages: list[st
             f"building {path} for {target} ran out of memory ({reason})",
             expected="more free memory",
             fix="lower --workspace-mib, --max-batch or --max-prompt-tokens, or close other programs",
-        )
-    if config.strip_weights and "status == cuda_success" in text:
-        return BackendError(
-            f"building {path} for {target} without its weights needs a GPU, and none is usable here ({reason})",
-            expected="a machine with a GPU: what is refitted later is compiled there",
-            fix="build it there, or without --strip-weights",
         )
     if "driver version is insufficient" in text or "cudaerror 35" in text:
         return BackendError(

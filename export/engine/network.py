@@ -68,12 +68,12 @@ def engine_from_onnx(
             settings.progress_monitor = monitor = make_monitor(trt, report, pending)
             plan = builder.build_serialized_network(network, settings)
     except MemoryError as error:
-        raise build_error(path, target, config, ["out of memory"]) from error
+        raise build_error(path, target, ["out of memory"]) from error
     except (TypeError, RuntimeError) as error:  # what the bindings make of a null pointer
-        raise build_error(path, target, config, [*log.errors, trimmed(error)]) from error
+        raise build_error(path, target, [*log.errors, trimmed(error)]) from error
     del monitor  # alive until here: the builder does not keep it
     if plan is None:
-        raise build_error(path, target, config, list(log.errors))
+        raise build_error(path, target, list(log.errors))
     return plan
 
 
@@ -154,15 +154,8 @@ def _allow_decomposition(trt: Any, network: Any) -> None:
 def _configure(toolkit: Toolkit, settings: Any, target: str, config: EngineConfig) -> None:
     trt = toolkit.module
     settings.clear_flag(trt.BuilderFlag.TF32)
-    if config.weight_streaming:
-        settings.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
-    if config.strip_weights:
-        settings.set_flag(trt.BuilderFlag.STRIP_PLAN)
-        settings.set_flag(trt.BuilderFlag.REFIT)
     if config.workspace_mib is not None:
         settings.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, config.workspace_mib * 1024 * 1024)
-    if config.keep_inspector_json:
-        settings.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if toolkit.cross_targets:
         settings.num_compute_capabilities = 1
         capability = toolkit.cross_targets.get(target, trt.ComputeCapability.CURRENT)

@@ -10,18 +10,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-import numpy as np
-import onnx
-import onnx.numpy_helper
 import onnxruntime as ort
 import polygraphy.config
-from onnx.external_data_helper import ExternalDataInfo, uses_external_data
-from onnx.helper import tensor_dtype_to_np_dtype
-from onnx.reference import ReferenceEvaluator
-from onnx.reference.op_run import OpRun
 from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner
-from polygraphy.common import TensorMetadata
 
 from promprune.errors import BackendError
 from promprune.export.engine import engine_from_onnx, load_toolkit
@@ -30,21 +22,6 @@ from promprune.runtime.sessions.providers import PROVIDERS, refused, why_not
 from promprune.runtime.sessions.tensorrt.modules import trimmed
 
 __all__ = ["RUNNERS", "RunnerMaker", "Subject", "failure"]
-
-
-class Pad(OpRun):
-    """Pad with a constant; negative widths cut off, as the standard says and onnx's own evaluator does not."""
-
-    op_domain = ""
-
-    def _run(self, data: Any, pads: Any, value: Any = None, axes: Any = None, mode: str = "constant") -> tuple[Any]:
-        if mode != "constant" or axes is not None:
-            raise NotImplementedError(f"Pad with mode {mode!r} and axes {axes}")
-        before, after = np.asarray(pads).reshape(2, -1)
-        kept = tuple(slice(max(-b, 0), n - max(-a, 0)) for b, a, n in zip(before, after, data.shape, strict=True))
-        widths = list(zip(before.clip(0), after.clip(0), strict=True))
-        fill = 0 if value is None else np.asarray(value).item()
-        return (np.pad(data[kept], widths, constant_values=fill),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,57 +68,6 @@ def _session(provider: str, subject: Subject) -> ort.InferenceSession:
     return session
 
 
-class _ReferenceRunner(BaseRunner):
-    """Runs a graph in onnx's own evaluator: numpy, operator by operator, and slow."""
-
-    def __init__(self, name: str, subject: Subject) -> None:
-        super().__init__(name=name)
-        self._subject = subject
-
-    def activate_impl(self) -> None:
-        model = onnx.load(self._subject.file, load_external_data=False)
-        _load_weights(model, self._subject.file.parent)
-        _give_loops_a_condition(model)
-        self._evaluator = ReferenceEvaluator(model, new_ops=[Pad])
-
-    def get_input_metadata_impl(self) -> TensorMetadata:
-        metadata = TensorMetadata()
-        for info in self._evaluator.proto_.graph.input:
-            tensor = info.type.tensor_type
-            shape = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
-            metadata.add(info.name, dtype=tensor_dtype_to_np_dtype(tensor.elem_type), shape=shape)
-        return metadata
-
-    def infer_impl(self, feed_dict: Mapping[str, Any]) -> dict[str, Any]:
-        outputs = self._evaluator.run(None, dict(feed_dict))
-        self.inference_time = 0.0  # of no meaning here
-        return dict(zip(self._evaluator.output_names, outputs, strict=True))
-
-    def deactivate_impl(self) -> None:
-        del self._evaluator
-
-
-def _load_weights(model: onnx.ModelProto, folder: Path) -> None:
-    """Read the weights of a graph into it, from files in a folder; onnx itself refuses every kind of link."""
-    for tensor in model.graph.initializer:
-        if uses_external_data(tensor):
-            info = ExternalDataInfo(tensor)
-            with (folder / Path(info.location).name).open("rb") as stream:
-                stream.seek(info.offset or 0)
-                tensor.raw_data = stream.read(info.length)
-            tensor.data_location = onnx.TensorProto.DEFAULT
-            del tensor.external_data[:]
-
-
-def _give_loops_a_condition(model: onnx.ModelProto) -> None:
-    """Onnx's own evaluator never runs a Loop that has a trip count alone, which the standard allows."""
-    name = "always"
-    for node in model.graph.node:
-        if node.op_type == "Loop" and not node.input[1]:
-            node.input[1] = name
-    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(True), name))
-
-
 def _tensorrt(backend: EngineBackend) -> RunnerMaker:
     def make(name: str, subject: Subject) -> BaseRunner:
         """Build an engine for this machine's GPU, with the settings of every engine of this project, and run it."""
@@ -163,7 +89,6 @@ RUNNERS: Final[Mapping[str, RunnerMaker]] = MappingProxyType(
     {
         "onnxruntime": _onnxruntime("cpu"),
         "onnxruntime-cuda": _onnxruntime("cuda"),
-        "onnx-reference": _ReferenceRunner,
         "tensorrt": _tensorrt("tensorrt"),
         "tensorrt-rtx": _tensorrt("tensorrt-rtx"),
     }

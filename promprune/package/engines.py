@@ -5,7 +5,6 @@ Layout, inside the package::
     OUT/engines/<backend>-<target>/
       engine.json                 described by :class:`EngineManifest`
       <graph>.engine              one for every graph of the package
-      <graph>.layers.json         what the builder made of every layer, where asked for
       <graph>.runtime-cache       kernels that TensorRT for RTX compiled on this machine; written by the runtime
     OUT/engines/<backend>-<target>.timing-cache   kernels that TensorRT measured; written by the builder
 
@@ -64,7 +63,7 @@ __all__ = [
 EngineBackend = Literal["tensorrt", "tensorrt-rtx"]
 
 ENGINE_BACKENDS: Final = get_args(EngineBackend)
-ENGINE_SCHEMA_VERSION: Final = 1
+ENGINE_SCHEMA_VERSION: Final = 2
 ENGINE_FILE: Final = "engine.json"
 CURRENT: Final = "current"  # as a target: whatever GPU this machine has
 
@@ -93,9 +92,6 @@ class EngineConfig:
             the size of its engine.
         workspace_mib: scratch memory one engine may use, in MiB; ``None``: all of the device's.
         rebuild: build again what is up to date already.
-        keep_inspector_json: write what the builder made of every layer beside each engine; needs the target GPU.
-        weight_streaming: let the runtime keep part of the weights in host memory.
-        strip_weights: leave the weights out; the runtime puts those of the package in. Building needs a GPU.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -109,9 +105,6 @@ class EngineConfig:
     decode_profile: bool = False
     workspace_mib: int | None = None
     rebuild: bool = False
-    keep_inspector_json: bool = False
-    weight_streaming: bool = False
-    strip_weights: bool = False
 
     def __post_init__(self) -> None:
         if self.backend not in ENGINE_BACKENDS:
@@ -153,16 +146,13 @@ class EngineRecord(Record, frozen=True):
 
 
 class EngineOptions(Record, frozen=True):
-    """The settings that shape an engine (see :class:`promprune.config.EngineConfig`)."""
+    """The settings that shape an engine (see :class:`EngineConfig`)."""
 
     max_prompt_tokens: Count
     max_new_tokens: Count
     max_batch: Count
     decode_profile: bool
     workspace_mib: Count | None
-    keep_inspector_json: bool
-    weight_streaming: bool = False
-    strip_weights: bool = False
     recipe: Count = RECIPE
 
 

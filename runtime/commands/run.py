@@ -120,15 +120,6 @@ def run(
         ),
     ] = RuntimeConfig.prefill_chunk,
     cuda_graphs: CudaGraphs = RuntimeConfig.cuda_graphs,
-    weight_budget_mib: Annotated[
-        int | None,
-        typer.Option(
-            help="Of engines that stream weights: device memory for the weights of each.",
-            parser=option_type(int, "a whole number of MiB"),
-            show_default="TensorRT's choice",
-            metavar="MIB",
-        ),
-    ] = RuntimeConfig.weight_budget_mib,
     check_weights: Annotated[
         bool, typer.Option("--check-weights", help="Compare the SHA-256 of the weights as well.")
     ] = RuntimeConfig.check_weights,
@@ -168,7 +159,6 @@ def run(
             num_threads=num_threads,
             check_weights=check_weights,
             cuda_graphs=cuda_graphs,
-            weight_budget_mib=weight_budget_mib,
             prefill_chunk=prefill_chunk,
         ),
         show_tokens=show_tokens,

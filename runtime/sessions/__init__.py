@@ -52,7 +52,6 @@ def open_graph(folder: Path, manifest: Manifest, name: str, config: RuntimeConfi
         provider=config.provider,
         num_threads=config.num_threads,
         cuda_graphs=config.cuda_graphs,
-        weight_budget_mib=config.weight_budget_mib,
     )
     session = open_session(folder / record.file, options, backend=config.backend)
     session.check_against(record, folder / record.file)

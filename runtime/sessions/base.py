@@ -83,14 +83,11 @@ class SessionOptions:
         provider: ``"auto"``, or a name in :data:`promprune.runtime.sessions.providers.PROVIDERS`.
         num_threads: CPU threads of one operator; ``None``: as many as this process may use.
         cuda_graphs: of engines: replay runs whose shapes come again, decoding steps among them, as CUDA graphs.
-        weight_budget_mib: of engines that stream weights: device memory for the weights of each, in MiB; ``None``:
-            TensorRT's choice.
     """
 
     provider: str = "auto"
     num_threads: int | None = None
     cuda_graphs: bool = False
-    weight_budget_mib: int | None = None
 
 
 class Session(ABC):

@@ -32,7 +32,6 @@ class RuntimeOptions(TypedDict, total=False):
     image_cache_size: int
     prefill_chunk: int | None
     cuda_graphs: bool
-    weight_budget_mib: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +49,6 @@ class RuntimeConfig:
             Bounds the scratch memory of long prompts, at the price of more runs.
         cuda_graphs: with the backend ``"tensorrt"``, replay the vision encoder and the steps of the decoder as CUDA
             graphs; the latter takes the memory of two more KV caches of the largest size.
-        weight_budget_mib: with the backend ``"tensorrt"`` and engines that stream weights, device memory for the
-            weights of each engine, in MiB; ``None``: TensorRT's choice.
 
     Raises:
         ConfigError: a value is of another type, or out of its range.
@@ -64,7 +61,6 @@ class RuntimeConfig:
     image_cache_size: int = 8
     prefill_chunk: int | None = None
     cuda_graphs: bool = False
-    weight_budget_mib: int | None = None
 
     def __post_init__(self) -> None:
         check_name(self, "backend", tuple(BACKENDS))
@@ -72,7 +68,5 @@ class RuntimeConfig:
         check_integer(self, "num_threads", least=1, optional=True)
         check_integer(self, "image_cache_size", least=0)
         check_integer(self, "prefill_chunk", least=1, optional=True)
-        check_integer(self, "weight_budget_mib", least=0, optional=True)
-        engines, budget = self.backend == "tensorrt", self.weight_budget_mib
+        engines = self.backend == "tensorrt"
         require(engines or not self.cuda_graphs, "cuda_graphs", self.cuda_graphs, "the backend 'tensorrt' with it")
-        require(engines or budget is None, "weight_budget_mib", budget, "the backend 'tensorrt' with it")

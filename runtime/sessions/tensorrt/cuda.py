@@ -7,7 +7,6 @@ import functools
 import importlib
 import weakref
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from promprune.errors import BackendError, MissingDependencyError
@@ -15,7 +14,6 @@ from promprune.files import replace_file
 from promprune.package.engines import EngineBackend
 from promprune.runtime.sessions.base import Array
 from promprune.runtime.sessions.tensorrt.device import DeviceEngine, DeviceGraph, EngineLoading, Pitched, Shapes
-from promprune.runtime.sessions.tensorrt.dlpack import CUDA
 from promprune.runtime.sessions.tensorrt.modules import TENSOR_DTYPES, log_of, trimmed
 
 __all__ = ["CudaDevice", "import_module"]
@@ -28,8 +26,6 @@ class CudaDevice:
         MissingDependencyError: the CUDA bindings are not installed.
         BackendError: no driver, one that is too old, or no device.
     """
-
-    dlpack_device = (CUDA, 0)
 
     def __init__(self) -> None:
         self._cuda = import_module("tensorrt", "cuda.bindings.runtime")
@@ -141,10 +137,6 @@ class _CudaEngine:
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise self.error("the engine does not load on this GPU")
-        if loading.weights_from is not None:
-            self._refit(loading.weights_from)
-        if loading.weight_budget is not None:
-            self._engine.weight_streaming_budget_v2 = min(loading.weight_budget, self._engine.streamable_weights_size)
         self._cache_file = loading.runtime_cache
         self._cache = self._runtime_cache() if hasattr(trt, "IRuntimeCache") else None
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
@@ -174,13 +166,6 @@ class _CudaEngine:
     def records_itself(self) -> bool:
         """Whether TensorRT records runs that come again."""
         return self._cache is not None
-
-    def _refit(self, path: Path) -> None:
-        """Put the weights of an ONNX file into an engine that was built without."""
-        refitter = self._trt.Refitter(self._engine, self._log)
-        parser = self._trt.OnnxParserRefitter(refitter, self._log)
-        if not parser.refit_from_file(str(path)) or not refitter.refit_cuda_engine():
-            raise self.error(f"the weights of {path} cannot be put into the engine")
 
     def _runtime_cache(self) -> Any:
         """Return the kernels that TensorRT for RTX compiled before, as far as there are any."""

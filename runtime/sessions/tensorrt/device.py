@@ -14,7 +14,6 @@ from typing import Any, Final, NamedTuple, Protocol
 import numpy as np
 
 from promprune.runtime.sessions.base import Array
-from promprune.runtime.sessions.tensorrt.dlpack import capsule_of
 
 __all__ = [
     "BufferPool",
@@ -38,15 +37,10 @@ class EngineLoading:
     """How an engine is loaded.
 
     Attributes:
-        weights_from: the ONNX file whose weights an engine without weights gets; ``None``: it has its own.
-        weight_budget: device memory for the weights of an engine that streams them, in bytes; ``None``: TensorRT's
-            choice.
         runtime_cache: where TensorRT for RTX keeps the kernels that it compiles on this machine.
         cuda_graphs: runs are at the same addresses again and again, and may be replayed as a CUDA graph.
     """
 
-    weights_from: Path | None = None
-    weight_budget: int | None = None
     runtime_cache: Path | None = None
     cuda_graphs: bool = False
 
@@ -95,14 +89,6 @@ class DeviceEngine(Protocol):
 class Device(Protocol):
     """Memory and engines of one GPU, in the order of one stream. Safe to use from several threads."""
 
-    @property
-    def dlpack_device(self) -> tuple[int, int]:
-        """DLPack's type of the device, and its number."""
-
-    @property
-    def stream(self) -> int | None:
-        """The stream as DLPack wants it; ``None`` where the device has none."""
-
     def load(self, plan: bytes, trt: Any, loading: EngineLoading) -> DeviceEngine:
         """Load a serialized engine with ``tensorrt`` or ``tensorrt_rtx``."""
 
@@ -133,18 +119,6 @@ class Pitched(NamedTuple):
 
     address: int
     pitch: int
-
-
-class Placed(Protocol):
-    """A contiguous tensor in device memory, whoever made it."""
-
-    @property
-    def address(self) -> int:
-        """Where it begins."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape."""
 
 
 class BufferPool:
@@ -190,8 +164,6 @@ class BufferPool:
 
 class DeviceArray:
     """A contiguous tensor in device memory, given back with this object; satisfies :class:`DeviceTensor`.
-
-    Other libraries take it without a copy: ``torch.from_dlpack(array)``.
 
     Args:
         device: where it lies.
@@ -241,7 +213,7 @@ class DeviceArray:
         if self.nbytes:
             self.device.clear(self.address, self.nbytes)
 
-    def paste(self, source: Placed, *, axis: int, start: int, at: int, count: int) -> None:
+    def paste(self, source: DeviceArray, *, axis: int, start: int, at: int, count: int) -> None:
         """Begin to copy entries of another tensor on this device here; but for the axis, both have the same shape.
 
         Args:
@@ -274,11 +246,3 @@ class DeviceArray:
             self.device.synchronize()
         assert self._host is not None
         return self._host
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return self.device.dlpack_device
-
-    def __dlpack__(self, **wishes: Any) -> object:
-        """Return a DLPack capsule of this memory, which is complete, and lives as long as the capsule's taker."""
-        self.device.synchronize()
-        return capsule_of(self, self.address, self.shape, self.dtype, self.device.dlpack_device)

@@ -46,7 +46,6 @@ from promprune.runtime.sessions.tensorrt.device import (
     EngineLoading,
     Shapes,
 )
-from promprune.runtime.sessions.tensorrt.dlpack import BorrowedTensor
 from promprune.runtime.sessions.tensorrt.modules import ENGINE_MODULES
 
 __all__ = ["FoundEngines", "TensorRtSession", "choose_profile", "find_engines", "open_session"]
@@ -78,26 +77,14 @@ def open_session(path: Path, options: SessionOptions) -> TensorRtSession:
     backend, folder, manifest, notes = find_engines(path.parent.parent, current_target())
     if path.stem not in manifest.engines:
         raise PackageError(f"{folder} has no engine of {path.stem}", fix="run promprune-build with --rebuild")
-    loading = _loading(folder, manifest, path, options)
+    record = manifest.engines[path.stem]
+    loading = EngineLoading(
+        runtime_cache=folder / f"{path.stem}.runtime-cache", cuda_graphs=options.cuda_graphs and _repeats(record)
+    )
     trt = import_module(backend, ENGINE_MODULES[backend])
-    session = TensorRtSession(folder, manifest.engines[path.stem], _shared_device(), trt, loading)
+    session = TensorRtSession(folder, record, _shared_device(), trt, loading)
     session.notes += notes
     return session
-
-
-def _loading(folder: Path, manifest: EngineManifest, path: Path, options: SessionOptions) -> EngineLoading:
-    built = manifest.identity.options
-    if options.weight_budget_mib is not None and not built.weight_streaming:
-        raise BackendError(
-            f"received weight_budget_mib = {options.weight_budget_mib}, but {folder} has engines that do not stream",
-            fix="run promprune-build with --weight-streaming --rebuild",
-        )
-    return EngineLoading(
-        weights_from=path if built.strip_weights else None,
-        weight_budget=None if options.weight_budget_mib is None else options.weight_budget_mib * 1024 * 1024,
-        runtime_cache=folder / f"{path.stem}.runtime-cache",
-        cuda_graphs=options.cuda_graphs and _repeats(manifest.engines[path.stem]),
-    )
 
 
 class FoundEngines(NamedTuple):
@@ -265,14 +252,6 @@ class TensorRtSession(Session):
         self._roomy = BufferPool(device, max((pool.nbytes for pool in self._pools.values()), default=0))
         self._scratch: dict[str, DeviceArray] = {}
 
-    def from_dlpack(self, tensor: Any) -> DeviceTensor:
-        """Return a tensor of another library on this device as an input, without a copy: ``torch.Tensor``, ...
-
-        Raises:
-            BackendError: it is elsewhere, not contiguous, or of a dtype that no graph has.
-        """
-        return BorrowedTensor(tensor, self._device.dlpack_device, self._device.stream)
-
     def layer_times(self, inputs: Mapping[str, Value], *, runs: int = 10) -> dict[str, float]:
         """Return the median time of every layer of the engine, in milliseconds, in the order in which they ran.
 
@@ -342,7 +321,7 @@ class TensorRtSession(Session):
 
     def _prepared(
         self, context: DeviceContext, inputs: Mapping[str, Value], *, in_place: bool = False
-    ) -> tuple[dict[str, DeviceArray | BorrowedTensor], dict[str, DeviceArray]]:
+    ) -> tuple[dict[str, DeviceArray], dict[str, DeviceArray]]:
         """Bring the inputs to the device, tell the engine their shapes, and make room for its outputs."""
         profile = choose_profile(self._record, {name: tuple(value.shape) for name, value in inputs.items()})
         tensors = {name: self._on_device(value) for name, value in inputs.items()}
@@ -416,8 +395,8 @@ class TensorRtSession(Session):
             raise BackendError(f"{self.name} was closed", fix="load the package again")
         return self._opened
 
-    def _on_device(self, value: Value) -> DeviceArray | BorrowedTensor:
-        if isinstance(value, BorrowedTensor) or (isinstance(value, DeviceArray) and value.device is self._device):
+    def _on_device(self, value: Value) -> DeviceArray:
+        if isinstance(value, DeviceArray) and value.device is self._device:
             return value
         array = np.ascontiguousarray(value if isinstance(value, np.ndarray) else value.numpy())
         tensor = DeviceArray(self._device, tuple(array.shape), str(array.dtype))
@@ -482,7 +461,7 @@ class _Fetched:
         return self._array
 
 
-def _addresses(tensors: Mapping[str, DeviceArray | BorrowedTensor]) -> dict[str, int]:
+def _addresses(tensors: Mapping[str, DeviceArray]) -> dict[str, int]:
     return {name: tensor.address for name, tensor in tensors.items()}
 
 
@@ -495,7 +474,7 @@ def _as(dtype: str, value: Value) -> Value:
 
 def _copy(value: Value, target: DeviceArray) -> None:
     """Begin to copy a tensor, wherever it is, into one of the same shape and dtype."""
-    if isinstance(value, BorrowedTensor) or (isinstance(value, DeviceArray) and value.device is target.device):
+    if isinstance(value, DeviceArray) and value.device is target.device:
         target.paste(value, axis=0, start=0, at=0, count=target.shape[0])
     else:
         target.write(np.ascontiguousarray(value if isinstance(value, np.ndarray) else value.numpy()))
