@@ -76,6 +76,7 @@ def export_package(config: ExportConfig, *, progress: Progress = NO_PROGRESS) ->
     started = time.perf_counter()
     output = config.output or default_output(config)
     with writing_package(output, force=config.force) as folder:
+        progress.announce(2 + config.verify)
         with progress.step("read the checkpoint"):
             checkpoint = load_checkpoint(config.model, dtype=TORCH_DTYPES[config.dtype])
             make_fake(checkpoint.skeleton)
@@ -145,6 +146,7 @@ def write_graphs(
     if config.split_selector:
         makers[TOKEN_SELECTOR] = lambda: selector(config, model, model.vision_graphs[0], selection)
     records = {}
+    progress.announce(len(makers))
     for name, make in makers.items():
         with progress.step(f"export {name}"):
             graph = make()

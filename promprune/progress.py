@@ -1,25 +1,60 @@
-"""How a long command tells what it is doing."""
+"""How a long operation reports its progress.
+
+The operation announces its own steps. Nothing that reports progress knows how it is shown:
+:func:`promprune.terminal.show_progress` draws bars, :data:`NO_PROGRESS` ignores everything.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from typing import Protocol
 
-__all__ = ["NO_PROGRESS", "Progress"]
+__all__ = ["NO_PROGRESS", "NO_STEP", "Progress", "Step"]
+
+
+class Step(Protocol):
+    """A step that is running."""
+
+    def advance(self, items: int = 1) -> None:
+        """Report that so many further items of the step are done."""
+
+    def report(self, fraction: float, phase: str) -> None:
+        """Report which fraction of the step is done, in [0, 1], and the name of its current phase."""
 
 
 class Progress(Protocol):
-    """Told of every step when it begins; the context ends when the step does."""
+    """Receives the steps of an operation."""
 
-    def step(self, description: str) -> contextlib.AbstractContextManager[None]:
-        """Begin a step; ``description`` is a few words for a person."""
+    def announce(self, steps: int) -> None:
+        """Add ``steps`` to the number of steps that are going to run."""
+
+    def step(self, description: str, *, items: int | None = None) -> contextlib.AbstractContextManager[Step]:
+        """Run a step inside the returned context.
+
+        Args:
+            description: a few words for a person.
+            items: number of items that the step counts with :meth:`Step.advance`; None if it counts none.
+        """
         ...
 
 
-class _NoProgress:
-    def step(self, description: str) -> contextlib.AbstractContextManager[None]:
-        del description
-        return contextlib.nullcontext()
+class _Silent:
+    """Both protocols, without any effect."""
+
+    def announce(self, steps: int) -> None:
+        pass
+
+    def step(self, description: str, *, items: int | None = None) -> contextlib.AbstractContextManager[Step]:
+        del description, items
+        return contextlib.nullcontext(self)
+
+    def advance(self, items: int = 1) -> None:
+        pass
+
+    def report(self, fraction: float, phase: str) -> None:
+        pass
 
 
-NO_PROGRESS: Progress = _NoProgress()
+_SILENT = _Silent()
+NO_PROGRESS: Progress = _SILENT
+NO_STEP: Step = _SILENT

@@ -7,16 +7,19 @@ import json
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Final, NoReturn, TypeVar
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Final, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
 
 from promprune._version import __version__
 from promprune.errors import MissingDependencyError, PrompruneError, one_line
+from promprune.progress import Progress, Step
 
 __all__ = [
     "EXIT_REFUSED",
@@ -27,8 +30,8 @@ __all__ = [
     "option_type",
     "plain",
     "print_json",
-    "progress_over",
     "run_command",
+    "show_progress",
     "version_callback",
 ]
 
@@ -39,7 +42,6 @@ EXIT_INTERRUPTED: Final = 130
 _UNESCAPED: Final = re.compile(r"[\x7f-\x9f]")  # the control characters that JSON takes as they are
 
 # Progress and tables go to stderr; stdout carries the answer, or the JSON.
-_Item = TypeVar("_Item")
 console = Console(stderr=True, highlight=False)
 
 
@@ -112,13 +114,6 @@ def missing_extra(extra: str) -> Iterator[None]:
         ) from error
 
 
-def progress_over(items: Iterable[_Item], total: int, description: str) -> Iterator[_Item]:
-    """Yield the items with a bar on stderr that counts them."""
-    columns = (TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        yield from progress.track(items, total=total, description=description)
-
-
 @contextlib.contextmanager
 def missing_package(distribution: str, *modules: str) -> Iterator[None]:
     """Answer a failed import of one of ``modules`` with the command that installs them."""
@@ -130,6 +125,54 @@ def missing_package(distribution: str, *modules: str) -> Iterator[None]:
         raise MissingDependencyError(
             f"this needs {error.name}, which is not installed", fix=f"pip install {distribution}"
         ) from error
+
+
+@contextlib.contextmanager
+def show_progress() -> Iterator[Progress]:
+    """Show progress on stderr: a bar over all steps, one for the running step, and a line for each finished step."""
+    columns = (SpinnerColumn(), TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn())
+    phase = TextColumn("[dim]{task.fields[phase]}")
+    with Bars(*columns, TimeElapsedColumn(), phase, console=console, transient=True) as bars:
+        yield _RichProgress(bars)
+
+
+class _RichProgress:
+    """The steps of a command."""
+
+    def __init__(self, bars: Bars) -> None:
+        self._bars = bars
+        self._announced = 0
+        self._all = bars.add_task("", total=None, phase="")
+
+    def announce(self, steps: int) -> None:
+        self._announced += steps
+        self._bars.update(self._all, total=self._announced)
+
+    @contextlib.contextmanager
+    def step(self, description: str, *, items: int | None = None) -> Iterator[Step]:
+        self._bars.update(self._all, description=plain(description))
+        running = self._bars.add_task("", total=items, visible=items is not None, phase="")
+        started = time.perf_counter()
+        try:
+            yield _RichStep(self._bars, running)
+        finally:
+            self._bars.remove_task(running)
+        self._bars.advance(self._all)
+        self._bars.print(f"[green]done[/]  {plain(description):<36} {time.perf_counter() - started:6.1f} s")
+
+
+class _RichStep:
+    """The bar of the running step; hidden until the step reports something."""
+
+    def __init__(self, bars: Bars, task: TaskID) -> None:
+        self._bars = bars
+        self._task = task
+
+    def advance(self, items: int = 1) -> None:
+        self._bars.advance(self._task, items)
+
+    def report(self, fraction: float, phase: str) -> None:
+        self._bars.update(self._task, total=100, completed=100 * fraction, phase=plain(phase), visible=True)
 
 
 def plain(text: str) -> str:

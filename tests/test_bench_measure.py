@@ -21,19 +21,7 @@ from promprune.runtime.bench.config import BenchConfig
 from promprune.runtime.bench.contenders import Facts, Question, Sample
 from promprune.runtime.bench.report import Ceilings
 from promprune.runtime.sessions.config import RuntimeConfig
-
-
-class Counted:
-    """Progress that remembers how many steps were announced, and how many were made."""
-
-    def __init__(self) -> None:
-        self.announced = self.made = 0
-
-    def begin(self, description: str, steps: int) -> None:
-        self.announced += steps
-
-    def advance(self) -> None:
-        self.made += 1
+from tests.support.progress import RecordedProgress
 
 
 class Contender:
@@ -139,7 +127,7 @@ def test_processes_are_started_in_turns_and_the_first_of_each_does_not_count(mon
         return ProcessStart(1000.0 if started.count(started[-1]) == 1 else 10.0, 7, None)
 
     monkeypatch.setattr(measure, "start_process", start)
-    config, progress = BenchConfig(packages={name: Path(name) for name in "abc"}), Counted()
+    config, progress = BenchConfig(packages={name: Path(name) for name in "abc"}), RecordedProgress()
     question = Question(image=Path("i"), prompt="p", new_tokens=1)
     found = measure._cold_starts(config, question, {}, progress)
     turns = [started[i : i + 3] for i in range(0, len(started), 3)]
@@ -147,7 +135,7 @@ def test_processes_are_started_in_turns_and_the_first_of_each_does_not_count(mon
     assert all(sorted(turn) == ["a", "b", "c"] for turn in turns)
     assert len({tuple(turn) for turn in turns}) > 1
     assert {(name, cold.first_token_ms, cold.n) for name, cold in found.items()} == {(n, 10.0, 3) for n in "abc"}
-    assert progress.announced == progress.made == 12
+    assert progress.items == progress.done == 12
 
 
 def test_a_load_that_is_named_twice_is_measured_once() -> None:

@@ -22,6 +22,7 @@ from promprune.runtime.bench.report import FIRST_TOKEN_STAGES, Report, read_repo
 from promprune.runtime.bench.tables import grids
 from promprune.runtime.commands import bench as command
 from tests.command_line import run
+from tests.support.progress import RecordedProgress
 from tests.test_qwen import NEW_TOKENS
 from tests.test_qwen import Reference as QwenReference
 
@@ -204,19 +205,11 @@ def test_a_baseline_of_another_model_is_refused(tiny_export: ExportResult, tiny_
     assert "expected packages and baselines of one model" in outcome.error_lines[0]
 
 
-class _Silent:
-    def begin(self, description: str, steps: int) -> None:
-        self.steps = steps
-
-    def advance(self) -> None:
-        self.steps -= 1
-
-
 def test_packages_are_exported_once(tiny_llava: Path, tmp_path: Path) -> None:
-    progress = _Silent()
+    progress = RecordedProgress()
     made = packages_of(str(tiny_llava), (1.0, 0.25), "fp32", ("random",), tmp_path, progress)
     assert list(made) == ["1", "0.25", "0.25, random"]
-    assert progress.steps == 0
+    assert progress.items == progress.done == 3
     stamps = [(folder / "promprune.json").stat().st_mtime_ns for folder in made.values()]
     assert packages_of(str(tiny_llava), (1.0, 0.25), "fp32", ("random",), tmp_path, progress) == made
     assert [(folder / "promprune.json").stat().st_mtime_ns for folder in made.values()] == stamps

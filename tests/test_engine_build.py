@@ -35,6 +35,7 @@ from promprune.package.engines import EngineConfig, current_target, engine_folde
 from promprune.package.manifest import DECODER, GraphRecord, TensorRecord, read_manifest
 from promprune.runtime.sessions.tensorrt.modules import log_of
 from tests.fake_package import FakeModel, make_graph, rewrite_manifest, write_fake_package
+from tests.support.progress import RecordedProgress
 from tests.tiny_models import save_tiny_llava
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed (Linux x86-64 only)")
@@ -459,10 +460,10 @@ def test_progress_only_grows(fake: Path, toolkit: Toolkit) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_build_leaves_nothing(fake: Path, toolkit: Toolkit, number: signal.Signals) -> None:
-    class Progress:
-        @contextmanager
-        def building(self, description: str) -> Iterator[Any]:
-            yield lambda fraction, phase: sent or (sent.append(phase), os.kill(os.getpid(), number))
+    def interrupt(fraction: float, phase: str) -> None:
+        if not sent:
+            sent.append(phase)
+            os.kill(os.getpid(), number)
 
     def terminate(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
@@ -471,7 +472,7 @@ def test_an_interrupted_build_leaves_nothing(fake: Path, toolkit: Toolkit, numbe
     before = signal.signal(signal.SIGTERM, terminate)
     try:
         with pytest.raises((KeyboardInterrupt, SystemExit)):
-            build_engines(fake, EngineConfig(targets=("sm89",)), progress=Progress())
+            build_engines(fake, EngineConfig(targets=("sm89",)), progress=RecordedProgress(interrupt))
     finally:
         signal.signal(signal.SIGTERM, before)
     assert list((fake / "engines").iterdir()) == []

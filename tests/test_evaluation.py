@@ -45,7 +45,7 @@ def test_answers_are_those_of_generate() -> None:
     checkpoint = load_checkpoint(None)
     model, pictures = TorchModel(checkpoint), load_data("embedded", limit=3)
     wanted = conditions(model.num_tokens, [0.12], ["coverage"])
-    found = ask_torch(model, pictures, wanted, SelectionConfig(), max_new_tokens=6, done=lambda _: None)
+    found = ask_torch(model, pictures, wanted, SelectionConfig(), max_new_tokens=6)
     tokenizer = checkpoint.processor.tokenizer
     for index, picture in enumerate(pictures):
         features = model.encode(picture.load()).features[0]
@@ -70,9 +70,7 @@ def test_crops_and_rotary_positions_answer_as_generate_does(family: str, request
     checkpoint = load_checkpoint(str(request.getfixturevalue(family)))
     model, pictures = TorchModel(checkpoint), _scenes()
     wanted = conditions(model.num_tokens, [0.25], ["promprune", "none"])
-    full, none, pruned = ask_torch(
-        model, pictures, wanted, SelectionConfig(), max_new_tokens=MAX_NEW_TOKENS, done=lambda _: None
-    )
+    full, none, pruned = ask_torch(model, pictures, wanted, SelectionConfig(), max_new_tokens=MAX_NEW_TOKENS)
     assert full.answers != pruned.answers != none.answers
     for index, picture in enumerate(pictures):
         tokens = model.encode(picture.load())
@@ -93,8 +91,8 @@ def test_crops_are_chosen_from_as_in_a_package(tiny_llava_next: Path, next_expor
     condition = Condition("torch", "promprune", record.keep_tokens, record.num_tokens)
     config = SelectionConfig(mu=record.mu, tau=record.tau)
     model = TorchModel(load_checkpoint(str(tiny_llava_next)))
-    ours = ask_torch(model, pictures, [condition], config, max_new_tokens=4, done=lambda _: None)[0]
-    package = ask_package(next_export.output, pictures, max_new_tokens=4, done=lambda _: None)
+    ours = ask_torch(model, pictures, [condition], config, max_new_tokens=4)[0]
+    package = ask_package(next_export.output, pictures, max_new_tokens=4)
     assert ours.answers == package.answers
     for one, other in zip(ours.selections, package.selections, strict=True):
         assert one.grids == other.grids

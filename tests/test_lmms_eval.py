@@ -90,7 +90,7 @@ def test_its_command_finds_the_accuracy_that_ours_finds(embedded_export: ExportR
         "promprune"
     ]
     pictures = load_data("embedded", limit=12)
-    ours = ask_package(embedded_export.output, pictures, max_new_tokens=6, done=lambda _: None)
+    ours = ask_package(embedded_export.output, pictures, max_new_tokens=6)
     lines = []
     for picture in pictures:
         image = tmp_path / f"{picture.name}.png"
@@ -131,7 +131,7 @@ def test_rounds_and_refusals(embedded_export: ExportResult) -> None:
         messages = [{"role": "user", "content": parts}]
         return (messages, False, previous_output, round_idx + 1) if round_idx else messages
 
-    expected = ask_package(embedded_export.output, [picture], max_new_tokens=6, done=lambda _: None).answers[0][:3]
+    expected = ask_package(embedded_export.output, [picture], max_new_tokens=6).answers[0][:3]
     model = PromPrune(str(embedded_export.output), device="cpu")
     model.task_dict = {"t": {"test": [picture.load()]}}
     arguments = ("", chat, {"max_new_tokens": 6}, 0, "t", "test")

@@ -14,7 +14,7 @@ from promprune.errors import PackageError
 from promprune.export.config import ExportConfig
 from promprune.method.config import SelectionPolicy
 from promprune.package.manifest import read_manifest
-from promprune.runtime.bench.measure import Progress
+from promprune.progress import Progress
 
 __all__ = ["default_cache", "packages_of"]
 
@@ -51,13 +51,19 @@ def packages_of(
         configs |= {f"{ratio:g}, {policy}": replace(plain, ratio=ratio, policy=policy) for ratio in ratios if ratio < 1}
     folders = {name: cache / _key(config) for name, config in configs.items()}
     missing = [(configs[name], folder) for name, folder in folders.items() if not _whole(folder)]
-    progress.begin("export", len(missing))
-    for config, folder in missing:
-        from promprune.export.pipeline import export_package
-
-        export_package(replace(config, output=folder, force=True))
-        progress.advance()
+    if missing:
+        _export(missing, progress)
     return folders
+
+
+def _export(missing: Sequence[tuple[ExportConfig, Path]], progress: Progress) -> None:
+    from promprune.export.pipeline import export_package
+
+    progress.announce(1)
+    with progress.step("export", items=len(missing)) as step:
+        for config, folder in missing:
+            export_package(replace(config, output=folder, force=True))
+            step.advance()
 
 
 def _whole(folder: Path) -> bool:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
 import typer
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from promprune.package.engines import ENGINE_BACKENDS, EngineConfig
 from promprune.runtime.commands.options import Version
-from promprune.terminal import console, missing_extra, option_type, print_json, run_command
+from promprune.terminal import console, missing_extra, option_type, print_json, run_command, show_progress
 
 if TYPE_CHECKING:
     from promprune.export.engine import BuiltEngines
@@ -99,7 +95,7 @@ def build(
     )
     with missing_extra(backend):
         from promprune.export.engine import build_engines
-    with _progress() as progress:
+    with show_progress() as progress:
         results = build_engines(package, config, progress=progress)
     if as_json:
         print_json({"package": str(package), "engines": [_as_json(result) for result in results]})
@@ -110,29 +106,6 @@ def build(
 def main() -> None:
     """Entry point of ``promprune-build``."""
     run_command(build)
-
-
-class _RichBuildProgress:
-    """A bar for the engine that is being built, and a line with its time for every finished one."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-
-    @contextlib.contextmanager
-    def building(self, description: str) -> Iterator[Callable[[float, str], None]]:
-        task = self.progress.add_task(description, total=1.0, phase="")
-        started = time.perf_counter()
-        yield lambda fraction, phase: self.progress.update(task, completed=fraction, phase=phase)
-        self.progress.remove_task(task)
-        self.progress.console.print(f"[green]done[/]  {description:<36} {time.perf_counter() - started:6.1f} s")
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[_RichBuildProgress]:
-    columns = (SpinnerColumn(), TextColumn("{task.description:<30}"), BarColumn(), TaskProgressColumn())
-    phase = TextColumn("[dim]{task.fields[phase]}")
-    with Progress(*columns, TimeElapsedColumn(), phase, console=console, transient=True) as progress:
-        yield _RichBuildProgress(progress)
 
 
 def _as_json(result: BuiltEngines) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from promprune.terminal import (
     option_type,
     plain,
     print_json,
-    progress_over,
     run_command,
+    show_progress,
 )
 
 if TYPE_CHECKING:
@@ -105,8 +105,8 @@ def _fit(config: CalibrateConfig) -> tuple[Calibration, int]:
         with missing_extra("eval"):
             importlib.import_module("matplotlib.figure")  # rather now than after the work
     with missing_extra("export"):
-        from promprune.export import calibration
         from promprune.export.checkpoint.loading import load_checkpoint
+        from promprune.export.evaluation import calibration
     checkpoint = load_checkpoint(config.model)
     if paths is None:
         from promprune.embedded.scenes import CALIBRATION_SEEDS
@@ -116,9 +116,12 @@ def _fit(config: CalibrateConfig) -> tuple[Calibration, int]:
         pictures = calibration.calibration_scenes(count, side)
     else:
         count, pictures = len(paths), calibration.load_images(paths)
-    entropies = calibration.image_entropies(checkpoint, pictures, config.image_grids)
-    found = progress_over(entropies, count, "read the images")
-    return calibration.calibrate([entropy for row in found for entropy in row]), count
+    entropies: list[float] = []
+    with show_progress() as progress, progress.step("read the images", items=count) as step:
+        for found in calibration.image_entropies(checkpoint, pictures, config.image_grids):
+            entropies += found
+            step.advance()
+    return calibration.calibrate(entropies), count
 
 
 def _images(folder: Path, limit: int) -> list[Path]:

@@ -6,14 +6,12 @@ import importlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from promprune.dtypes import DTYPES
 from promprune.errors import BackendError, ConfigError, PackageError
@@ -22,8 +20,9 @@ from promprune.export.evaluation.config import DEFAULT_POLICIES, DEFAULT_RATIOS,
 from promprune.files import replace_file
 from promprune.package.manifest import MANIFEST_FILE, read_manifest
 from promprune.package.sources import EMBEDDED_MODEL, local_folder
+from promprune.progress import Progress
 from promprune.runtime.commands.options import Version
-from promprune.terminal import console, missing_extra, option_type, plain, print_json, run_command
+from promprune.terminal import console, missing_extra, option_type, plain, print_json, run_command, show_progress
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,7 +37,6 @@ __all__ = ["evaluate", "main"]
 
 DEFAULTS: Final = EvalConfig()
 _INT: Final = "a whole number, at least 1"
-_Begin: TypeAlias = Callable[[str, int], Callable[[int], None]]  # starts a bar, and returns what advances it
 
 
 def evaluate(
@@ -251,15 +249,16 @@ def _run(config: EvalConfig) -> _Results:
         from promprune.export.evaluation.scores import scores
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    with _progress() as progress, tempfile.TemporaryDirectory() as scratch:
+    with show_progress() as progress, tempfile.TemporaryDirectory() as scratch:
         asked = None if config.model is None else _ask_model(config, pictures, progress)
         packages = [*config.packages, *_exported(config, Path(scratch), progress)]
         runs = [] if asked is None else list(asked.runs)
+        progress.announce(len(packages))
         runs += [_ask_package(package, pictures, config.max_new_tokens, progress) for package in packages]
     return _Results(pictures, runs, scores(runs, pictures), asked)
 
 
-def _ask_model(config: EvalConfig, pictures: Sequence[Picture], progress: _Begin) -> _Asked:
+def _ask_model(config: EvalConfig, pictures: Sequence[Picture], progress: Progress) -> _Asked:
     from promprune.export.checkpoint.loading import load_checkpoint, selection_config
     from promprune.export.evaluation.model import TorchModel
     from promprune.export.evaluation.runs import ask_torch, conditions
@@ -272,26 +271,27 @@ def _ask_model(config: EvalConfig, pictures: Sequence[Picture], progress: _Begin
             f"received --gallery, but every ratio keeps all {subject.num_tokens} tokens", expected="a smaller one"
         )
     selection, _ = selection_config(checkpoint.folder)
-    done = progress(f"PyTorch, {len(wanted)} conditions", len(pictures))
-    runs = ask_torch(subject, pictures, wanted, selection, max_new_tokens=config.max_new_tokens, done=done)
+    progress.announce(1 + (config.gallery is not None))
+    with progress.step(f"PyTorch, {len(wanted)} conditions", items=len(pictures)) as step:
+        runs = ask_torch(subject, pictures, wanted, selection, max_new_tokens=config.max_new_tokens, step=step)
     pruned = _smallest(runs) if config.gallery is not None else None
     page = None if pruned is None else _page(subject, runs[0], pruned, pictures, config.gallery_limit, progress)
     return _Asked(runs, selection, page)
 
 
 def _page(
-    subject: TorchModel, whole: Run, pruned: Run, pictures: Sequence[Picture], limit: int, progress: _Begin
+    subject: TorchModel, whole: Run, pruned: Run, pictures: Sequence[Picture], limit: int, progress: Progress
 ) -> str:
     """Draw the gallery while the model is there: what it sees is made again, rather than kept of every picture."""
     from promprune.export.evaluation.gallery import gallery
 
-    done = progress("gallery", min(limit, len(pictures)))
+    with progress.step("gallery", items=min(limit, len(pictures))) as step:
 
-    def view(picture: Picture) -> Image:
-        done(1)
-        return subject.view(picture.load())
+        def view(picture: Picture) -> Image:
+            step.advance()
+            return subject.view(picture.load())
 
-    return gallery(whole, pruned, pictures, view=view, limit=limit)
+        return gallery(whole, pruned, pictures, view=view, limit=limit)
 
 
 def _smallest(runs: Sequence[Run]) -> Run | None:
@@ -300,14 +300,14 @@ def _smallest(runs: Sequence[Run]) -> Run | None:
     return min(ours, key=lambda run: run.condition.keep_tokens, default=None)
 
 
-def _ask_package(folder: Path, pictures: Sequence[Picture], max_new_tokens: int, progress: _Begin) -> Run:
+def _ask_package(folder: Path, pictures: Sequence[Picture], max_new_tokens: int, progress: Progress) -> Run:
     from promprune.export.evaluation.runs import ask_package
 
-    done = progress(f"runtime, {folder.name}", len(pictures))
-    return ask_package(folder, pictures, max_new_tokens=max_new_tokens, done=done)
+    with progress.step(f"runtime, {folder.name}", items=len(pictures)) as step:
+        return ask_package(folder, pictures, max_new_tokens=max_new_tokens, step=step)
 
 
-def _exported(config: EvalConfig, scratch: Path, progress: _Begin) -> list[Path]:
+def _exported(config: EvalConfig, scratch: Path, progress: Progress) -> list[Path]:
     """Export the model in every dtype that is asked for, with all tokens and at the smallest ratio."""
     if not config.runtime:
         return []
@@ -315,28 +315,16 @@ def _exported(config: EvalConfig, scratch: Path, progress: _Begin) -> list[Path]
 
     folders = []
     wanted = dict.fromkeys((1.0, min(config.kept_ratios)))
+    progress.announce(len(config.runtime))
     for dtype in config.runtime:
-        done = progress(f"export, {dtype}", len(wanted))
-        for ratio in wanted:
-            folders.append(scratch / f"{dtype}-{ratio:g}")
-            export_package(
-                ExportConfig(model=_name(config), output=folders[-1], ratio=ratio, dtype=dtype, verify=False)
-            )
-            done(1)
+        with progress.step(f"export, {dtype}", items=len(wanted)) as step:
+            for ratio in wanted:
+                folders.append(scratch / f"{dtype}-{ratio:g}")
+                export_package(
+                    ExportConfig(model=_name(config), output=folders[-1], ratio=ratio, dtype=dtype, verify=False)
+                )
+                step.advance()
     return folders
-
-
-@contextmanager
-def _progress() -> Iterator[_Begin]:
-    """Yield what starts a bar, and returns what advances it."""
-    columns = (TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-
-        def begin(description: str, total: int) -> Callable[[int], None]:
-            task = progress.add_task(description, total=total)
-            return lambda count: progress.advance(task, count)
-
-        yield begin
 
 
 def _write(results: _Results, config: EvalConfig) -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from promprune.dtypes import DTYPES
 from promprune.errors import ConfigError, VerificationError
@@ -28,6 +25,7 @@ from promprune.terminal import (
     option_type,
     print_json,
     run_command,
+    show_progress,
 )
 
 if TYPE_CHECKING:
@@ -198,7 +196,8 @@ def _run(config: ExportConfig) -> ExportResult:
     local_folder(config.model)
     check_output(config.output or default_output(config), force=config.force)
     try:
-        with _progress(config) as progress:
+        with show_progress() as progress:
+            progress.announce(1)
             with progress.step("start PyTorch"), missing_extra("export"):
                 from promprune.export.pipeline import export_package
             return export_package(config, progress=progress)
@@ -206,30 +205,6 @@ def _run(config: ExportConfig) -> ExportResult:
         if error.checks:
             console.print(checks_table(error.checks))
         raise
-
-
-class _RichProgress:
-    """A bar over the steps, and a line with its time for every finished one."""
-
-    def __init__(self, progress: Progress, total: int) -> None:
-        self.progress = progress
-        self.task = progress.add_task("", total=total)
-
-    @contextlib.contextmanager
-    def step(self, description: str) -> Iterator[None]:
-        self.progress.update(self.task, description=description)
-        started = time.perf_counter()
-        yield
-        self.progress.advance(self.task)
-        self.progress.console.print(f"[green]done[/]  {description:<36} {time.perf_counter() - started:6.1f} s")
-
-
-@contextlib.contextmanager
-def _progress(config: ExportConfig) -> Iterator[_RichProgress]:
-    total = 6 - 2 * config.vision_only + config.split_selector + config.verify + max(len(config.image_grids) - 1, 0)
-    columns = (SpinnerColumn(), TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
-        yield _RichProgress(progress, total)
 
 
 def _print_warnings(result: ExportResult) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -28,11 +27,10 @@ from promprune.terminal import (
     plain,
     print_json,
     run_command,
+    show_progress,
 )
 
 if TYPE_CHECKING:
-    from rich.status import Status
-
     from promprune.export.verify.comparison import GraphComparison
 
 __all__ = ["main", "verify"]
@@ -188,8 +186,8 @@ def _compare(package: Path, config: CompareConfig, *, as_json: bool) -> None:
         )
     with missing_extra("export"):
         from promprune.export.verify.comparison import compare_package
-    with console.status(f"comparing {plain(str(package))}") as status:
-        results = compare_package(package, config, progress=_StatusProgress(status))
+    with show_progress() as progress:
+        results = compare_package(package, config, progress=progress)
     if as_json:
         graphs = [{**asdict(result), "passed": result.passed} for result in results]
         print_json({"package": str(package), "tolerance": config.tolerance, "graphs": graphs})
@@ -219,18 +217,6 @@ def _print_comparison(results: tuple[GraphComparison, ...], config: CompareConfi
             print(f"{state}, first past {config.tolerance:g}: {first.tensor} of {first.node}, error {first.error:.3g}")
     if not config.layers and not all(result.passed for result in results):
         console.print("[dim]--layers looks for the first tensor inside the graphs that is past the tolerance[/]")
-
-
-class _StatusProgress:
-    """Says what is being done now."""
-
-    def __init__(self, status: Status) -> None:
-        self.status = status
-
-    @contextlib.contextmanager
-    def step(self, description: str) -> Iterator[None]:
-        self.status.update(description)
-        yield
 
 
 def _check_source(package: Path, manifest: Manifest, source: str, weights_sha256: str) -> None:

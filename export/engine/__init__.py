@@ -12,12 +12,9 @@ from __future__ import annotations
 from promprune.export.engine.build import BuiltEngines, build_engines
 from promprune.export.engine.network import engine_from_onnx
 from promprune.export.engine.profiles import profiles_of
-from promprune.export.engine.progress import NO_BUILD_PROGRESS, BuildProgress
 from promprune.export.engine.toolkit import Toolkit, load_toolkit
 
 __all__ = [
-    "NO_BUILD_PROGRESS",
-    "BuildProgress",
     "BuiltEngines",
     "Toolkit",
     "build_engines",

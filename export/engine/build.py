@@ -10,7 +10,7 @@ from pathlib import Path
 from promprune.errors import PackageError
 from promprune.export.engine.network import engine_from_onnx
 from promprune.export.engine.profiles import profiles_of
-from promprune.export.engine.progress import NO_BUILD_PROGRESS, BuildProgress, Report
+from promprune.export.engine.progress import Report
 from promprune.export.engine.toolkit import Toolkit, load_toolkit
 from promprune.package.engines import (
     EngineConfig,
@@ -27,6 +27,7 @@ from promprune.package.engines import (
     writing_engines,
 )
 from promprune.package.manifest import Manifest, read_manifest
+from promprune.progress import NO_PROGRESS, Progress
 
 __all__ = ["BuiltEngines", "build_engines"]
 
@@ -48,9 +49,7 @@ class BuiltEngines:
     seconds: float
 
 
-def build_engines(
-    package: Path, config: EngineConfig, *, progress: BuildProgress = NO_BUILD_PROGRESS
-) -> tuple[BuiltEngines, ...]:
+def build_engines(package: Path, config: EngineConfig, *, progress: Progress = NO_PROGRESS) -> tuple[BuiltEngines, ...]:
     """Build the engines of a package for every target, except those that are up to date.
 
     Engines of one target appear together, by one rename; targets that are done stay when a later one fails.
@@ -68,7 +67,7 @@ def build_engines(
 
 
 def _build_target(
-    package: Path, manifest: Manifest, toolkit: Toolkit, target: str, config: EngineConfig, progress: BuildProgress
+    package: Path, manifest: Manifest, toolkit: Toolkit, target: str, config: EngineConfig, progress: Progress
 ) -> BuiltEngines:
     folder = engine_folder(package, config.backend, target)
     identity = identity_of(manifest, config, tool_version=toolkit.version, target=target)
@@ -78,9 +77,11 @@ def _build_target(
     started = time.perf_counter()
     records: dict[str, EngineRecord] = {}
     with writing_engines(folder) as partial:
-        for name in graph_digests(manifest):
-            with progress.building(f"{target} {name}") as report:
-                records[name] = _build_one(package, manifest, name, toolkit, target, config, partial, report)
+        names = graph_digests(manifest)
+        progress.announce(len(names))
+        for name in names:
+            with progress.step(f"{target} {name}") as step:
+                records[name] = _build_one(package, manifest, name, toolkit, target, config, partial, step.report)
         written = write_engine_manifest(partial, identity, records)
     seconds = time.perf_counter() - started
     return BuiltEngines(folder=folder, manifest=written, built=True, seconds=seconds)

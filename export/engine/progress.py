@@ -6,28 +6,11 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
-__all__ = ["NO_BUILD_PROGRESS", "BuildProgress", "Report", "holding_signals", "make_monitor"]
+__all__ = ["Report", "holding_signals", "make_monitor"]
 
 Report = Callable[[float, str], None]
-
-
-class BuildProgress(Protocol):
-    """Told of every engine when its build begins, and of how far it is."""
-
-    def building(self, description: str) -> contextlib.AbstractContextManager[Report]:
-        """Begin an engine; the context gives a function to call with a fraction in [0, 1] and the current phase."""
-        ...
-
-
-class _NoBuildProgress:
-    def building(self, description: str) -> contextlib.AbstractContextManager[Report]:
-        del description
-        return contextlib.nullcontext(lambda fraction, phase: None)
-
-
-NO_BUILD_PROGRESS: BuildProgress = _NoBuildProgress()
 
 
 def make_monitor(trt: Any, report: Report, pending: list[int]) -> Any:

@@ -12,7 +12,7 @@ there are, in torch only:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Final, cast
@@ -28,6 +28,7 @@ from promprune.export.evaluation.model import KeptTokens, TorchModel, VisualToke
 from promprune.method.batched import PrunedTokens, prune_tokens
 from promprune.method.config import POLICIES, SelectionConfig, SelectionPolicy
 from promprune.package.manifest import Manifest
+from promprune.progress import NO_STEP, Step
 from promprune.runtime import TokenSelection, VisionLanguagePipeline
 
 __all__ = [
@@ -106,9 +107,9 @@ def ask_torch(
     config: SelectionConfig,
     *,
     max_new_tokens: int,
-    done: Callable[[int], None],
+    step: Step = NO_STEP,
 ) -> list[Run]:
-    """Ask every question under every condition; ``done`` is told the number of further pictures."""
+    """Ask every question under every condition; ``step`` counts the pictures."""
     answers: list[list[tuple[str, ...]]] = [[] for _ in wanted]
     selections: list[list[TokenSelection]] = [[] for _ in wanted]
     for start in range(0, len(pictures), _PICTURES_AT_ONCE):
@@ -120,7 +121,7 @@ def ask_torch(
             found = model.answer(kept, questions, max_new_tokens)
             answers[index] += [tuple(texts) for texts in found]
             selections[index] += chosen
-        done(len(part))
+        step.advance(len(part))
     return [
         Run(condition, tuple(texts), tuple(chosen))
         for condition, texts, chosen in zip(wanted, answers, selections, strict=True)
@@ -209,10 +210,10 @@ def oracle_saliency(scene: Scene, side: int) -> np.ndarray[tuple[int], np.dtype[
     return wanted
 
 
-def ask_package(folder: Path, pictures: Sequence[Picture], *, max_new_tokens: int, done: Callable[[int], None]) -> Run:
+def ask_package(folder: Path, pictures: Sequence[Picture], *, max_new_tokens: int, step: Step = NO_STEP) -> Run:
     """Ask every question to a package, through the runtime as an application would, a picture's questions at once."""
     with VisionLanguagePipeline.from_package(folder) as pipeline:
-        found = list(_answers(pipeline, pictures, max_new_tokens, done))
+        found = list(_answers(pipeline, pictures, max_new_tokens, step))
         record = pipeline.manifest.selection
     selections = tuple(selection for _, selection in found)
     policy = record.policy if record.keep_tokens < record.num_tokens else ALL
@@ -225,11 +226,11 @@ def _name_of(manifest: Manifest) -> str:
 
 
 def _answers(
-    pipeline: VisionLanguagePipeline, pictures: Sequence[Picture], max_new_tokens: int, done: Callable[[int], None]
+    pipeline: VisionLanguagePipeline, pictures: Sequence[Picture], max_new_tokens: int, step: Step
 ) -> Iterator[tuple[tuple[str, ...], TokenSelection]]:
     for picture in pictures:
         image = pipeline.encode_image(picture.load())
         requests = [(image, question.text) for question in picture.questions]
         results = pipeline.generate_batch(requests, max_new_tokens=max_new_tokens)
         yield tuple(result.text.strip() for result in results), image.selection
-        done(1)
+        step.advance()

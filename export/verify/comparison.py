@@ -102,6 +102,7 @@ def compare_package(
     names = _names(manifest, config.graphs)
     _check_alike(package, manifest, reference, reference_manifest)
     G_LOGGER.module_severity = G_LOGGER.CRITICAL + 1  # it writes to stdout; what it has to say comes as an exception
+    progress.announce(1 + len(names))
     with progress.step("sample inputs"):
         feeds = sample_feeds(reference, manifest)
     _check_fed(names, feeds)

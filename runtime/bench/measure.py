@@ -17,10 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 from promprune.package.manifest import Manifest, read_manifest, sha256_of_file
 from promprune.package.sources import embedded_model_folder, source_of_package
+from promprune.progress import Progress
 from promprune.runtime.bench.cold_start import ColdStartRequest, ProcessStart, start_process, summary_of
 from promprune.runtime.bench.config import BenchConfig
 from promprune.runtime.bench.contenders import (
@@ -50,20 +51,10 @@ from promprune.runtime.bench.report import (
 )
 from promprune.runtime.sessions.config import RuntimeConfig
 
-__all__ = ["Progress", "run_benchmark"]
+__all__ = ["run_benchmark"]
 
 _PAUSE_S: Final = 0.05  # between calls: lets the worker threads of the other library stop spinning
 _SCENE_SIZE: Final = 512
-
-
-class Progress(Protocol):
-    """Told what happens; see the command line."""
-
-    def begin(self, description: str, steps: int) -> None:
-        """Begin something of so many steps."""
-
-    def advance(self) -> None:
-        """Finish a step."""
 
 
 class _Load(NamedTuple):
@@ -90,6 +81,7 @@ def run_benchmark(config: BenchConfig, progress: Progress) -> Report:
             cannot be read.
     """
     created, load_before = datetime.now(UTC), load_average()
+    progress.announce(4 + (config.cold_starts > 0))
     config = replace(config, runtime=_settled(config.runtime))
     manifests = {name: read_manifest(folder) for name, folder in config.packages.items()}
     with contextlib.ExitStack() as stack:
@@ -97,7 +89,8 @@ def run_benchmark(config: BenchConfig, progress: Progress) -> Report:
         question = Question(image=image, prompt=config.prompt, new_tokens=config.new_tokens)
         pytorch = _pytorch_settings(config, manifests)
         cold_starts = _cold_starts(config, question, pytorch, progress)
-        contenders = _open(config, pytorch, manifests, stack, progress)
+        with progress.step("load"):
+            contenders = _open(config, pytorch, manifests, stack)
         probe = _open_probe(config, contenders, manifests, stack)
         loads = _loads(config, contenders)
         measured, others = _rounds(config, question, contenders, loads, probe, progress)
@@ -173,14 +166,15 @@ def _cold_starts(
     }
     order, shuffle = list(requests), random.Random(0)
     starts: dict[str, list[ProcessStart]] = defaultdict(list)
-    progress.begin("cold starts", (1 + config.cold_starts) * len(requests))
-    for turn in range(1 + config.cold_starts):
-        shuffle.shuffle(order)
-        for name in order:
-            start = start_process(requests[name])
-            if turn > 0:
-                starts[name].append(start)
-            progress.advance()
+    turns = 1 + config.cold_starts
+    with progress.step("cold starts", items=turns * len(requests)) as step:
+        for turn in range(turns):
+            shuffle.shuffle(order)
+            for name in order:
+                start = start_process(requests[name])
+                if turn > 0:
+                    starts[name].append(start)
+                step.advance()
     return {name: summary_of(found) for name, found in starts.items()}
 
 
@@ -189,16 +183,12 @@ def _open(
     pytorch: Mapping[str, Any],
     manifests: Mapping[str, Manifest],
     stack: contextlib.ExitStack,
-    progress: Progress,
 ) -> list[Measurable]:
-    progress.begin("load", 1 + bool(pytorch) + bool(config.openvino))
     contenders: list[Measurable] = [*open_packages(config.packages, config.runtime)]
-    progress.advance()
     if pytorch:
         module = plugin("pytorch")
         shared = module.PytorchModel(next(iter(pytorch.values())))
         contenders += [module.PytorchContender(name, shared, settings) for name, settings in pytorch.items()]
-        progress.advance()
     if config.openvino is not None:
         from promprune.runtime.bench.openvino import OpenVinoContender, OpenVinoModel
 
@@ -210,7 +200,6 @@ def _open(
             OpenVinoContender(f"OpenVINO, {percent} % removed", peer, num_tokens, percent)
             for percent in sorted(removed)
         ]
-        progress.advance()
     for contender in contenders:
         stack.callback(contender.close)
     return contenders
@@ -252,29 +241,29 @@ def _rounds(
 ) -> tuple[dict[_Load, _Measured], tuple[float, ...]]:
     """Run the warm-up and the rounds; return the samples, and what others used of the CPUs in each round."""
     order, shuffle = list(loads), random.Random(0)
-    progress.begin("warm-up", config.warmup * len(loads))
-    for _ in range(config.warmup):
-        if probe is not None:
-            probe.run()
-        for load in order:
-            _call(load, question)
-            progress.advance()
+    with progress.step("warm-up", items=config.warmup * len(loads)) as step:
+        for _ in range(config.warmup):
+            if probe is not None:
+                probe.run()
+            for load in order:
+                _call(load, question)
+                step.advance()
     for contender in contenders:
         contender.separate_selection(question.image)
     measured: dict[_Load, _Measured] = defaultdict(_Measured)
     others, other_load = [], OtherLoad()
-    progress.begin("rounds", config.rounds * len(loads))
-    for _ in range(config.rounds):
-        shuffle.shuffle(order)
-        if probe is not None:
-            probe.run()
-        for load in order:
-            time.sleep(_PAUSE_S)
-            samples, wall = _call(load, question)
-            measured[load].samples += samples
-            measured[load].walls.append(wall)
-            progress.advance()
-        others.append(other_load.since_last())
+    with progress.step("rounds", items=config.rounds * len(loads)) as step:
+        for _ in range(config.rounds):
+            shuffle.shuffle(order)
+            if probe is not None:
+                probe.run()
+            for load in order:
+                time.sleep(_PAUSE_S)
+                samples, wall = _call(load, question)
+                measured[load].samples += samples
+                measured[load].walls.append(wall)
+                step.advance()
+            others.append(other_load.since_last())
     return measured, tuple(share for share in others if share is not None)
 
 
@@ -300,14 +289,14 @@ def _records(
     measured: Mapping[_Load, _Measured],
     progress: Progress,
 ) -> tuple[Contender, ...]:
-    progress.begin("count the work", len(contenders))
     records = []
-    for contender in contenders:
-        facts = contender.facts(question)
-        first = next(load for load in loads if load.contender is contender)
-        work = {name: _stage_work(counted, facts, ceilings) for name, counted in (facts.work or {}).items()}
-        records.append(facts.record(work, measured[first].samples[-1].token_ids, cold_starts.get(contender.name)))
-        progress.advance()
+    with progress.step("count the work", items=len(contenders)) as step:
+        for contender in contenders:
+            facts = contender.facts(question)
+            first = next(load for load in loads if load.contender is contender)
+            work = {name: _stage_work(counted, facts, ceilings) for name, counted in (facts.work or {}).items()}
+            records.append(facts.record(work, measured[first].samples[-1].token_ids, cold_starts.get(contender.name)))
+            step.advance()
     return tuple(records)
 
 

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import msgspec
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
 from rich.table import Table
 
 from promprune.dtypes import DTYPES
 from promprune.errors import ConfigError, OutputError
 from promprune.files import replace_file
 from promprune.method.config import POLICIES
+from promprune.progress import Progress
 from promprune.runtime.bench.config import BASELINES, BenchConfig
 from promprune.runtime.bench.plugins import plugin
 from promprune.runtime.commands.options import Backend, CudaGraphs, NumThreads, Provider, Version
@@ -34,6 +33,7 @@ from promprune.terminal import (
     plain,
     print_json,
     run_command,
+    show_progress,
 )
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def bench(
     BenchConfig(packages=given or {"none yet": Path()}, **asked)  # refuses what is wrong before anything is exported
     if output is not None:
         _prepare_output(output)
-    with _bar() as progress, missing_extra("export"), missing_package(*OPENVINO):
+    with show_progress() as progress, missing_extra("export"), missing_package(*OPENVINO):
         if peer is not None:
             importlib.import_module("openvino_genai")  # rather now than after the first measurements
         folders = given or _exported(
@@ -258,34 +258,6 @@ def main() -> None:
     run_command(bench)
 
 
-class _RichProgress:
-    """One bar after the other."""
-
-    def __init__(self, bar: Bar) -> None:
-        self._bar = bar
-        self._task: Any = None
-
-    def __enter__(self) -> _RichProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
-
-    def begin(self, description: str, steps: int) -> None:
-        if self._task is not None:
-            self._bar.remove_task(self._task)
-        self._task = self._bar.add_task(description, total=steps)
-
-    def advance(self) -> None:
-        self._bar.advance(self._task)
-
-
-def _bar() -> _RichProgress:
-    columns = (SpinnerColumn(), TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn())
-    return _RichProgress(Bar(*columns, TimeElapsedColumn(), console=console, transient=True))
-
-
 def _numbers(text: str, convert: Callable[[str], Any], option: str, expected: str) -> tuple[Any, ...]:
     try:
         return tuple(convert(part) for part in text.split(","))
@@ -334,7 +306,7 @@ def _exported(
     dtype: str,
     policies: list[str],
     cache: Path | None,
-    progress: _RichProgress,
+    progress: Progress,
 ) -> dict[str, Path]:
     exports = plugin("packages")
     folders: dict[str, Path] = exports.packages_of(
