@@ -5,13 +5,15 @@ The command line takes its defaults from these classes, and every step receives 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from promprune.dtypes import DTYPES, Dtype
 from promprune.errors import ConfigError, OutputError
-from promprune.method.config import LOOP_FORMS, LoopForm, SelectionConfig, SelectionPolicy, TokenOrder
+from promprune.export.graphs.opset import DEFAULT_OPSET, check_opset
+from promprune.method.config import DEFAULT_LOOP, LoopForm, SelectionConfig, SelectionPolicy, TokenOrder, check_loop
 from promprune.package.sources import EMBEDDED_MODEL
 
 __all__ = [
@@ -22,8 +24,6 @@ __all__ = [
 ]
 
 MIN_CALIBRATION_IMAGES: Final = 8
-MIN_OPSET: Final = 18
-MAX_OPSET: Final = 23
 _PLOT_SUFFIXES: Final = (".png", ".svg")
 
 
@@ -62,7 +62,7 @@ class ExportConfig:
     keep_tokens: int | None = None
     dtype: Dtype = "fp32"
     image_grids: tuple[tuple[int, int], ...] = ()
-    opset: int = 20
+    opset: int = DEFAULT_OPSET
     split_selector: bool = False
     copy_weights: bool | None = None
     vision_only: bool = False
@@ -72,7 +72,7 @@ class ExportConfig:
     tau: float | None = None
     order: TokenOrder = SelectionConfig.order
     policy: SelectionPolicy = SelectionConfig.policy
-    loop: LoopForm = "loop"
+    loop: LoopForm = DEFAULT_LOOP
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1:
@@ -91,15 +91,27 @@ class ExportConfig:
                 f"received the image grids {', '.join(f'{rows}x{columns}' for rows, columns in grids)}",
                 expected="rows and columns of at least 1, and each grid once",
             )
-        if self.loop not in LOOP_FORMS:
-            raise ConfigError(f"received loop = {self.loop!r}", expected="one of " + ", ".join(LOOP_FORMS))
-        if not MIN_OPSET <= self.opset <= MAX_OPSET:
-            raise ConfigError(f"received opset = {self.opset}", expected=f"{MIN_OPSET} to {MAX_OPSET}")
-        SelectionConfig(order=self.order, policy=self.policy, **self.given_constants)  # refuses what is out of range
+        check_loop(self.loop)
+        check_opset(self.opset)
+        self.selection({})  # refuses what is out of range
+
+    def selection(self, own: Mapping[str, float]) -> SelectionConfig:
+        """Return the settings of the selection: those given here, else the model's, else the paper's.
+
+        Args:
+            own: what the model's own folder says of mu, tau and the limits of the split.
+
+        Raises:
+            ConfigError: a value is out of its range.
+        """
+        return SelectionConfig(order=self.order, policy=self.policy, **{**own, **self._given_constants})
+
+    def parameters_from(self, own: Mapping[str, float]) -> str:
+        """Say who chose mu and tau: ``"command line"``, ``"model"`` or ``"defaults"``."""
+        return "command line" if self._given_constants else "model" if own else "defaults"
 
     @property
-    def given_constants(self) -> dict[str, float]:
-        """Those of mu and tau that override the model's own."""
+    def _given_constants(self) -> dict[str, float]:
         given = {"mu": self.mu, "tau": self.tau}
         return {name: value for name, value in given.items() if value is not None}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from promprune._version import __version__
 from promprune.errors import VerificationError
-from promprune.export.checkpoint.loading import TORCH_DTYPES, Checkpoint, load_checkpoint, selection_config
+from promprune.export.checkpoint.loading import TORCH_DTYPES, Checkpoint, load_checkpoint, read_constants
 from promprune.export.checkpoint.meta_model import make_fake
 from promprune.export.checkpoint.prompts import chat_template
 from promprune.export.config import ExportConfig, default_output
@@ -40,6 +40,7 @@ from promprune.package.manifest import (
     GraphRecord,
     Manifest,
     SelectionRecord,
+    TokenCounts,
     file_records,
     write_manifest,
     writing_package,
@@ -81,11 +82,12 @@ def export_package(config: ExportConfig, *, progress: Progress = NO_PROGRESS) ->
             checkpoint = load_checkpoint(config.model, dtype=TORCH_DTYPES[config.dtype])
             make_fake(checkpoint.skeleton)
             model = checkpoint.family.adapted(checkpoint.skeleton, checkpoint.processor, config.image_grids)
-            selection = selection_record(config, checkpoint, model.vision_graphs[0].num_tokens)
+            selection = selection_record(config, checkpoint)
+            counts = token_counts(config, model)
         placement = start_placement(folder, config, checkpoint)
-        graphs = write_graphs(placement, config, model, selection, progress)
+        graphs = write_graphs(placement, config, model, selection, counts, progress)
         with progress.step("write tokenizer and configuration"):
-            write_configs(folder, checkpoint, model, selection)
+            write_configs(folder, checkpoint, model, counts[VISION_ENCODER])
             write_arrays(folder, config, checkpoint, model)
             manifest = build_manifest(folder, config, checkpoint, model, selection, graphs, placement)
             write_manifest(folder, manifest)
@@ -99,28 +101,28 @@ def export_package(config: ExportConfig, *, progress: Progress = NO_PROGRESS) ->
     return ExportResult(output=output, manifest=manifest, seconds=time.perf_counter() - started)
 
 
-def selection_record(config: ExportConfig, checkpoint: Checkpoint, num_tokens: int) -> SelectionRecord:
-    """Settle N, T and the parameters of the selection, as the manifest records them."""
-    keep_tokens = config.keep_tokens_of(num_tokens)
-    parameters, chosen_by = selection_config(
-        checkpoint.folder, config.given_constants, order=config.order, policy=config.policy
-    )
+def selection_record(config: ExportConfig, checkpoint: Checkpoint) -> SelectionRecord:
+    """Settle the parameters of the selection, as the manifest records them."""
+    own = read_constants(checkpoint.folder)
     return SelectionRecord(
-        num_tokens=num_tokens,
-        keep_tokens=keep_tokens,
-        ratio=keep_tokens / num_tokens,
-        ratio_removed=1 - keep_tokens / num_tokens,
+        config=config.selection(own),
+        parameters_from=config.parameters_from(own),
+        loop=config.loop,
         requested_ratio=config.ratio if config.keep_tokens is None else None,
         rounding=ROUNDING,
-        mu=parameters.mu,
-        tau=parameters.tau,
-        saliency_ratio_min=parameters.saliency_ratio_min,
-        saliency_ratio_max=parameters.saliency_ratio_max,
-        order=parameters.order,
-        policy=parameters.policy,
-        loop=config.loop,
-        parameters_from=chosen_by,
     )
+
+
+def token_counts(config: ExportConfig, model: AdaptedModel) -> dict[str, TokenCounts]:
+    """Settle N and T of every vision graph.
+
+    Raises:
+        ConfigError: T is larger than N.
+    """
+    return {
+        vision.name: TokenCounts(num_tokens=vision.num_tokens, keep_tokens=config.keep_tokens_of(vision.num_tokens))
+        for vision in model.vision_graphs
+    }
 
 
 def start_placement(folder: Path, config: ExportConfig, checkpoint: Checkpoint) -> Placement:
@@ -134,17 +136,25 @@ def start_placement(folder: Path, config: ExportConfig, checkpoint: Checkpoint) 
 
 
 def write_graphs(
-    placement: Placement, config: ExportConfig, model: AdaptedModel, selection: SelectionRecord, progress: Progress
+    placement: Placement,
+    config: ExportConfig,
+    model: AdaptedModel,
+    selection: SelectionRecord,
+    counts: Mapping[str, TokenCounts],
+    progress: Progress,
 ) -> dict[str, GraphRecord]:
     """Export every graph, and return their records by name."""
     makers: dict[str, Callable[[], ir.Model]] = {
-        vision.name: partial(vision_with_selection, config, model, vision, selection) for vision in model.vision_graphs
+        vision.name: partial(vision_with_selection, config, model, vision, selection, counts[vision.name])
+        for vision in model.vision_graphs
     }
     if not config.vision_only:
         makers[EMBED_TOKENS] = lambda: embed_tokens_graph(model, opset=config.opset)
         makers[DECODER] = lambda: decoder_graph(model, opset=config.opset)
     if config.split_selector:
-        makers[TOKEN_SELECTOR] = lambda: selector(config, model, model.vision_graphs[0], selection)
+        makers[TOKEN_SELECTOR] = lambda: selector(
+            config, model, model.vision_graphs[0], selection, counts[VISION_ENCODER]
+        )
     records = {}
     progress.announce(len(makers))
     for name, make in makers.items():
@@ -152,36 +162,33 @@ def write_graphs(
             graph = make()
             share = name.startswith(VISION_ENCODER)  # the graphs of several grids have the same weights
             weights = save_graph(graph, placement.folder / f"{name}.onnx", placement, share=share)
-            records[name] = graph_record(graph, f"onnx/{name}.onnx", weights)
+            records[name] = graph_record(graph, f"onnx/{name}.onnx", weights, counts.get(name))
     placement.remove_unused()
     return records
 
 
 def vision_with_selection(
-    config: ExportConfig, model: AdaptedModel, vision: VisionGraph, selection: SelectionRecord
+    config: ExportConfig, model: AdaptedModel, vision: VisionGraph, selection: SelectionRecord, counts: TokenCounts
 ) -> ir.Model:
     """Export a vision encoder with the selection inside; with nothing to remove, without it."""
     graph = vision_graph(vision, opset=config.opset)
-    if config.keep_tokens_of(vision.num_tokens) == vision.num_tokens:
+    if not counts.is_pruned:
         return drop_saliency(graph)
-    return fuse_selector(graph, selector(config, model, vision, selection))
+    return fuse_selector(graph, selector(config, model, vision, selection, counts))
 
 
-def selector(config: ExportConfig, model: AdaptedModel, vision: VisionGraph, selection: SelectionRecord) -> ir.Model:
+def selector(
+    config: ExportConfig, model: AdaptedModel, vision: VisionGraph, selection: SelectionRecord, counts: TokenCounts
+) -> ir.Model:
     """Author the selection for one vision graph."""
     proto = build_selector(
-        vision.num_tokens,
+        counts.num_tokens,
         model.text_config.hidden_size,
-        config.keep_tokens_of(vision.num_tokens),
+        counts.keep_tokens,
+        selection.config,
         batch_size="batch_size" if vision.is_batched else 1,
         token_mask=vision.token_mask,
         dtype=_NUMPY_DTYPES[config.dtype],
-        mu=selection.mu,
-        tau=selection.tau,
-        saliency_ratio_min=selection.saliency_ratio_min,
-        saliency_ratio_max=selection.saliency_ratio_max,
-        order=selection.order,
-        policy=selection.policy,
         loop=selection.loop,
         opset=config.opset,
     )
@@ -197,7 +204,7 @@ def write_arrays(folder: Path, config: ExportConfig, checkpoint: Checkpoint, mod
         np.save(folder / name, array.detach().numpy())
 
 
-def write_configs(folder: Path, checkpoint: Checkpoint, model: AdaptedModel, selection: SelectionRecord) -> None:
+def write_configs(folder: Path, checkpoint: Checkpoint, model: AdaptedModel, counts: TokenCounts) -> None:
     """Write tokenizer, chat template, preprocessing and model configuration, as other clients expect them."""
     processor, source = checkpoint.processor, checkpoint.skeleton
     template = chat_template(processor)
@@ -210,21 +217,21 @@ def write_configs(folder: Path, checkpoint: Checkpoint, model: AdaptedModel, sel
     if isinstance(model.layout, CropLayout):
         preprocessor.setdefault("do_center_crop", False)  # SigLIP's does not say it, other readers take it for true
         preprocessor["processor_class"] = type(processor).__name__
-        _write_json(folder / "processor_config.json", _placeholders(checkpoint, model, model.layout, selection))
+        _write_json(folder / "processor_config.json", _placeholders(checkpoint, model, model.layout, counts))
     _write_json(folder / "preprocessor_config.json", preprocessor)
     (folder / "config.json").write_text(source.config.to_json_string(use_diff=False))
     (folder / "generation_config.json").write_text(source.generation_config.to_json_string())
 
 
 def _placeholders(
-    checkpoint: Checkpoint, model: AdaptedModel, layout: CropLayout, selection: SelectionRecord
+    checkpoint: Checkpoint, model: AdaptedModel, layout: CropLayout, counts: TokenCounts
 ) -> dict[str, Any]:
     """Let the processors of transformers and transformers.js, which count patches, write T placeholders an image."""
     return {
         "processor_class": type(checkpoint.processor).__name__,
         "image_token": checkpoint.processor.tokenizer.convert_ids_to_tokens(model.image_token_id),
         "patch_size": layout.height // layout.patch_rows,
-        "num_additional_image_tokens": selection.keep_tokens - selection.num_tokens,
+        "num_additional_image_tokens": counts.keep_tokens - counts.num_tokens,
         "vision_feature_select_strategy": "full",  # "default" would take one off for a CLS token
     }
 

@@ -16,13 +16,17 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from promprune.method.config import DEFAULT_LOOP, SelectionConfig
 from promprune.package.image import CropLayout, ImageRecord
 from promprune.package.manifest import (
+    SCHEMA_VERSION,
+    VISION_ENCODER,
     GraphRecord,
     Manifest,
     SelectionRecord,
     SourceRecord,
     TensorRecord,
+    TokenCounts,
     file_records,
     write_manifest,
 )
@@ -129,40 +133,42 @@ def rewrite_manifest(folder: Path, manifest: Manifest, **changes: Any) -> None:
 
 
 def manifest_of(model: FakeModel, graphs: dict[str, onnx.ModelProto]) -> Manifest:
-    T = model.keep_tokens
+    counts = TokenCounts(num_tokens=NUM_TOKENS, keep_tokens=model.keep_tokens)
     return Manifest(
-        schema_version=1,
+        schema_version=SCHEMA_VERSION,
         family="fake",
         dtype="fp32",
         opset=20,
         context_length=model.context_length,
         source=SourceRecord(model="fake", revision=None, weights_sha256="0" * 64),
         selection=SelectionRecord(
-            num_tokens=NUM_TOKENS,
-            keep_tokens=T,
-            ratio=T / NUM_TOKENS,
-            ratio_removed=1 - T / NUM_TOKENS,
+            config=SelectionConfig(),
+            parameters_from="defaults",
+            loop=DEFAULT_LOOP,
             requested_ratio=None,
             rounding="none",
-            mu=0.42,
-            tau=0.02,
-            saliency_ratio_min=0,
-            saliency_ratio_max=1,
-            order="spatial",
-            parameters_from="defaults",
         ),
         image=ImageRecord(
             token=IMAGE_TOKEN,
             token_id=IMAGE_TOKEN_ID,
             layout=CropLayout(height=SIDE, width=SIDE, patch_rows=GRID, patch_columns=GRID),
         ),
-        graphs={name: graph_record(name, graph) for name, graph in graphs.items()},
+        graphs={
+            name: graph_record(name, graph, counts if name == VISION_ENCODER else None)
+            for name, graph in graphs.items()
+        },
         files=(),
         tools={},
     )
 
 
-def graph_record(name: str, model: onnx.ModelProto) -> GraphRecord:
+def replaced_graph(manifest: Manifest, name: str, model: onnx.ModelProto) -> dict[str, GraphRecord]:
+    """Return the graphs of a manifest with another one, or one more; N and T stay."""
+    known = manifest.graphs.get(name)
+    return {**manifest.graphs, name: graph_record(name, model, known.tokens if known else None)}
+
+
+def graph_record(name: str, model: onnx.ModelProto, tokens: TokenCounts | None = None) -> GraphRecord:
     """Describe a graph as a manifest does."""
     dtypes = {number: dtype for dtype, number in _TYPES.items()}
 
@@ -176,7 +182,12 @@ def graph_record(name: str, model: onnx.ModelProto) -> GraphRecord:
             for value in values
         )
 
-    return GraphRecord(file=f"onnx/{name}.onnx", inputs=tensors(model.graph.input), outputs=tensors(model.graph.output))
+    return GraphRecord(
+        file=f"onnx/{name}.onnx",
+        inputs=tensors(model.graph.input),
+        outputs=tensors(model.graph.output),
+        tokens=tokens,
+    )
 
 
 def make_graph(

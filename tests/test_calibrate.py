@@ -107,7 +107,7 @@ def test_the_command_fits_and_the_export_uses_it(own_llava: Path, photos: Path, 
     out = tmp_path / "out"
     assert run(export_command.main, str(own_llava), "--ratio", "0.5", "--vision-only", "-o", str(out)).exit_code == 0
     record = read_manifest(out).selection
-    assert (record.mu, record.tau, record.parameters_from) == (written["mu"], written["tau"], "model")
+    assert (record.config.mu, record.config.tau, record.parameters_from) == (written["mu"], written["tau"], "model")
 
 
 def test_json(tiny_llava: Path, photos: Path) -> None:

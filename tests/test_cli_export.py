@@ -104,7 +104,7 @@ def test_json_is_the_manifest_on_stdout_and_progress_on_stderr(tiny_llava: Path,
     printed = json.loads(line)
     assert printed.pop("output") == str(output)
     assert printed == json.loads((output / MANIFEST_FILE).read_text())
-    assert printed["selection"]["keep_tokens"] == 8
+    assert printed["graphs"]["vision_encoder"]["tokens"]["keep_tokens"] == 8
     assert printed["verification"] is None
     assert "export decoder_model_merged" in outcome.stderr
 

@@ -22,7 +22,7 @@ from promprune.export.verify.config import CompareConfig
 from promprune.package.engines import current_target
 from promprune.package.manifest import DECODER, read_manifest
 from tests.command_line import run
-from tests.fake_package import NUM_TOKENS, FakeModel, graph_record, make_graph, rewrite_manifest, write_fake_package
+from tests.fake_package import NUM_TOKENS, FakeModel, make_graph, replaced_graph, rewrite_manifest, write_fake_package
 
 pytest.importorskip("polygraphy", reason="Polygraphy is not installed")
 
@@ -58,7 +58,7 @@ def with_graph(folder: Path, name: str, graph: onnx.ModelProto) -> Path:
     write_fake_package(folder)
     manifest = read_manifest(folder)
     onnx.save(graph, folder / "onnx" / f"{name}.onnx")
-    rewrite_manifest(folder, manifest, graphs={**manifest.graphs, name: graph_record(name, graph)})
+    rewrite_manifest(folder, manifest, graphs=replaced_graph(manifest, name, graph))
     return folder
 
 

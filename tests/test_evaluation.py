@@ -87,9 +87,9 @@ def test_crops_and_rotary_positions_answer_as_generate_does(family: str, request
 
 
 def test_crops_are_chosen_from_as_in_a_package(tiny_llava_next: Path, next_export: ExportResult) -> None:
-    pictures, record = _scenes(), next_export.manifest.selection
-    condition = Condition("torch", "promprune", record.keep_tokens, record.num_tokens)
-    config = SelectionConfig(mu=record.mu, tau=record.tau)
+    pictures, counts = _scenes(), next_export.manifest.tokens_of()
+    condition = Condition("torch", "promprune", counts.keep_tokens, counts.num_tokens)
+    config = next_export.manifest.selection.config
     model = TorchModel(load_checkpoint(str(tiny_llava_next)))
     ours = ask_torch(model, pictures, [condition], config, max_new_tokens=4)[0]
     package = ask_package(next_export.output, pictures, max_new_tokens=4)

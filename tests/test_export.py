@@ -27,6 +27,7 @@ from promprune.export.checkpoint.loading import load_checkpoint
 from promprune.export.config import ExportConfig
 from promprune.export.families.llava import adapt
 from promprune.export.verify.verification import Limits
+from promprune.method.config import SelectionConfig
 from promprune.runtime import ImageEncoder, VisionLanguagePipeline
 from tests.tiny_models import IMAGE_SIZE, NUM_TOKENS, save_tiny_llava, tiny_language_model
 
@@ -135,9 +136,9 @@ def test_the_decoder_equals_transformers(
 
 
 def test_the_manifest_says_what_is_kept(tiny_export: ExportResult) -> None:
-    selection = tiny_export.manifest.selection
-    assert (selection.num_tokens, selection.keep_tokens) == (NUM_TOKENS, 4)
-    assert (selection.ratio, selection.ratio_removed, selection.requested_ratio) == (0.25, 0.75, 0.25)
+    counts, selection = tiny_export.manifest.tokens_of(), tiny_export.manifest.selection
+    assert (counts.num_tokens, counts.keep_tokens, counts.ratio) == (NUM_TOKENS, 4, 0.25)
+    assert (selection.requested_ratio, selection.config) == (0.25, SelectionConfig())
     verification = tiny_export.manifest.verification
     assert verification is not None
     assert verification.passed
@@ -158,7 +159,7 @@ def test_the_split_selector_chooses_as_the_fused_graph(tiny_export: ExportResult
 
 def test_a_fp16_export_verifies(tiny_llava: Path, tmp_path: Path) -> None:
     result = export_package(ExportConfig(model=str(tiny_llava), keep_tokens=5, dtype="fp16", output=tmp_path / "out"))
-    assert result.manifest.selection.keep_tokens == 5
+    assert result.manifest.tokens_of().keep_tokens == 5
     assert result.manifest.selection.requested_ratio is None
     outputs = {value.name: value.dtype for value in result.manifest.graphs["vision_encoder"].outputs}
     assert outputs["image_features"] == "float16"
@@ -246,18 +247,19 @@ def test_an_existing_output_is_refused_before_the_model_is_read(tmp_path: Path) 
 
 
 def test_a_models_own_constants_are_used_unless_overridden(tiny_llava: Path, tmp_path: Path) -> None:
-    from promprune.export.checkpoint.loading import selection_config
+    from promprune.export.checkpoint.loading import read_constants
 
     checkpoint = Path(shutil.copytree(tiny_llava, tmp_path / "checkpoint"))
-    assert selection_config(checkpoint, ExportConfig())[1] == "defaults"
+    assert ExportConfig().parameters_from(read_constants(checkpoint)) == "defaults"
     (checkpoint / "promprune_config.json").write_text('{"mu": 0.25, "tau": 0.01}')
-    own, chosen_by = selection_config(checkpoint, ExportConfig())
-    assert (own.mu, own.tau, chosen_by) == (0.25, 0.01, "model")
-    mixed, chosen_by = selection_config(checkpoint, ExportConfig(mu=0.3))
-    assert (mixed.mu, mixed.tau, chosen_by) == (0.3, 0.01, "command line")
+    constants = read_constants(checkpoint)
+    assert ExportConfig().selection(constants) == SelectionConfig(mu=0.25, tau=0.01)
+    assert ExportConfig().parameters_from(constants) == "model"
+    assert ExportConfig(mu=0.3).selection(constants) == SelectionConfig(mu=0.3, tau=0.01)
+    assert ExportConfig(mu=0.3).parameters_from(constants) == "command line"
     (checkpoint / "promprune_config.json").write_text('{"mu": "high"}')
     with pytest.raises(ModelError, match="cannot be read"):
-        selection_config(checkpoint, ExportConfig())
+        read_constants(checkpoint)
 
 
 def test_a_vision_only_package_encodes_and_does_not_answer(tiny_llava: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,7 @@ def test_pruned_inputs_are_the_tokens_that_the_method_chooses(
 ) -> None:
     image = picture(size)
     embeds, _, logits = prefill(pruned, [([image], "What is it?")])
-    keep_tokens = pruned.manifest.selection.keep_tokens
+    keep_tokens = pruned.manifest.tokens_of().keep_tokens
     expected, expected_logits = reference.pruned([image], "What is it?", keep_tokens)
     assert_close(embeds[0], expected, "fp32")
     assert_close(logits[0], expected_logits, "fp32")
@@ -208,7 +209,7 @@ def test_pruned_inputs_are_the_tokens_that_the_method_chooses(
 def test_pruned_batches_streams_chats_and_several_images(pruned: Any, reference: Reference) -> None:
     embeds, _, logits = prefill(pruned, BATCH)
     for row, (images, question) in enumerate(BATCH):
-        expected, expected_logits = reference.pruned(images, question, pruned.manifest.selection.keep_tokens)
+        expected, expected_logits = reference.pruned(images, question, pruned.manifest.tokens_of().keep_tokens)
         assert_close(embeds[row, -len(expected) :], expected, "fp32")
         assert_close(logits[row], expected_logits, "fp32")
     one_by_one = [pruned.generate(*request, max_new_tokens=10).token_ids for request in BATCH]
@@ -226,7 +227,7 @@ def test_every_crop_gives_its_tokens_and_padding_none(pruned: Any) -> None:
     selection = pruned.encode_image(picture((112, 60))).selection
     assert [(grid.rows, grid.columns) for grid in selection.grids] == [(4, 4), (4, 8)]
     assert selection.num_tokens == 16 + 32
-    keep = pruned.manifest.selection.keep_tokens
+    keep = pruned.manifest.tokens_of().keep_tokens
     assert selection.keep_tokens == 5 * keep  # 2 x 2 crops of 8 x 4 tokens without the padding, and the whole
     assert len(selection.spectral_entropies) == 5
     assert sorted(set(selection.token_indices.tolist())) == selection.token_indices.tolist()
@@ -254,10 +255,9 @@ def test_the_selection_order_goes_crop_by_crop(next_export: ExportResult, tmp_pa
     """The order is applied behind the graph as well, so that a manifest of the other order shows it."""
     folder = Path(shutil.copytree(next_export.output, tmp_path / "package"))
     manifest = read_manifest(folder)
-    write_manifest(
-        folder,
-        msgspec.structs.replace(manifest, selection=msgspec.structs.replace(manifest.selection, order="selection")),
-    )
+    config = replace(manifest.selection.config, order="selection")
+    selection = msgspec.structs.replace(manifest.selection, config=config)
+    write_manifest(folder, msgspec.structs.replace(manifest, selection=selection))
     with VisionLanguagePipeline.from_package(folder, provider="cpu") as other:
         prepared = other.encoder.prepare(picture((112, 112)))
         outputs = other.encoder.sessions["vision_encoder"].run(prepared.feeds)

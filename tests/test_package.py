@@ -100,7 +100,65 @@ def test_a_link_to_itself_is_refused(package: Path, file: str) -> None:
 
 def test_another_schema_version_is_refused(package: Path) -> None:
     change_manifest(package, schema_version=99)
-    with pytest.raises(PackageError, match="schema version 99; expected version 1"):
+    with pytest.raises(PackageError, match="schema version 99; expected version 2; export"):
+        read_manifest(package)
+
+
+FIRST_SCHEMA = {
+    "schema_version": 1,
+    "dtype": "fp16",
+    "source": {"model": "my llava", "revision": None},
+    "selection": {
+        "num_tokens": 576,
+        "keep_tokens": 69,
+        "requested_ratio": 0.12,
+        "mu": 0.3,
+        "tau": 0.02,
+        "parameters_from": "model",
+        "order": "spatial",
+    },
+    "image": {"layout": {"kind": "crop"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "command"),
+    [
+        ({}, "promprune-export 'my llava' --ratio 0.12 --dtype fp16"),
+        ({"dtype": "fp32", "source": {"model": "embedded"}}, "promprune-export --ratio 0.12"),
+        (
+            {"selection": {**FIRST_SCHEMA["selection"], "requested_ratio": None, "policy": "half"}},  # type: ignore[dict-item]
+            "promprune-export 'my llava' --keep-tokens 69 --dtype fp16 --policy half",
+        ),
+        (
+            {"selection": {**FIRST_SCHEMA["selection"], "parameters_from": "command line"}},  # type: ignore[dict-item]
+            "promprune-export 'my llava' --ratio 0.12 --dtype fp16 --mu 0.3 --tau 0.02",
+        ),
+        (
+            {"image": {"layout": {"kind": "grid", "grids": [{"rows": 24, "columns": 18}, {"rows": 8, "columns": 8}]}}},
+            "promprune-export 'my llava' --ratio 0.12 --dtype fp16 --image-grid 24x18,8x8",
+        ),
+        ({"selection": None}, "promprune-export"),
+    ],
+)
+def test_the_first_schema_is_refused_with_the_command_that_exports_again(
+    changes: dict[str, Any], command: str, tmp_path: Path
+) -> None:
+    (tmp_path / MANIFEST_FILE).write_text(json.dumps({**FIRST_SCHEMA, **changes}))
+    with pytest.raises(PackageError) as caught:
+        read_manifest(tmp_path)
+    assert str(caught.value).endswith(f"has schema version 1; expected version 2; export the package again: {command}")
+
+
+def test_a_manifest_that_keeps_more_tokens_than_there_are_is_refused(package: Path) -> None:
+    graphs = json.loads((package / MANIFEST_FILE).read_text())["graphs"]
+    graphs["vision_encoder"]["tokens"] = {"num_tokens": 4, "keep_tokens": 5}
+    change_manifest(package, graphs=graphs)
+    with pytest.raises(PackageError, match="keep_tokens = 5 of num_tokens = 4"):
+        read_manifest(package)
+    graphs["vision_encoder"]["tokens"] = None
+    change_manifest(package, graphs=graphs)
+    with pytest.raises(PackageError, match="no vision graph 'vision_encoder' with its N and T"):
         read_manifest(package)
 
 
@@ -110,7 +168,7 @@ def test_an_unknown_key_is_refused(package: Path) -> None:
         read_manifest(package)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"schema_version": 1}', b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"schema_version": 2}', b"\xff\xfe", b"[" * 100_000])
 def test_a_broken_manifest_is_refused(package: Path, content: bytes) -> None:
     (package / MANIFEST_FILE).write_bytes(content)
     with pytest.raises(PackageError, match="not a valid manifest"):

@@ -80,7 +80,7 @@ def test_graph_and_torch_agree_with_the_method(policy: SelectionPolicy, loop: st
     x, a = images(5)
     mask = np.random.default_rng(0).random((5, N)) < np.array([1, 0.9, 0.5, 0.2, 0.05])[:, None] if masked else None
     config = SelectionConfig(policy=policy, order="selection")
-    model = build_selector(N, D, T, batch_size="batch", token_mask=masked, policy=policy, order="selection", loop=loop)
+    model = build_selector(N, D, T, config, batch_size="batch", token_mask=masked, loop=loop)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     feeds = {"image_features": x, "saliency": a} | ({} if mask is None else {"token_mask": mask})
     indices, counts = session.run(["token_indices", "saliency_count"], feeds)
@@ -100,7 +100,7 @@ def test_graph_and_torch_agree_with_the_method(policy: SelectionPolicy, loop: st
 def test_a_package_of_a_baseline_verifies_and_says_so(policy: str, tiny_llava: Path, tmp_path: Path) -> None:
     config = ExportConfig(model=str(tiny_llava), output=tmp_path / "out", ratio=0.5, policy=policy)  # type: ignore[arg-type]
     manifest = export_package(config).manifest
-    assert manifest.selection.policy == policy
+    assert manifest.selection.config.policy == policy
     assert manifest.verification is not None
     checks: dict[str, CheckRecord] = {check.name: check for check in manifest.verification.checks}
     assert checks["kept sets equal to the float64 method's"].measured == 1

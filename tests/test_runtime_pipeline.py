@@ -28,8 +28,8 @@ from tests.fake_package import (
     HIDDEN,
     NUM_TOKENS,
     FakeModel,
-    graph_record,
     make_graph,
+    replaced_graph,
     rewrite_manifest,
     write_fake_package,
 )
@@ -386,7 +386,7 @@ def test_malformed_prompts_are_refused(pipeline: Any, prompt: Any, message: str)
 def replace_graph(folder: Path, name: str, graph: onnx.ModelProto) -> None:
     manifest = read_manifest(folder)
     onnx.save(graph, folder / "onnx" / f"{name}.onnx")
-    rewrite_manifest(folder, manifest, graphs={**manifest.graphs, name: graph_record(name, graph)})
+    rewrite_manifest(folder, manifest, graphs=replaced_graph(manifest, name, graph))
 
 
 def spoiled_vision(**spoiled: str) -> onnx.ModelProto:

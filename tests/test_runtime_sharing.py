@@ -16,7 +16,7 @@ from promprune.export import ExportResult, export_package
 from promprune.export.config import ExportConfig
 from promprune.package.manifest import read_manifest
 from promprune.runtime import VisionLanguagePipeline
-from tests.fake_package import EOS, HIDDEN, FakeModel, graph_record, rewrite_manifest, write_fake_package
+from tests.fake_package import EOS, HIDDEN, FakeModel, replaced_graph, rewrite_manifest, write_fake_package
 from tests.tiny_models import save_tiny_llava
 
 VISION = "onnx/vision_encoder.onnx"
@@ -64,7 +64,7 @@ def replace_vision(package: Path, model: onnx.ModelProto) -> None:
     """Give a package another vision graph, and say so in its manifest."""
     manifest = read_manifest(package)
     onnx.save(model, package / VISION)
-    graphs = {**manifest.graphs, "vision_encoder": graph_record("vision_encoder", model)}
+    graphs = replaced_graph(manifest, "vision_encoder", model)
     rewrite_manifest(package, manifest, graphs=graphs)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from functools import cache
 from typing import Any
 
@@ -37,8 +36,7 @@ def session(*sizes: int, **options: Any) -> ort.InferenceSession:
     settings.intra_op_num_threads = 1
     settings.log_severity_level = 3
     options.setdefault("batch_size", "batch")
-    parameters = asdict(options.pop("config", SelectionConfig()))
-    model = build_selector(*sizes, **parameters, **options).SerializeToString()
+    model = build_selector(*sizes, **options).SerializeToString()
     return ort.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
 
 

@@ -58,7 +58,7 @@ def test_the_embedded_model_answers_alike(embedded_export: ExportResult, tmp_pat
     theirs = transformers_js(embedded_export.output, image, questions)
     assert [answer["token_ids"] for answer in theirs] == our_answers(embedded_export.output, image, questions)
     assert len({answer["text"] for answer in theirs}) > 2
-    assert {answer["placeholders"] for answer in theirs} == {embedded_export.manifest.selection.keep_tokens}
+    assert {answer["placeholders"] for answer in theirs} == {embedded_export.manifest.tokens_of().keep_tokens}
 
 
 @needs_client
@@ -90,4 +90,4 @@ def test_the_processor_of_transformers_writes_as_many_placeholders_as_tokens_are
             processor = AutoProcessor.from_pretrained(result.output)
             inputs = processor(images=image, text="<image>\nWhat is this?", return_tensors="np")
             placeholders = (inputs["input_ids"] == result.manifest.image.token_id).sum()
-            assert placeholders == result.manifest.selection.keep_tokens
+            assert placeholders == result.manifest.tokens_of().keep_tokens

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from promprune.method.config import SelectionConfig
+
 
 @dataclass(frozen=True)
 class AuthorsSelection:
@@ -32,8 +34,8 @@ def authors_select(
     attention: Tensor,
     keep_tokens: int,
     *,
-    mu: float = 0.42,
-    tau: float = 0.02,
+    mu: float = SelectionConfig.mu,
+    tau: float = SelectionConfig.tau,
     repeat_fault: bool = True,
     first_token_seeds: bool = False,
 ) -> AuthorsSelection:

@@ -32,6 +32,7 @@ from promprune.export.checkpoint.loading import (
     resolve,
 )
 from promprune.export.checkpoint.prompts import prompt_text
+from promprune.method.config import SelectionConfig
 from promprune.package.manifest import Manifest
 from promprune.runtime.bench.contenders import Facts, Measurable, Question, Sample
 
@@ -60,8 +61,8 @@ class PytorchSettings:
     threads: int
     source: str | None = None
     keep_tokens: int | None = None
-    mu: float = 0.42
-    tau: float = 0.02
+    mu: float = SelectionConfig.mu
+    tau: float = SelectionConfig.tau
 
 
 class PytorchModel:

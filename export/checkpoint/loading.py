@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Final
 
 import msgspec
@@ -22,7 +21,6 @@ from promprune.export.checkpoint.meta_model import build_skeleton
 from promprune.export.checkpoint.out_of_core import stream_weights
 from promprune.export.checkpoint.weights import weight_files
 from promprune.export.families import FAMILIES, Family
-from promprune.method.config import SelectionConfig, SelectionPolicy, TokenOrder
 from promprune.package.manifest import SourceRecord, sha256_of_file
 from promprune.package.sources import EMBEDDED_MODEL, EXPECTED_MODEL, embedded_model_folder, local_folder
 
@@ -38,7 +36,6 @@ __all__ = [
     "load_processor",
     "read_constants",
     "resolve",
-    "selection_config",
 ]
 
 TORCH_DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -126,27 +123,6 @@ def load_checkpoint(name: str | None, *, dtype: torch.dtype = torch.float32) -> 
     return Checkpoint(
         source=source, folder=folder, family=family, skeleton=skeleton, processor=processor, digests=digests
     )
-
-
-def selection_config(
-    folder: Path,
-    overrides: Mapping[str, float] = MappingProxyType({}),
-    *,
-    order: TokenOrder = SelectionConfig.order,
-    policy: SelectionPolicy = SelectionConfig.policy,
-) -> tuple[SelectionConfig, str]:
-    """Return the parameters of the selection, and who chose mu and tau.
-
-    ``overrides``, from the command line, come first, then the model's own ``promprune_config.json``, then the paper's
-    defaults.
-
-    Raises:
-        ModelError: the model's file is not as it should be.
-        ConfigError: a value is out of its range.
-    """
-    constants = read_constants(folder)
-    chosen_by = "command line" if overrides else "model" if constants else "defaults"
-    return SelectionConfig(order=order, policy=policy, **{**constants, **overrides}), chosen_by
 
 
 def read_constants(folder: Path) -> dict[str, float]:

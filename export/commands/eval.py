@@ -259,7 +259,7 @@ def _run(config: EvalConfig) -> _Results:
 
 
 def _ask_model(config: EvalConfig, pictures: Sequence[Picture], progress: Progress) -> _Asked:
-    from promprune.export.checkpoint.loading import load_checkpoint, selection_config
+    from promprune.export.checkpoint.loading import load_checkpoint, read_constants
     from promprune.export.evaluation.model import TorchModel
     from promprune.export.evaluation.runs import ask_torch, conditions
 
@@ -270,7 +270,7 @@ def _ask_model(config: EvalConfig, pictures: Sequence[Picture], progress: Progre
         raise ConfigError(
             f"received --gallery, but every ratio keeps all {subject.num_tokens} tokens", expected="a smaller one"
         )
-    selection, _ = selection_config(checkpoint.folder)
+    selection = ExportConfig().selection(read_constants(checkpoint.folder))
     progress.announce(1 + (config.gallery is not None))
     with progress.step(f"PyTorch, {len(wanted)} conditions", items=len(pictures)) as step:
         runs = ask_torch(subject, pictures, wanted, selection, max_new_tokens=config.max_new_tokens, step=step)

@@ -14,7 +14,7 @@ from promprune.dtypes import DTYPES
 from promprune.errors import ConfigError, VerificationError
 from promprune.export.commands.tables import checks_table, print_verification
 from promprune.export.config import ExportConfig, default_output
-from promprune.method.config import POLICIES
+from promprune.method.config import POLICIES, SelectionConfig
 from promprune.package.describe import describe_selection
 from promprune.package.manifest import check_output
 from promprune.package.sources import local_folder
@@ -82,14 +82,16 @@ def export(
         float | None,
         typer.Option(
             help="Spectral entropy at which the budget splits half and half.",
-            show_default="the model's own, else the paper's 0.42",
+            show_default=f"the model's own, else the paper's {SelectionConfig.mu:g}",
             metavar="ENTROPY",
         ),
     ] = DEFAULTS.mu,
     tau: Annotated[
         float | None,
         typer.Option(
-            help="Width of that transition.", show_default="the model's own, else the paper's 0.02", metavar="ENTROPY"
+            help="Width of that transition.",
+            show_default=f"the model's own, else the paper's {SelectionConfig.tau:g}",
+            metavar="ENTROPY",
         ),
     ] = DEFAULTS.tau,
     order: Annotated[

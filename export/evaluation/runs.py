@@ -214,10 +214,10 @@ def ask_package(folder: Path, pictures: Sequence[Picture], *, max_new_tokens: in
     """Ask every question to a package, through the runtime as an application would, a picture's questions at once."""
     with VisionLanguagePipeline.from_package(folder) as pipeline:
         found = list(_answers(pipeline, pictures, max_new_tokens, step))
-        record = pipeline.manifest.selection
+        tokens = pipeline.manifest.tokens_of()
+        policy = pipeline.manifest.selection.config.policy if tokens.is_pruned else ALL
     selections = tuple(selection for _, selection in found)
-    policy = record.policy if record.keep_tokens < record.num_tokens else ALL
-    condition = Condition(_name_of(pipeline.manifest), policy, record.keep_tokens, record.num_tokens)
+    condition = Condition(_name_of(pipeline.manifest), policy, tokens.keep_tokens, tokens.num_tokens)
     return Run(condition, tuple(texts for texts, _ in found), selections if selections[0].ran else ())
 
 

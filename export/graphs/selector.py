@@ -19,12 +19,13 @@ from onnx import TensorProto, helper
 from promprune._version import __version__
 from promprune.errors import ConfigError
 from promprune.export.graphs.builder import Constant, GraphBuilder, floats, ints
-from promprune.method.config import LOOP_FORMS, LoopForm, SelectionConfig, SelectionPolicy, TokenOrder
+from promprune.export.graphs.opset import DEFAULT_OPSET, check_opset
+from promprune.method.config import DEFAULT_LOOP, LoopForm, SelectionConfig, check_loop
 from promprune.method.entropy import NORM_FLOOR
 from promprune.method.entropy_table import ENTROPY_TABLE
 from promprune.method.reference import BLANK_NORM, RESIDUAL_FLOOR, TAKEN, random_order
 
-__all__ = ["FeatureDtype", "LoopForm", "build_selector"]
+__all__ = ["FeatureDtype", "build_selector"]
 
 FeatureDtype = Literal["float32", "float16", "bfloat16"]
 
@@ -55,17 +56,12 @@ def build_selector(
     num_tokens: int,
     hidden_size: int,
     keep_tokens: int,
+    config: SelectionConfig = SelectionConfig(),  # noqa: B008 - frozen
     *,
     batch_size: int | str = 1,
     dtype: FeatureDtype = "float32",
-    mu: float = SelectionConfig.mu,
-    tau: float = SelectionConfig.tau,
-    saliency_ratio_min: float = SelectionConfig.saliency_ratio_min,
-    saliency_ratio_max: float = SelectionConfig.saliency_ratio_max,
-    order: TokenOrder = SelectionConfig.order,
-    policy: SelectionPolicy = SelectionConfig.policy,
-    opset: int = 20,
-    loop: LoopForm = "loop",
+    opset: int = DEFAULT_OPSET,
+    loop: LoopForm = DEFAULT_LOOP,
     token_mask: bool = False,
 ) -> onnx.ModelProto:
     """Author the selection of T of N tokens as an ONNX model of default-domain operators.
@@ -84,8 +80,8 @@ def build_selector(
         keep_tokens: T, tokens to keep, 1 to N.
         batch_size: B, or the name of a dynamic dimension.
         dtype: of the features; everything inside is float32.
-        mu, tau, saliency_ratio_min, saliency_ratio_max, order, policy: see :class:`promprune.config.SelectionConfig`.
-        opset: 18 or later.
+        config: policy, parameters of the budget split, output order.
+        opset: of the default domain.
         loop: ``"loop"`` for one ONNX Loop over the coverage stage, with as many trips as the batch needs; ``"fixed"``
             for one of always T trips, so that nothing depends on the data; ``"unrolled"`` for T copies of its body.
         token_mask: add the ``token_mask`` input.
@@ -94,16 +90,8 @@ def build_selector(
         A model that passes ``onnx.checker`` with shape inference.
 
     Raises:
-        ConfigError: a size, dtype, opset, loop form or parameter of the selection is out of range.
+        ConfigError: a size, dtype, opset or loop form is out of range.
     """
-    config = SelectionConfig(
-        mu=mu,
-        tau=tau,
-        saliency_ratio_min=saliency_ratio_min,
-        saliency_ratio_max=saliency_ratio_max,
-        order=order,
-        policy=policy,
-    )
     sizes = Sizes(num_tokens, hidden_size, keep_tokens)
     _check(sizes, batch_size, dtype, opset, loop)
     g = GraphBuilder()
@@ -114,9 +102,9 @@ def build_selector(
     count = _saliency_count(g, entropy, keep_tokens, config)
     in_saliency = g("Less", ints([range(keep_tokens)]), count)
     salient = _saliency_stage(g, mask, keep_tokens)
-    if policy == "saliency":
+    if config.policy == "saliency":
         covering = salient  # not used: T_sal = T
-    elif policy == "random":
+    elif config.policy == "random":
         covering = _random_stage(g, mask, count, sizes)
     else:
         loss = _initial_loss(g, kernel, is_zero, mask, salient, in_saliency, num_tokens)
@@ -140,10 +128,8 @@ def _check(sizes: Sizes, batch_size: int | str, dtype: str, opset: int, loop: st
         raise ConfigError(f"received batch_size = {batch_size!r}", expected="a positive integer, or a name")
     if dtype not in _ELEMENT_TYPES:
         raise ConfigError(f"received dtype = {dtype!r}", expected=f"one of {', '.join(_ELEMENT_TYPES)}")
-    if opset < 18:
-        raise ConfigError(f"received opset = {opset}", expected="18 or later (reductions with axes as an input)")
-    if loop not in LOOP_FORMS:
-        raise ConfigError(f"received loop = {loop!r}", expected=f"one of {', '.join(LOOP_FORMS)}")
+    check_opset(opset)
+    check_loop(loop)
 
 
 def _diagonal(g: GraphBuilder, matrix: str, n: int) -> str:

@@ -26,7 +26,7 @@ from promprune.export.checkpoint.weights import CheckpointTensor, initializer, l
 from promprune.export.graphs.external_data import Placement
 from promprune.export.graphs.passes.attention import simplify_attention
 from promprune.export.graphs.passes.layers import Repetition, repeat_layer
-from promprune.package.manifest import GraphRecord, TensorRecord
+from promprune.package.manifest import GraphRecord, TensorRecord, TokenCounts
 
 __all__ = ["append_graph", "graph_from_module", "graph_record", "save_graph"]
 
@@ -142,13 +142,23 @@ def save_graph(model: ir.Model, path: Path, placement: Placement, *, share: bool
     return weights
 
 
-def graph_record(model: ir.Model, file: str, weights: Iterable[str] = ()) -> GraphRecord:
-    """Describe a graph for the manifest; ``weights`` are the files that hold its weights, beside it."""
+def graph_record(
+    model: ir.Model, file: str, weights: Iterable[str] = (), tokens: TokenCounts | None = None
+) -> GraphRecord:
+    """Describe a graph for the manifest.
+
+    Args:
+        model: the graph.
+        file: its path in the package.
+        weights: names of the files that hold its weights, beside it.
+        tokens: N and T of a vision graph.
+    """
     return GraphRecord(
         file=file,
         weights=tuple(str(PurePosixPath(file).with_name(name)) for name in weights),
         inputs=tuple(_tensor_record(value) for value in model.graph.inputs),
         outputs=tuple(_tensor_record(value) for value in model.graph.outputs),
+        tokens=tokens,
     )
 
 

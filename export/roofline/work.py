@@ -324,7 +324,7 @@ def package_work(
     encoder, selection = cut_selection(graphs[vision_graph])
     work = {"vision": count_work(encoder, sizes)}
     if selection is not None:
-        work["selection"] = count_work(selection, sizes, loop_trips=manifest.selection.keep_tokens)
+        work["selection"] = count_work(selection, sizes, loop_trips=manifest.tokens_of(vision_graph).keep_tokens)
     work["splice"] = count_work(graphs[EMBED_TOKENS], {"batch_size": 1, "sequence_length": prompt_tokens})
     work["prefill"] = count_work(graphs[DECODER], _lengths(prompt_tokens, 0))
     work["decode"] = count_work(graphs[DECODER], _lengths(1, prompt_tokens))

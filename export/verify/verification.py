@@ -44,6 +44,7 @@ from promprune.package.manifest import (
     GraphRecord,
     Manifest,
     SelectionRecord,
+    TokenCounts,
     VerificationRecord,
 )
 from promprune.runtime import VisionLanguagePipeline
@@ -259,6 +260,7 @@ class VisionRun:
     """What a vision graph returned for some images, and torch.
 
     Attributes:
+        graph: its name.
         outputs: of the graph, by name, ``[B, ...]``; with a selection, also ``encoder/image_features [B, N, D]`` and
             ``encoder/saliency [B, N]``, what was chosen from.
         features: the same from transformers.
@@ -267,6 +269,7 @@ class VisionRun:
         token_mask: bool ``[B, N]``, false for padding.
     """
 
+    graph: str
     outputs: dict[str, Array]
     features: Array
     saliency: Array
@@ -286,8 +289,8 @@ class VisionRun:
 
 def _run_vision(subject: Subject, vision: VisionGraph, references: Sequence[VisionReference]) -> Iterator[VisionRun]:
     """Run a vision graph in ONNX Runtime and in torch, on a few images at a time where it takes several."""
-    pruned = any(value.name == "token_indices" for value in subject.manifest.graphs[vision.name].outputs)
-    session = subject.open(vision.name, CHOSEN_FROM if pruned else ())
+    counts = subject.manifest.tokens_of(vision.name)
+    session = subject.open(vision.name, CHOSEN_FROM if counts.is_pruned else ())
     if subject.streamed and vision.is_batched:
         references = [row for reference in references for row in _rows(reference)]
     size = BATCH_SIZE if vision.is_batched and not subject.streamed else 1
@@ -302,6 +305,7 @@ def _run_vision(subject: Subject, vision: VisionGraph, references: Sequence[Visi
             saliency = [vision.module(*(feeds[name] for name in vision.inputs))[1]]
         mask = feeds.get("token_mask", torch.ones(features.shape[:2], dtype=torch.bool))
         yield VisionRun(
+            graph=vision.name,
             outputs=dict(zip([value.name for value in session.get_outputs()], values, strict=True)),
             features=features.numpy(),
             saliency=torch.cat(saliency).numpy(),
@@ -324,16 +328,12 @@ def _rows(reference: VisionReference) -> Iterator[VisionReference]:
 
 def check_selection(manifest: Manifest, runs: Sequence[VisionRun], limits: Limits) -> Iterator[CheckRecord]:
     """Is it T distinct tokens, those features, and the choice of the method in exact arithmetic?"""
-    record = manifest.selection
-    config = SelectionConfig(
-        mu=record.mu,
-        tau=record.tau,
-        saliency_ratio_min=record.saliency_ratio_min,
-        saliency_ratio_max=record.saliency_ratio_max,
-        order=record.order,
-        policy=record.policy,
-    )
-    rows = [SelectedRow.of(run, index, config) for run in runs for index in range(len(run.features))]
+    config = manifest.selection.config
+    rows = [
+        SelectedRow.of(run, index, config, manifest.tokens_of(run.graph))
+        for run in runs
+        for index in range(len(run.features))
+    ]
     yield _check("images without T distinct tokens in range", sum(not row.is_valid for row in rows), "==", 0)
     yield _check("kept features changed by", max(row.changed_by for row in rows), "==", 0)
     identical = sum(row.kept == row.wanted for row in rows) / len(rows)
@@ -343,18 +343,21 @@ def check_selection(manifest: Manifest, runs: Sequence[VisionRun], limits: Limit
     yield _check("kept tokens in common with it", overlap, ">=", limits.overlap, detail)
     yield _check("saliency count differs from it by", max(row.count_difference for row in rows), "<=", 1)
     entropy_difference = max(row.entropy_difference for row in rows)
-    yield _check("spectral entropy differs from it by", entropy_difference, "<=", record.tau / MIN_TAU_SHARE)
-    if record.policy == "promprune":
-        yield check_budget(record, [int(count) for run in runs for count in run.outputs["saliency_count"][:, 0]])
+    yield _check("spectral entropy differs from it by", entropy_difference, "<=", config.tau / MIN_TAU_SHARE)
+    if config.policy == "promprune":
+        yield check_budget(manifest.selection, rows)
 
 
-def check_budget(record: SelectionRecord, counts: Sequence[int]) -> CheckRecord:
+def check_budget(record: SelectionRecord, rows: Sequence[SelectedRow]) -> CheckRecord:
     """Is the budget split at all, or do mu and tau give all of it to one stage, whatever the image?"""
-    ends = {"coverage": counts.count(0), "saliency": counts.count(record.keep_tokens)}
+    ends = {"coverage": 0, "saliency": 0}
+    for row in rows:
+        ends["coverage"] += row.saliency_count == 0
+        ends["saliency"] += row.saliency_count == row.keep_tokens
     stage, most = max(ends.items(), key=lambda item: item[1])
-    constants = f"mu = {record.mu:g} and tau = {record.tau:g} ({record.parameters_from})"
-    detail = f"{constants} give all to {stage} in {most} of {len(counts)}"
-    check = _check("images with the whole budget in one stage", most / len(counts), "<=", MAX_SATURATED, detail)
+    constants = f"mu = {record.config.mu:g} and tau = {record.config.tau:g} ({record.parameters_from})"
+    detail = f"{constants} give all to {stage} in {most} of {len(rows)}"
+    check = _check("images with the whole budget in one stage", most / len(rows), "<=", MAX_SATURATED, detail)
     return msgspec.structs.replace(check, advisory=True)
 
 
@@ -363,33 +366,40 @@ class SelectedRow:
     """The selection of one row of a vision graph's batch, against the method in float64.
 
     Attributes:
+        keep_tokens: T, as the manifest says.
         is_valid: T distinct tokens in range.
         changed_by: largest difference between a kept feature and the encoder's own.
         kept, wanted: indices of the kept tokens, and those of the method.
+        saliency_count: T_sal, of the graph.
         count_difference, entropy_difference: of the saliency count, and of the spectral entropy.
     """
 
+    keep_tokens: int
     is_valid: bool
     changed_by: float
     kept: frozenset[int]
     wanted: frozenset[int]
+    saliency_count: int
     count_difference: int
     entropy_difference: float
 
     @classmethod
-    def of(cls, run: VisionRun, row: int, config: SelectionConfig) -> SelectedRow:
+    def of(cls, run: VisionRun, row: int, config: SelectionConfig, counts: TokenCounts) -> SelectedRow:
         """Compare row ``row`` of a run."""
         outputs = {name: value[row] for name, value in run.outputs.items()}
         indices, inner = outputs["token_indices"], outputs["encoder/image_features"]
         mask = torch.as_tensor(run.token_mask[row])
-        want = select_tokens(_float64(inner), _float64(outputs["encoder/saliency"]), len(indices), config, mask)
+        want = select_tokens(_float64(inner), _float64(outputs["encoder/saliency"]), counts.keep_tokens, config, mask)
         difference = outputs["image_features"].astype(np.float64) - inner[indices.clip(0, len(inner) - 1)]
+        count = int(outputs["saliency_count"][0])
         return cls(
-            is_valid=_is_valid(indices, len(indices), len(inner)),
+            keep_tokens=counts.keep_tokens,
+            is_valid=_is_valid(indices, counts),
             changed_by=float(np.abs(difference).max()),
             kept=frozenset(indices.tolist()),
             wanted=frozenset(want.token_indices.tolist()),
-            count_difference=abs(int(outputs["saliency_count"][0]) - want.saliency_count),
+            saliency_count=count,
+            count_difference=abs(count - want.saliency_count),
             entropy_difference=abs(float(outputs["spectral_entropy"][0]) - want.spectral_entropy),
         )
 
@@ -562,9 +572,9 @@ def _float64(array: Array) -> Tensor:
     return torch.as_tensor(array.astype(np.float64))
 
 
-def _is_valid(indices: Array, keep_tokens: int, num_tokens: int) -> bool:
-    distinct = len(set(indices.tolist())) == keep_tokens == len(indices)
-    return distinct and bool((indices >= 0).all() and (indices < num_tokens).all())
+def _is_valid(indices: Array, counts: TokenCounts) -> bool:
+    distinct = len(set(indices.tolist())) == counts.keep_tokens == len(indices)
+    return distinct and bool((indices >= 0).all() and (indices < counts.num_tokens).all())
 
 
 def _session(path: Path, outputs: Sequence[str] = ()) -> ort.InferenceSession:

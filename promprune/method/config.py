@@ -8,15 +8,35 @@ from typing import Final, Literal, get_args
 
 from promprune.errors import ConfigError
 
-__all__ = ["LOOP_FORMS", "POLICIES", "LoopForm", "SelectionConfig", "SelectionPolicy", "TokenOrder"]
+__all__ = [
+    "DEFAULT_LOOP",
+    "LOOP_FORMS",
+    "POLICIES",
+    "LoopForm",
+    "SelectionConfig",
+    "SelectionPolicy",
+    "TokenOrder",
+    "check_loop",
+]
 
 TokenOrder = Literal["spatial", "selection"]
 SelectionPolicy = Literal["promprune", "saliency", "coverage", "half", "random"]
 LoopForm = Literal["loop", "fixed", "unrolled"]
 
 LOOP_FORMS: Final = get_args(LoopForm)
+DEFAULT_LOOP: Final[LoopForm] = "loop"
 POLICIES: Final = get_args(SelectionPolicy)
 _FIXED_SHARES: Final[dict[str, float]] = {"saliency": 1.0, "coverage": 0.0, "half": 0.5, "random": 0.0}
+
+
+def check_loop(loop: str) -> None:
+    """Refuse a form of the greedy stage that there is not.
+
+    Raises:
+        ConfigError: it is none of ``LoopForm``.
+    """
+    if loop not in LOOP_FORMS:
+        raise ConfigError(f"received loop = {loop!r}", expected="one of " + ", ".join(LOOP_FORMS))
 
 
 @dataclass(frozen=True, kw_only=True)

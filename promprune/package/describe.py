@@ -10,13 +10,13 @@ __all__ = ["describe_selection"]
 
 def describe_selection(manifest: Manifest) -> str:
     """Say in words what is kept and what is removed."""
-    record = manifest.selection
+    tokens = manifest.tokens_of()
     where = "of each crop " if manifest.image.layout.max_crops > 1 else ""
-    if record.keep_tokens == record.num_tokens:
-        return f"keeps all {record.num_tokens} visual tokens {where}(the unpruned baseline)"
+    if not tokens.is_pruned:
+        return f"keeps all {tokens.num_tokens} visual tokens {where}(the unpruned baseline)"
     kept = (
-        f"keeps {record.keep_tokens} of {record.num_tokens} visual tokens {where}"
-        f"({record.ratio:.1%}), removes {record.ratio_removed:.1%}"
+        f"keeps {tokens.keep_tokens} of {tokens.num_tokens} visual tokens {where}"
+        f"({tokens.ratio:.1%}), removes {1 - tokens.ratio:.1%}"
     )
     layout = manifest.image.layout
     if not isinstance(layout, GridLayout) or len(layout.grids) == 1:

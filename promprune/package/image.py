@@ -8,13 +8,27 @@ import msgspec
 
 from promprune.package.record import Count, Record, Size
 
-__all__ = ["IMAGE_NEWLINE_FILE", "AnyresLayout", "CropLayout", "GridLayout", "GridRecord", "ImageRecord"]
+__all__ = [
+    "IMAGE_NEWLINE_FILE",
+    "VISION_ENCODER",
+    "AnyresLayout",
+    "CropLayout",
+    "GridLayout",
+    "GridRecord",
+    "ImageRecord",
+]
 
+VISION_ENCODER: Final = "vision_encoder"  # name of the first vision graph, and of the only one of most packages
 IMAGE_NEWLINE_FILE: Final = "image_newline.npy"  # float32 [D]; in packages of layout "anyres"
 
 
 class _Layout(Record, frozen=True):
     """Base of the layouts: one row of a vision graph's batch per image, whose T tokens it takes in a prompt."""
+
+    @property
+    def vision_graphs(self) -> tuple[str, ...]:
+        """Names of the vision graphs, the first one first."""
+        return (VISION_ENCODER,)
 
     @property
     def max_crops(self) -> int:
@@ -58,7 +72,7 @@ class AnyresLayout(_Layout, frozen=True, tag_field="kind", tag="anyres"):
 
 
 class GridRecord(Record, frozen=True):
-    """One size in which images enter the model; T is what its vision graph returns."""
+    """One size in which images enter the model."""
 
     graph: str  # name of its vision graph
     rows: Count  # of tokens, in raster order
@@ -70,6 +84,11 @@ class GridLayout(_Layout, frozen=True, tag_field="kind", tag="grid"):
 
     token_pixels: Count  # side of the square of pixels that becomes one token
     grids: Annotated[tuple[GridRecord, ...], msgspec.Meta(min_length=1)]
+
+    @property
+    def vision_graphs(self) -> tuple[str, ...]:
+        """Names of the vision graphs, one for each grid."""
+        return tuple(grid.graph for grid in self.grids)
 
 
 class ImageRecord(Record, frozen=True):

@@ -24,15 +24,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import Annotated, Final, Literal
+from typing import Final, Literal
 
 import msgspec
 
-from promprune.errors import OutputError, PackageError
+from promprune.errors import ConfigError, OutputError, PackageError
 from promprune.files import writing_folder
-from promprune.method.config import LoopForm, SelectionPolicy, TokenOrder
-from promprune.package.image import ImageRecord
+from promprune.method.config import LoopForm, SelectionConfig
+from promprune.package.image import VISION_ENCODER, ImageRecord
 from promprune.package.record import Count, Digest, Fraction, Record, Size
+from promprune.package.schema1 import export_command
 
 __all__ = [
     "CHAT_TEMPLATE_FILE",
@@ -49,6 +50,7 @@ __all__ = [
     "SelectionRecord",
     "SourceRecord",
     "TensorRecord",
+    "TokenCounts",
     "VerificationRecord",
     "Versioned",
     "file_records",
@@ -58,12 +60,11 @@ __all__ = [
     "writing_package",
 ]
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 MANIFEST_FILE: Final = "promprune.json"
 CHAT_TEMPLATE_FILE: Final = "chat_template.jinja"
 
 # Names of the graphs in the manifest; the file of each is onnx/<name>.onnx.
-VISION_ENCODER: Final = "vision_encoder"
 EMBED_TOKENS: Final = "embed_tokens"
 DECODER: Final = "decoder_model_merged"
 TOKEN_SELECTOR: Final = "token_selector"
@@ -72,6 +73,7 @@ _LANGUAGE_GRAPHS: Final = (EMBED_TOKENS, DECODER)  # both, or neither in a packa
 _WEIGHTS: Final = (".onnx_data", ".safetensors")
 _MAX_MANIFEST_BYTES: Final = 16 * 1024 * 1024
 _AGAIN: Final = "copy the package again, or export it again"
+_OTHER_VERSION: Final = "export the package again, or install the promprune version that wrote it"
 
 
 class Versioned(msgspec.Struct):
@@ -89,22 +91,13 @@ class SourceRecord(Record, frozen=True):
 
 
 class SelectionRecord(Record, frozen=True):
-    """What the selection inside the vision graph does. Ratios are fractions KEPT unless named otherwise."""
+    """How the kept tokens are chosen; the same in every vision graph."""
 
-    num_tokens: Count  # N, visual tokens of one image, or of one crop of it, before selection
-    keep_tokens: Count  # T, visual tokens of it afterwards; a constant of the graph
-    ratio: Fraction  # T / N
-    ratio_removed: Fraction  # 1 - T / N
-    requested_ratio: Fraction | None  # what --ratio said; None where --keep-tokens was given
-    rounding: str
-    mu: float
-    tau: Annotated[float, msgspec.Meta(gt=0)]
-    saliency_ratio_min: Fraction
-    saliency_ratio_max: Fraction
-    order: TokenOrder
+    config: SelectionConfig
     parameters_from: str  # who chose mu and tau: "defaults", "model", "command line"
-    policy: SelectionPolicy = "promprune"  # what chooses the kept tokens; the others are baselines
-    loop: LoopForm = "loop"  # form of the greedy stage
+    loop: LoopForm  # form of the greedy stage
+    requested_ratio: Fraction | None  # the fraction KEPT that --ratio asked for; None if --keep-tokens was given
+    rounding: str  # how N and that fraction give T
 
 
 class TensorRecord(Record, frozen=True):
@@ -115,6 +108,27 @@ class TensorRecord(Record, frozen=True):
     shape: tuple[int | str, ...]
 
 
+class TokenCounts(Record, frozen=True):
+    """The visual tokens of one image, or of one crop of it, in one vision graph."""
+
+    num_tokens: Count  # N, before selection
+    keep_tokens: Count  # T, after selection; a constant of the graph
+
+    def __post_init__(self) -> None:
+        if self.keep_tokens > self.num_tokens:
+            raise ValueError(f"keep_tokens = {self.keep_tokens} of num_tokens = {self.num_tokens}")
+
+    @property
+    def ratio(self) -> float:
+        """Fraction KEPT, T / N."""
+        return self.keep_tokens / self.num_tokens
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether any token is removed; if not, the graph selects nothing and reports nothing."""
+        return self.keep_tokens < self.num_tokens
+
+
 class GraphRecord(Record, frozen=True):
     """One ONNX graph."""
 
@@ -122,6 +136,7 @@ class GraphRecord(Record, frozen=True):
     inputs: tuple[TensorRecord, ...]
     outputs: tuple[TensorRecord, ...]
     weights: tuple[str, ...] = ()  # files that hold its weights; graphs may share one
+    tokens: TokenCounts | None = None  # of a vision graph; None for any other
 
 
 class FileRecord(Record, frozen=True):
@@ -180,9 +195,19 @@ class Manifest(Record, frozen=True):
     @property
     def max_image_tokens(self) -> int:
         """Most tokens that one image takes in a prompt."""
-        tensors = [tensor for graph in self.graphs.values() for tensor in graph.outputs]
-        made = [int(tensor.shape[1]) for tensor in tensors if tensor.name == "image_features"]
-        return self.image.layout.max_placeholders(max(made, default=self.selection.keep_tokens))
+        layout = self.image.layout
+        return layout.max_placeholders(max(self.tokens_of(name).keep_tokens for name in layout.vision_graphs))
+
+    def tokens_of(self, graph: str = VISION_ENCODER) -> TokenCounts:
+        """Return N and T of a vision graph.
+
+        Raises:
+            PackageError: there is no such vision graph.
+        """
+        record = self.graphs.get(graph)
+        if record is None or record.tokens is None:
+            raise PackageError(f"the manifest has no vision graph {graph!r} with its N and T", fix=_AGAIN)
+        return record.tokens
 
 
 def sha256_of_file(path: Path) -> str:
@@ -231,10 +256,12 @@ def read_manifest(folder: Path, *, check_weights: bool = False) -> Manifest:
     manifest = _parse_manifest(folder)
     listed = {record.path for record in manifest.files}
     present = [name for name in _LANGUAGE_GRAPHS if name in manifest.graphs]
-    required = (VISION_ENCODER, *_LANGUAGE_GRAPHS) if present else (VISION_ENCODER,)
-    for name in required:
+    vision = manifest.image.layout.vision_graphs
+    for name in (*vision, *_LANGUAGE_GRAPHS) if present else vision:
         if name not in manifest.graphs:
             raise PackageError(f"{MANIFEST_FILE} in {folder} has no graph {name!r}", fix=_AGAIN)
+    for name in vision:
+        manifest.tokens_of(name)
     for name, graph in manifest.graphs.items():
         if graph.file not in listed:
             raise PackageError(
@@ -265,10 +292,10 @@ def _parse_manifest(folder: Path) -> Manifest:
             raise PackageError(
                 f"{path} has schema version {version}",
                 expected=f"version {SCHEMA_VERSION}",
-                fix="export the package again, or install the promprune version that wrote it",
+                fix=f"export the package again: {export_command(content)}" if version == 1 else _OTHER_VERSION,
             )
         return msgspec.json.decode(content, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ConfigError) as error:
         raise PackageError(f"{path} is not a valid manifest ({error})", fix=_AGAIN) from error
 
 

@@ -144,11 +144,12 @@ def _pytorch_settings(config: BenchConfig, manifests: Mapping[str, Manifest]) ->
     )
     found = {"Hugging Face": unpruned} if "hf" in config.baselines else {}
     if "authors" in config.baselines:
-        pruned = [m.selection for m in manifests.values() if m.selection.keep_tokens < m.selection.num_tokens]
-        for selection in pruned:
-            found[f"authors, {selection.keep_tokens} tokens"] = replace(
-                unpruned, keep_tokens=selection.keep_tokens, mu=selection.mu, tau=selection.tau
-            )
+        for manifest in manifests.values():
+            tokens, selection = manifest.tokens_of(), manifest.selection.config
+            if tokens.is_pruned:
+                found[f"authors, {tokens.keep_tokens} tokens"] = replace(
+                    unpruned, keep_tokens=tokens.keep_tokens, mu=selection.mu, tau=selection.tau
+                )
     return found
 
 
@@ -194,8 +195,8 @@ def _open(
 
         first = next(iter(manifests.values()))
         peer = OpenVinoModel(config.openvino, first.dtype, config.runtime.num_threads or 1)
-        num_tokens = first.selection.num_tokens
-        removed = {round(100 * manifest.selection.ratio_removed) for manifest in manifests.values()}
+        num_tokens = first.tokens_of().num_tokens
+        removed = {round(100 * (1 - manifest.tokens_of().ratio)) for manifest in manifests.values()}
         contenders += [
             OpenVinoContender(f"OpenVINO, {percent} % removed", peer, num_tokens, percent)
             for percent in sorted(removed)

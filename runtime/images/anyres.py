@@ -62,19 +62,19 @@ class Anyres(ImageLayout):
         assert isinstance(layout, AnyresLayout)  # as the table says
         for height, width in layout.canvases:
             expect("canvases that are no multiple of a crop", (height % layout.side, width % layout.side), (0, 0))
-        expect("tokens of a crop", layout.patches**2, manifest.selection.num_tokens)
+        expect("tokens of a crop", layout.patches**2, manifest.tokens_of().num_tokens)
         self.preprocessor = AnyresPreprocessor.from_file(folder / "preprocessor_config.json", layout)
         self._layout = layout
-        self._selection = manifest.selection
-        self._is_pruned = manifest.selection.keep_tokens != manifest.selection.num_tokens
+        self._counts = manifest.tokens_of()
+        self._config = manifest.selection.config
         self._newline = _read_newline(folder / IMAGE_NEWLINE_FILE)
 
     def check(self, graph: str, session: Session) -> None:
         """Compare the vision graph with the preprocessing and the selection."""
         sizes: dict[str, tuple[int, ...]] = {"pixel_values": (3, self._layout.side, self._layout.side)}
-        if self._is_pruned:
-            sizes["token_mask"] = (self._selection.num_tokens,)
-        expect_graph(session, self._selection, sizes)
+        if self._counts.is_pruned:
+            sizes["token_mask"] = (self._counts.num_tokens,)
+        expect_graph(session, self._counts, sizes)
         expect("size of image_newline", (*self._newline.shape,), session.outputs["image_features"].shape[-1:])
 
     def view(self, image: Image) -> Image:
@@ -91,9 +91,9 @@ class Anyres(ImageLayout):
         mask = places != _PADDING
         used = mask.any(axis=1)
         feeds: dict[str, Array] = {"pixel_values": self.preprocessor.pixel_values([whole, canvas])[used]}
-        if self._is_pruned:
+        if self._counts.is_pruned:
             feeds["token_mask"] = mask[used]
-            placeholders = int(np.minimum(mask.sum(axis=1), self._selection.keep_tokens).sum())
+            placeholders = int(np.minimum(mask.sum(axis=1), self._counts.keep_tokens).sum())
         else:
             placeholders = int(mask.sum()) + len(placement.rows)
         digest = hashlib.sha256(repr(placement).encode())
@@ -111,13 +111,13 @@ class Anyres(ImageLayout):
     def pack(self, outputs: Mapping[str, Array], prepared: PreparedImage) -> EncodedImage:
         """Return the kept tokens of all crops; with nothing removed, the newlines too."""
         assert isinstance(prepared, PreparedCrops)  # as ``prepare`` returned it
-        crops = [selected_tokens(outputs, row, self._selection) for row in range(len(prepared.places))]
+        crops = [selected_tokens(outputs, row, self._counts) for row in range(len(prepared.places))]
         places = [row[crop.indices] for row, crop in zip(prepared.places, crops, strict=True)]
         real = [place != _PADDING for place in places]
         indices = np.concatenate([place[keep] for place, keep in zip(places, real, strict=True)])
         features = np.concatenate([crop.features[keep] for crop, keep in zip(crops, real, strict=True)])
-        order = np.arange(len(indices)) if self._selection.order == "selection" else np.argsort(indices)
-        if not self._is_pruned:
+        order = np.arange(len(indices)) if self._config.order == "selection" else np.argsort(indices)
+        if not self._counts.is_pruned:
             selection = TokenSelection(prepared.grids, np.arange(len(indices)))
             return EncodedImage(self._with_newlines(features[np.argsort(indices)], prepared), selection)
         if len(indices) != prepared.num_placeholders:
@@ -129,13 +129,13 @@ class Anyres(ImageLayout):
         saliency = [np.asarray(crop.saliency_mask)[keep] for crop, keep in zip(crops, real, strict=True)]
         entropies = tuple(crop.spectral_entropy for crop in crops if crop.spectral_entropy is not None)
         selection = TokenSelection(
-            prepared.grids, indices[order], np.concatenate(saliency)[order], entropies, self._selection.policy
+            prepared.grids, indices[order], np.concatenate(saliency)[order], entropies, self._config.policy
         )
         return EncodedImage(features[order], selection)
 
     def num_placeholders(self, selection: TokenSelection) -> int:
         """Return the number of kept tokens, and of newlines."""
-        newlines = 0 if self._is_pruned else sum(grid.rows for grid in selection.grids[1:])
+        newlines = 0 if self._counts.is_pruned else sum(grid.rows for grid in selection.grids[1:])
         return selection.keep_tokens + newlines
 
     def _with_newlines(self, features: Array, prepared: PreparedCrops) -> Array:

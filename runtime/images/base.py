@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from promprune.errors import BackendError, PackageError
-from promprune.package.manifest import VISION_ENCODER, Manifest, SelectionRecord
+from promprune.package.manifest import VISION_ENCODER, Manifest, TokenCounts
 from promprune.runtime.images.encoded import EncodedImage, TokenSelection
 from promprune.runtime.sessions import Array, Session
 
@@ -116,13 +116,13 @@ class SelectedTokens:
     spectral_entropy: float | None = None
 
 
-def selected_tokens(outputs: Mapping[str, Array], row: int, record: SelectionRecord) -> SelectedTokens:
+def selected_tokens(outputs: Mapping[str, Array], row: int, counts: TokenCounts) -> SelectedTokens:
     """Check what a vision graph returned for one row of its batch, and give it its names.
 
     Args:
         outputs: of the vision graph; a package that keeps every token has only ``image_features``.
         row: of the batch.
-        record: the manifest's selection.
+        counts: N and T of the graph.
 
     Raises:
         BackendError: features or entropy are not numbers, or the selection is not T distinct tokens of N.
@@ -131,44 +131,43 @@ def selected_tokens(outputs: Mapping[str, Array], row: int, record: SelectionRec
     if not np.isfinite(features).all():
         raise _not_numbers("image features")
     if "token_indices" not in outputs:
-        return SelectedTokens(features, np.arange(record.keep_tokens))
+        return SelectedTokens(features, np.arange(counts.keep_tokens))
     indices, mask = outputs["token_indices"][row], outputs["saliency_mask"][row]
     entropy, count = float(outputs["spectral_entropy"][row, 0]), int(outputs["saliency_count"][row, 0])
     if not np.isfinite(entropy):
         raise _not_numbers("a spectral entropy")
     distinct = np.unique(indices)
-    valid = len(distinct) == record.keep_tokens and distinct[0] >= 0 and distinct[-1] < record.num_tokens
+    valid = len(distinct) == counts.keep_tokens and distinct[0] >= 0 and distinct[-1] < counts.num_tokens
     if not valid or count != int(mask.sum()):
         raise BackendError(
             f"the vision graph selected {len(distinct)} distinct tokens in {distinct[0]} ... {distinct[-1]}, "
             f"{int(mask.sum())} of them for saliency with a count of {count}",
-            expected=f"{record.keep_tokens} distinct tokens of {record.num_tokens}",
+            expected=f"{counts.keep_tokens} distinct tokens of {counts.num_tokens}",
             fix="export the package again",
         )
     return SelectedTokens(features, indices, mask, entropy)
 
 
-def expect_graph(session: Session, record: SelectionRecord, inputs: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare the names and sizes of a vision graph with a selection and its inputs.
+def expect_graph(session: Session, counts: TokenCounts, inputs: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare the names and sizes of a vision graph with its N and T and its inputs.
 
     Args:
         session: the loaded graph.
-        record: the manifest's selection.
+        counts: N and T of the graph.
         inputs: fixed sizes of every input after its first dimension.
 
     Raises:
         PackageError: they differ.
     """
-    pruned = record.keep_tokens != record.num_tokens
-    report = _REPORT if pruned else {}
+    report = _REPORT if counts.is_pruned else {}
     expect("the vision encoder's inputs", {*session.inputs}, {*inputs})
     expect("the vision encoder's outputs", {*session.outputs}, {"image_features", *report})
     for name, sizes in inputs.items():
         expect(name, session.inputs[name].shape[1:], sizes)
-    expect("image_features", session.outputs["image_features"].shape[1:2], (record.keep_tokens,))
+    expect("image_features", session.outputs["image_features"].shape[1:2], (counts.keep_tokens,))
     for name, (dtype, size) in report.items():
         found = session.outputs[name]
-        expect(name, (found.dtype, found.shape[1:]), (dtype, (size or record.keep_tokens,)))
+        expect(name, (found.dtype, found.shape[1:]), (dtype, (size or counts.keep_tokens,)))
 
 
 def expect(what: str, found: object, expected: object) -> None:

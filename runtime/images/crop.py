@@ -33,7 +33,8 @@ class Crop(ImageLayout):
         self.preprocessor = ImagePreprocessor.from_file(
             folder / "preprocessor_config.json", height=layout.height, width=layout.width
         )
-        self._selection = manifest.selection
+        self._counts = manifest.tokens_of()
+        self._policy = manifest.selection.config.policy
         self._grid = TokenGrid(
             rows=layout.patch_rows,
             columns=layout.patch_columns,
@@ -42,12 +43,12 @@ class Crop(ImageLayout):
             width=layout.width // layout.patch_columns * layout.patch_columns,  # what fills no patch is not seen
             height=layout.height // layout.patch_rows * layout.patch_rows,
         )
-        expect("patches", self._grid.num_tokens, manifest.selection.num_tokens)
+        expect("patches", self._grid.num_tokens, self._counts.num_tokens)
 
     def check(self, graph: str, session: Session) -> None:
         """Compare the vision graph with the preprocessing and the selection."""
         sizes = {"pixel_values": (3, self.preprocessor.height, self.preprocessor.width)}
-        expect_graph(session, self._selection, sizes)
+        expect_graph(session, self._counts, sizes)
 
     def view(self, image: Image) -> Image:
         """Return the part of the crop that patches are made of."""
@@ -60,18 +61,16 @@ class Crop(ImageLayout):
             graph=self.graphs[0],
             feeds={"pixel_values": self.preprocessor.pixel_values(crop)},
             digest=hashlib.sha256(crop.tobytes()).digest(),
-            num_placeholders=self._selection.keep_tokens,
+            num_placeholders=self._counts.keep_tokens,
         )
 
     def pack(self, outputs: Mapping[str, Array], prepared: PreparedImage) -> EncodedImage:
         """Return the T kept tokens."""
-        tokens = selected_tokens(outputs, 0, self._selection)
+        tokens = selected_tokens(outputs, 0, self._counts)
         entropies = () if tokens.spectral_entropy is None else (tokens.spectral_entropy,)
-        selection = TokenSelection(
-            (self._grid,), tokens.indices, tokens.saliency_mask, entropies, self._selection.policy
-        )
+        selection = TokenSelection((self._grid,), tokens.indices, tokens.saliency_mask, entropies, self._policy)
         return EncodedImage(tokens.features, selection)
 
     def num_placeholders(self, selection: TokenSelection) -> int:
         """Return T."""
-        return self._selection.keep_tokens
+        return self._counts.keep_tokens

@@ -7,11 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-
-from promprune.errors import PackageError
 from promprune.package.image import GridLayout, GridRecord
-from promprune.package.manifest import Manifest, SelectionRecord
+from promprune.package.manifest import Manifest
 from promprune.runtime.images.base import ImageLayout, PreparedImage, expect, expect_graph, selected_tokens
 from promprune.runtime.images.encoded import EncodedImage, TokenGrid, TokenSelection
 from promprune.runtime.images.patches import PatchPreprocessor, closest_shape
@@ -37,14 +34,17 @@ class Grids(ImageLayout):
         path = folder / "preprocessor_config.json"
         self.preprocessor = PatchPreprocessor.from_file(path)
         expect(f"pixels of a token in {path}", self.preprocessor.token_pixels, layout.token_pixels)
-        self.graphs = tuple(grid.graph for grid in layout.grids)
+        self.graphs = layout.vision_graphs
         self._grids = {grid.graph: grid for grid in layout.grids}
-        self._selections = {grid.graph: _selection(manifest, grid) for grid in layout.grids}
+        self._counts = {graph: manifest.tokens_of(graph) for graph in self.graphs}
+        for grid in layout.grids:
+            expect(f"tokens of {grid.graph}", self._counts[grid.graph].num_tokens, grid.rows * grid.columns)
+        self._policy = manifest.selection.config.policy
 
     def check(self, graph: str, session: Session) -> None:
-        """Compare a vision graph with its grid and its selection."""
-        patches = self._selections[graph].num_tokens * self.preprocessor.group
-        expect_graph(session, self._selections[graph], {"pixel_values": (patches, self.preprocessor.patch_values)})
+        """Compare a vision graph with its grid and its N and T."""
+        patches = self._counts[graph].num_tokens * self.preprocessor.group
+        expect_graph(session, self._counts[graph], {"pixel_values": (patches, self.preprocessor.patch_values)})
 
     def view(self, image: Image) -> Image:
         """Return the image in the size of its grid."""
@@ -58,26 +58,26 @@ class Grids(ImageLayout):
             graph=grid.graph,
             feeds={"pixel_values": self.preprocessor.pixel_values(resized)},
             digest=hashlib.sha256(grid.graph.encode() + resized.tobytes()).digest(),
-            num_placeholders=self._selections[grid.graph].keep_tokens,
+            num_placeholders=self._counts[grid.graph].keep_tokens,
         )
 
     def pack(self, outputs: Mapping[str, Array], prepared: PreparedImage) -> EncodedImage:
         """Return the T kept tokens."""
-        grid, record = self._grids[prepared.graph], self._selections[prepared.graph]
-        tokens = selected_tokens(outputs, 0, record)
+        grid = self._grids[prepared.graph]
+        tokens = selected_tokens(outputs, 0, self._counts[prepared.graph])
         side = self.preprocessor.token_pixels
         box = TokenGrid(
             rows=grid.rows, columns=grid.columns, left=0, top=0, width=grid.columns * side, height=grid.rows * side
         )
         entropies = () if tokens.spectral_entropy is None else (tokens.spectral_entropy,)
-        selection = TokenSelection((box,), tokens.indices, tokens.saliency_mask, entropies, record.policy)
+        selection = TokenSelection((box,), tokens.indices, tokens.saliency_mask, entropies, self._policy)
         positions = grid_positions(tokens.indices, rows=grid.rows, columns=grid.columns)
         return EncodedImage(tokens.features, selection, positions)
 
     def num_placeholders(self, selection: TokenSelection) -> int:
         """Return the T of the selection's grid; an image of a grid that this package has not keeps its own."""
         shape = (selection.grids[0].rows, selection.grids[0].columns)
-        known = {(grid.rows, grid.columns): self._selections[grid.graph].keep_tokens for grid in self._grids.values()}
+        known = {(grid.rows, grid.columns): self._counts[grid.graph].keep_tokens for grid in self._grids.values()}
         return known.get(shape, selection.keep_tokens)
 
     def _grid_for(self, image: Image) -> GridRecord:
@@ -87,17 +87,3 @@ class Grids(ImageLayout):
 
     def _resized(self, image: Image, grid: GridRecord) -> Image:
         return self.preprocessor.resized(image, rows=grid.rows, columns=grid.columns)
-
-
-def _selection(manifest: Manifest, grid: GridRecord) -> SelectionRecord:
-    """Return the selection of one grid, whose T is what its graph returns."""
-    graph = manifest.graphs.get(grid.graph)
-    features = next((output for output in graph.outputs if output.name == "image_features"), None) if graph else None
-    keep_tokens = features.shape[1] if features and len(features.shape) == 3 else None
-    if not isinstance(keep_tokens, int):
-        raise PackageError(
-            f"the package has no graph {grid.graph!r} with a fixed number of image features",
-            expected=f"one for images of {grid.rows} x {grid.columns} tokens",
-            fix="export the package again",
-        )
-    return msgspec.structs.replace(manifest.selection, num_tokens=grid.rows * grid.columns, keep_tokens=keep_tokens)
