@@ -34,7 +34,7 @@ from promprune.export.graphs.selector import build_selector
 from promprune.method.batched import prune_tokens
 from promprune.method.config import LOOP_FORMS, SelectionConfig
 from promprune.method.reference import select_tokens
-from tests.feature_sets import KINDS, feature_set
+from tests.support.feature_sets import KINDS, feature_set
 
 BUDGETS = (64, 69, 128, 192)
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}

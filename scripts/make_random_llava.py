@@ -36,7 +36,7 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.tiny_models import CHAT_TEMPLATE, byte_tokenizer
+from tests.support.tiny_models import CHAT_TEMPLATE, byte_tokenizer
 
 VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 TEXTS: dict[str, dict[str, int]] = {

@@ -20,7 +20,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.tiny_models import QWEN_SPECIAL_TOKENS, save_tiny_qwen
+from tests.support.tiny_models import QWEN_SPECIAL_TOKENS, save_tiny_qwen
 
 ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]}
 TOKENS = {"image_token_id": 3, "video_token_id": 261, "vision_start_token_id": 4, "vision_end_token_id": 5}

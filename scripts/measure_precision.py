@@ -29,7 +29,7 @@ from promprune.export import export_package
 from promprune.export.checkpoint.loading import Checkpoint, load_checkpoint
 from promprune.export.config import ExportConfig
 from promprune.export.verify.verification import check_samples, relative_error, verify_package
-from tests.tiny_models import (
+from tests.support.tiny_models import (
     randomised,
     save_tiny_llava,
     save_tiny_llava_next,

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from promprune.method.entropy_table import ENTROPY_TABLE, EntropyTable  # noqa: E402
 from scripts.fit_entropy_polynomial import error_bound, evaluate, fit  # noqa: E402
-from tests.feature_sets import feature_set  # noqa: E402
+from tests.support.feature_sets import feature_set  # noqa: E402
 
 N, D, SETS = 576, 1024, 100
 PRODUCTS = range(4, 13)

@@ -13,7 +13,7 @@ import pytest
 
 from promprune.export import ExportResult, export_package
 from promprune.export.config import ExportConfig
-from tests.tiny_models import (
+from tests.support.tiny_models import (
     save_tiny_llava,
     save_tiny_llava_next,
     save_tiny_qwen,

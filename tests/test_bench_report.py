@@ -29,7 +29,7 @@ from promprune.runtime.bench.report import (
 from promprune.runtime.bench.statistics import least_rounds, median_interval, paired_ratios, quantile, ratio_of_medians
 from promprune.runtime.bench.tables import machine_lines, to_csv, to_markdown
 from promprune.runtime.commands import bench as command
-from tests.command_line import run
+from tests.support.command_line import run
 
 
 def report_of(first_token_ms: dict[str, Sequence[float]]) -> Report:

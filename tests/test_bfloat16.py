@@ -22,7 +22,7 @@ from promprune.export.config import ExportConfig
 from promprune.package.manifest import GraphRecord, TensorRecord, read_manifest
 from promprune.runtime import VisionLanguagePipeline, image_embeds_part
 from promprune.runtime.sessions import SessionOptions, open_session
-from tests.fake_package import rewrite_manifest
+from tests.support.fake_package import rewrite_manifest
 
 PICTURE = Image.effect_mandelbrot((90, 70), (-2, -1, 1, 1), 40).convert("RGB")
 QUESTION = "What is this?"

@@ -22,7 +22,7 @@ from promprune.export.commands import calibrate as calibrate_command
 from promprune.export.commands import export as export_command
 from promprune.export.evaluation.calibration import calibrate, calibration_scenes, folder_images, image_entropies
 from promprune.package.manifest import read_manifest
-from tests.command_line import run
+from tests.support.command_line import run
 
 
 @pytest.fixture

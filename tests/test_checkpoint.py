@@ -15,7 +15,7 @@ from promprune.export import export_package
 from promprune.export.checkpoint.loading import load_processor
 from promprune.export.checkpoint.prompts import chat_template, prompt_text
 from promprune.export.config import ExportConfig
-from tests.tiny_models import CHAT_TEMPLATE, save_tiny_llava
+from tests.support.tiny_models import CHAT_TEMPLATE, save_tiny_llava
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from promprune.runtime.bench.contenders import Question
 from promprune.runtime.bench.report import FIRST_TOKEN_STAGES, Report, read_report
 from promprune.runtime.bench.tables import grids
 from promprune.runtime.commands import bench as command
-from tests.command_line import run
+from tests.support.command_line import run
 from tests.support.progress import RecordedProgress
 from tests.test_qwen import NEW_TOKENS
 from tests.test_qwen import Reference as QwenReference

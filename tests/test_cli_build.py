@@ -10,8 +10,8 @@ import pytest
 
 from promprune.export.commands.build import main
 from promprune.package.engines import EngineConfig, read_engines
-from tests.command_line import run
-from tests.fake_package import write_fake_package
+from tests.support.command_line import run
+from tests.support.fake_package import write_fake_package
 
 RTX = "TensorRT for RTX is not installed (Linux x86-64 only)"
 

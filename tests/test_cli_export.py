@@ -17,7 +17,7 @@ import pytest
 from promprune.export import ExportResult, pipeline
 from promprune.export.commands import export as command
 from promprune.package.manifest import MANIFEST_FILE, read_manifest
-from tests.command_line import run
+from tests.support.command_line import run
 
 
 @pytest.mark.parametrize(

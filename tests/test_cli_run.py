@@ -19,7 +19,7 @@ from promprune.package.manifest import read_manifest
 from promprune.runtime import VisionLanguagePipeline
 from promprune.runtime.commands import run as command
 from promprune.terminal import print_json
-from tests.fake_package import rewrite_manifest, write_fake_package
+from tests.support.fake_package import rewrite_manifest, write_fake_package
 
 
 @pytest.fixture(scope="module")

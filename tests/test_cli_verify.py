@@ -13,8 +13,8 @@ import pytest
 from promprune.export import ExportResult
 from promprune.export.commands import verify as command
 from promprune.package.manifest import MANIFEST_FILE, Manifest, file_records, write_manifest
-from tests.command_line import run
-from tests.tiny_models import save_tiny_llava
+from tests.support.command_line import run
+from tests.support.tiny_models import save_tiny_llava
 
 
 def test_a_good_package_passes(tiny_export: ExportResult, tiny_llava: Path) -> None:

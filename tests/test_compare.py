@@ -21,8 +21,15 @@ from promprune.export.graphs.selector import build_selector
 from promprune.export.verify.config import CompareConfig
 from promprune.package.engines import current_target
 from promprune.package.manifest import DECODER, read_manifest
-from tests.command_line import run
-from tests.fake_package import NUM_TOKENS, FakeModel, make_graph, replaced_graph, rewrite_manifest, write_fake_package
+from tests.support.command_line import run
+from tests.support.fake_package import (
+    NUM_TOKENS,
+    FakeModel,
+    make_graph,
+    replaced_graph,
+    rewrite_manifest,
+    write_fake_package,
+)
 
 pytest.importorskip("polygraphy", reason="Polygraphy is not installed")
 

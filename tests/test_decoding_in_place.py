@@ -18,7 +18,7 @@ from promprune.runtime.engine.decoder import Cache, Decoder
 from promprune.runtime.engine.loading import steps_in_place
 from promprune.runtime.sessions import Session, SessionOptions, open_session
 from promprune.runtime.sessions.onnxruntime import OnnxRuntimeSession
-from tests.fake_package import HIDDEN, FakeModel, write_fake_package
+from tests.support.fake_package import HIDDEN, FakeModel, write_fake_package
 
 EXPORTS = {
     "llava": "tiny_export",

@@ -34,9 +34,9 @@ from promprune.export.families import FAMILIES
 from promprune.package.engines import EngineConfig, current_target, engine_folder, read_engines, timing_cache_file
 from promprune.package.manifest import DECODER, GraphRecord, TensorRecord, read_manifest
 from promprune.runtime.sessions.tensorrt.modules import log_of
-from tests.fake_package import FakeModel, make_graph, rewrite_manifest, write_fake_package
+from tests.support.fake_package import FakeModel, make_graph, rewrite_manifest, write_fake_package
 from tests.support.progress import RecordedProgress
-from tests.tiny_models import save_tiny_llava
+from tests.support.tiny_models import save_tiny_llava
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed (Linux x86-64 only)")
 

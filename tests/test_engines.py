@@ -32,7 +32,7 @@ from promprune.package.engines import (
     writing_engines,
 )
 from promprune.package.manifest import FileRecord, Manifest, TensorRecord, read_manifest
-from tests.fake_package import write_fake_package
+from tests.support.fake_package import write_fake_package
 
 RANGE = ShapeRange(min=(1, 1), opt=(1, 8), max=(1, 16))
 OTHER_GRAPHS = dict.fromkeys(("vision_encoder", "embed_tokens", "decoder_model_merged"), "0" * 64)

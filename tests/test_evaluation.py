@@ -27,7 +27,7 @@ from promprune.export.verify.verification import MAX_NEW_TOKENS, kept_position_i
 from promprune.method.config import SelectionConfig
 from promprune.runtime import TokenSelection, draw_kept_tokens
 from promprune.runtime.images.encoded import TokenGrid
-from tests.command_line import run
+from tests.support.command_line import run
 
 
 def test_the_shipped_questions_are_those_of_the_scenes() -> None:

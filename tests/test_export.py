@@ -29,7 +29,7 @@ from promprune.export.families.llava import adapt
 from promprune.export.verify.verification import Limits
 from promprune.method.config import SelectionConfig
 from promprune.runtime import ImageEncoder, VisionLanguagePipeline
-from tests.tiny_models import IMAGE_SIZE, NUM_TOKENS, save_tiny_llava, tiny_language_model
+from tests.support.tiny_models import IMAGE_SIZE, NUM_TOKENS, save_tiny_llava, tiny_language_model
 
 
 def session(result: ExportResult, graph: str) -> ort.InferenceSession:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from promprune.errors import BackendError, PackageError
 from promprune.runtime.engine.config import GenerationConfig
 from promprune.runtime.engine.sampling import Row, TextStream, TokenChooser, eos_token_ids_of, probabilities_of
-from tests.fake_package import make_tokenizer
+from tests.support.fake_package import make_tokenizer
 
 
 def reference_probabilities(logits: np.ndarray, config: GenerationConfig) -> np.ndarray:

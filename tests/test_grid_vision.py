@@ -11,7 +11,7 @@ from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.vision_utils import get_vision_window_index
 
 from promprune.export.families.qwen2_5_vl import GridVisionEncoder, window_order
-from tests.tiny_models import tiny_qwen2_5_vl, tiny_qwen2_vl
+from tests.support.tiny_models import tiny_qwen2_5_vl, tiny_qwen2_vl
 
 GROUP, PATCH_VALUES = 4, 3 * 2 * 14 * 14
 

@@ -35,7 +35,7 @@ from promprune.runtime import (
     image_embeds_part,
 )
 from promprune.runtime.images import layout_of
-from tests.tiny_models import IMAGE_SIZE, save_tiny_llava_next, tiny_language_model
+from tests.support.tiny_models import IMAGE_SIZE, save_tiny_llava_next, tiny_language_model
 
 DATA = Path(skimage.__file__).parent / "data"
 # (width, height): every canvas, letterboxes of every kind, and shapes that no token or crop may be left of

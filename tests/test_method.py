@@ -16,7 +16,7 @@ from promprune.export.baselines.authors_method import authors_select
 from promprune.method.config import SelectionConfig
 from promprune.method.entropy import saliency_count, saliency_ratio, spectral_entropy, unit_tokens
 from promprune.method.reference import select_tokens
-from tests.feature_sets import KINDS, feature_set
+from tests.support.feature_sets import KINDS, feature_set
 
 SELECTION = SelectionConfig(order="selection")
 

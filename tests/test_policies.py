@@ -20,8 +20,8 @@ from promprune.method.config import LOOP_FORMS, POLICIES, SelectionConfig, Selec
 from promprune.method.reference import random_order, select_tokens
 from promprune.package.manifest import CheckRecord
 from promprune.runtime import VisionLanguagePipeline, draw_kept_tokens
-from tests.feature_sets import feature_set
-from tests.tiny_models import NUM_TOKENS
+from tests.support.feature_sets import feature_set
+from tests.support.tiny_models import NUM_TOKENS
 
 BASELINES = tuple(policy for policy in POLICIES if policy != "promprune")
 N, D, T = 96, 64, 13

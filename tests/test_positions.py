@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from promprune.runtime.images.positions import ImagePositions, grid_positions, prompt_positions
-from tests.tiny_models import tiny_qwen2_5_vl
+from tests.support.tiny_models import tiny_qwen2_5_vl
 
 IMAGE_TOKEN_ID = 3
 Grid = tuple[int, int]

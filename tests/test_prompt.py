@@ -15,7 +15,7 @@ from tokenizers import pre_tokenizers, processors
 
 from promprune.errors import ImageError, PackageError, PromptError
 from promprune.runtime.engine.prompt import FALLBACK_TEMPLATE, PromptBuilder, tokenizer_errors
-from tests.fake_package import TEMPLATE, make_tokenizer
+from tests.support.fake_package import TEMPLATE, make_tokenizer
 
 
 def part(text: str) -> dict[str, str]:

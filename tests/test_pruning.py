@@ -19,7 +19,7 @@ from promprune.method.batched import PrunedTokens, prune_tokens
 from promprune.method.config import SelectionConfig
 from promprune.method.entropy import spectral_entropy
 from promprune.method.reference import select_tokens
-from tests.feature_sets import feature_set
+from tests.support.feature_sets import feature_set
 
 SELECTION = SelectionConfig(order="selection")
 COVERAGE = SelectionConfig(saliency_ratio_min=0, saliency_ratio_max=0, order="selection")
@@ -167,7 +167,7 @@ KERNEL_CHECK = """
 import torch
 from promprune.method.triton_kernel import fused_coverage_picks
 from promprune.method.batched import _coverage_loop
-from tests.feature_sets import feature_set
+from tests.support.feature_sets import feature_set
 
 for n, d, keep in ((40, 60, 7), (100, 30, 90), (144, 160, 23)):
     x = torch.stack([torch.from_numpy(feature_set(seed, n, d)[1]) for seed in range(3)])

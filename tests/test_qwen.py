@@ -30,8 +30,8 @@ from promprune.package.image import GridLayout
 from promprune.package.manifest import read_manifest
 from promprune.runtime import EncodedImage, ImageEncoder, VisionLanguagePipeline
 from promprune.runtime.images.overlay import draw_kept_tokens
-from tests.fake_package import rewrite_manifest
-from tests.tiny_models import QWEN_IMAGE, save_tiny_qwen, tiny_qwen2_5_vl
+from tests.support.fake_package import rewrite_manifest
+from tests.support.tiny_models import QWEN_IMAGE, save_tiny_qwen, tiny_qwen2_5_vl
 
 GRIDS = ((6, 6), (4, 7))
 TOKEN_PIXELS, IMAGE_TOKEN_ID = 28, 3

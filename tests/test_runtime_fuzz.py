@@ -17,7 +17,7 @@ from PIL import Image
 
 from promprune.errors import PrompruneError
 from promprune.runtime import VisionLanguagePipeline, load_image
-from tests.fake_package import write_fake_package
+from tests.support.fake_package import write_fake_package
 
 VALUES = [
     None,
@@ -166,7 +166,7 @@ TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json
 @pytest.mark.parametrize("name", [*TEXT_FILES, "chat_template.jinja"])
 def test_damaged_text_files_with_a_manifest_that_agrees(package: Path, name: str) -> None:
     from promprune.package.manifest import read_manifest
-    from tests.fake_package import rewrite_manifest
+    from tests.support.fake_package import rewrite_manifest
 
     manifest = read_manifest(package)
     original = (package / name).read_bytes()

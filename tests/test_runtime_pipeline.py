@@ -24,7 +24,7 @@ from promprune.runtime.engine.decoder import Decoder
 from promprune.runtime.engine.sampling import TokenChooser
 from promprune.runtime.images.encoded import TokenSelection
 from promprune.runtime.pipeline import _feature_rows
-from tests.fake_package import (
+from tests.support.fake_package import (
     HIDDEN,
     NUM_TOKENS,
     FakeModel,

@@ -18,7 +18,7 @@ from promprune.package.manifest import GraphRecord, TensorRecord
 from promprune.runtime.sessions import BACKENDS, SessionOptions, open_session, providers
 from promprune.runtime.sessions.config import Provider, RuntimeConfig
 from promprune.runtime.sessions.providers import AUTO, PROVIDERS, why_not
-from tests.fake_package import make_graph
+from tests.support.fake_package import make_graph
 
 CPU = SessionOptions(provider="cpu", num_threads=1)
 

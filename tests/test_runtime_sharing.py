@@ -16,8 +16,8 @@ from promprune.export import ExportResult, export_package
 from promprune.export.config import ExportConfig
 from promprune.package.manifest import read_manifest
 from promprune.runtime import VisionLanguagePipeline
-from tests.fake_package import EOS, HIDDEN, FakeModel, replaced_graph, rewrite_manifest, write_fake_package
-from tests.tiny_models import save_tiny_llava
+from tests.support.fake_package import EOS, HIDDEN, FakeModel, replaced_graph, rewrite_manifest, write_fake_package
+from tests.support.tiny_models import save_tiny_llava
 
 VISION = "onnx/vision_encoder.onnx"
 PICTURE = Image.effect_mandelbrot((90, 70), (-2, -1, 1, 1), 40).convert("RGB")

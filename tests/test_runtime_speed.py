@@ -24,8 +24,8 @@ from transformers import LlavaProcessor as Processor
 from promprune.export import export_package
 from promprune.export.config import ExportConfig
 from promprune.runtime import VisionLanguagePipeline
+from tests.support.tiny_models import CHAT_TEMPLATE, SPECIAL_TOKENS, byte_tokenizer
 from tests.test_runtime_hugging_face import Reference, messages_of
-from tests.tiny_models import CHAT_TEMPLATE, SPECIAL_TOKENS, byte_tokenizer
 
 PHOTOGRAPH = Path(skimage.__file__).parent / "data" / "astronaut.png"
 QUESTION = "What is this?"

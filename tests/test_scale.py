@@ -24,8 +24,8 @@ from promprune.export.verify.verification import verify_package
 from promprune.package.manifest import read_manifest
 from promprune.runtime import VisionLanguagePipeline
 from promprune.runtime.commands import run as run_command
-from tests.command_line import run
-from tests.tiny_models import HUB_PREFIXES, reshape_checkpoint, save_tiny_llava
+from tests.support.command_line import run
+from tests.support.tiny_models import HUB_PREFIXES, reshape_checkpoint, save_tiny_llava
 
 LAYERS = 5
 

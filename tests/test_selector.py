@@ -21,7 +21,7 @@ from promprune.export.graphs.selector import build_selector
 from promprune.method.config import LOOP_FORMS, SelectionConfig
 from promprune.method.entropy_table import ENTROPY_TABLE
 from promprune.method.reference import Selection, select_tokens
-from tests.feature_sets import feature_set
+from tests.support.feature_sets import feature_set
 
 Array = NDArray[Any]
 NAMES = ["selected_features", "token_indices", "saliency_mask", "saliency_count", "spectral_entropy"]

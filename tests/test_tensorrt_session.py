@@ -47,7 +47,7 @@ from promprune.runtime.sessions.tensorrt import session as module
 from promprune.runtime.sessions.tensorrt.cuda import CudaDevice
 from promprune.runtime.sessions.tensorrt.device import EngineLoading, Pitched
 from promprune.runtime.sessions.tensorrt.session import TensorRtSession, choose_profile, find_engines
-from tests.fake_package import HIDDEN, FakeModel, write_fake_package
+from tests.support.fake_package import HIDDEN, FakeModel, write_fake_package
 
 TARGET = "sm89"
 CONFIG = EngineConfig(max_prompt_tokens=40, max_new_tokens=20, max_batch=2, decode_profile=True)

@@ -17,7 +17,7 @@ from transformers import LlavaForConditionalGeneration
 from promprune.errors import ModelError, UnsupportedModelError
 from promprune.export.checkpoint.meta_model import build_skeleton
 from promprune.export.checkpoint.weights import linked, stored_tensors, weight_files
-from tests.tiny_models import HUB_PREFIXES, MODULE_PREFIXES, reshape_checkpoint, save_tiny_llava
+from tests.support.tiny_models import HUB_PREFIXES, MODULE_PREFIXES, reshape_checkpoint, save_tiny_llava
 
 MODEL_CLASS = "LlavaForConditionalGeneration"
 

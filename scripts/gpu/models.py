@@ -16,7 +16,7 @@ __all__ = ["decoder_layers", "llava_config", "patch_features", "random_model"]
 def llava_config(sizes: Sizes) -> LlavaConfig:
     """Return the configuration of LLaVA-1.5-7B, whose parts LLaVA-NeXT-7B shares; or a tiny one."""
     if sizes.language_model == "tiny":
-        from tests.tiny_models import llava_config as tiny_config
+        from tests.support.tiny_models import llava_config as tiny_config
 
         return tiny_config()
     from scripts.make_random_llava import config_of

@@ -18,7 +18,7 @@ from promprune.method import batched
 from scripts.gpu.measure import Run, count_flops, graphed, timing
 from scripts.gpu.record import Record
 from scripts.gpu.sizes import Sizes
-from tests.feature_sets import feature_set
+from tests.support.feature_sets import feature_set
 
 Select = Callable[[Tensor, Tensor, int], Any]
 
