@@ -17,15 +17,17 @@ import numpy as np
 import onnx_ir as ir
 
 from promprune._version import __version__
+from promprune.dtypes import BY_NAME
 from promprune.errors import VerificationError
-from promprune.export.checkpoint.loading import TORCH_DTYPES, Checkpoint, load_checkpoint, read_constants
+from promprune.export.checkpoint.loading import Checkpoint, load_checkpoint, read_constants
 from promprune.export.checkpoint.meta_model import make_fake
 from promprune.export.checkpoint.prompts import chat_template
+from promprune.export.checkpoint.weights import torch_dtype
 from promprune.export.config import ExportConfig, default_output
 from promprune.export.families import AdaptedModel, VisionGraph
 from promprune.export.graphs.decoder import decoder_graph, embed_tokens_graph
 from promprune.export.graphs.external_data import Placement, link_weights
-from promprune.export.graphs.selector import FeatureDtype, build_selector
+from promprune.export.graphs.selector import build_selector
 from promprune.export.graphs.trace import graph_record, save_graph
 from promprune.export.graphs.vision import drop_saliency, fuse_selector, vision_graph
 from promprune.export.verify.verification import verify_package
@@ -49,7 +51,6 @@ from promprune.progress import NO_PROGRESS, Progress
 
 __all__ = ["ExportResult", "default_output", "export_package"]
 
-_NUMPY_DTYPES: Final[dict[str, FeatureDtype]] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 ROUNDING: Final = "ratio x num_tokens rounded half to even, at least 1"
 
 
@@ -79,7 +80,7 @@ def export_package(config: ExportConfig, *, progress: Progress = NO_PROGRESS) ->
     with writing_package(output, force=config.force) as folder:
         progress.announce(2 + config.verify)
         with progress.step("read the checkpoint"):
-            checkpoint = load_checkpoint(config.model, dtype=TORCH_DTYPES[config.dtype])
+            checkpoint = load_checkpoint(config.model, dtype=torch_dtype(config.dtype))
             make_fake(checkpoint.skeleton)
             model = checkpoint.family.adapted(checkpoint.skeleton, checkpoint.processor, config.image_grids)
             selection = selection_record(config, checkpoint)
@@ -188,7 +189,7 @@ def selector(
         selection.config,
         batch_size="batch_size" if vision.is_batched else 1,
         token_mask=vision.token_mask,
-        dtype=_NUMPY_DTYPES[config.dtype],
+        dtype=BY_NAME[config.dtype].numpy,
         loop=selection.loop,
         opset=config.opset,
     )

@@ -36,6 +36,7 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from promprune.dtypes import BY_NUMPY
 from tests.support.tiny_models import CHAT_TEMPLATE, byte_tokenizer
 
 VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -50,7 +51,7 @@ FAMILIES: dict[str, tuple[Any, Any]] = {
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 SHARD_BYTES = 5_000_000_000
 STD = 0.02
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+DTYPES = ("bfloat16", "float16", "float32")
 HUB_PREFIXES = {  # of transformers' modules -> of the hub's keys
     "model.language_model.": "language_model.model.",
     "lm_head.": "language_model.lm_head.",
@@ -122,7 +123,7 @@ def norm_weights(model: nn.Module) -> list[str]:
 def write_shard(path: Path, parameters: Mapping[str, Tensor], norms: Sequence[str] | set[str], std: float) -> None:
     header, end = {}, 0
     for key, parameter in parameters.items():
-        dtype = DTYPES[str(parameter.dtype).removeprefix("torch.")]
+        dtype = BY_NUMPY[str(parameter.dtype).removeprefix("torch.")].safetensors
         header[key] = {"dtype": dtype, "shape": list(parameter.shape), "data_offsets": [end, end + parameter.nbytes]}
         end += parameter.nbytes
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
@@ -142,7 +143,7 @@ def main() -> None:
     parser.add_argument("--size", choices=sorted(TEXTS), default="1b", help="of the language model (%(default)s)")
     parser.add_argument("--family", choices=sorted(FAMILIES), default="llava")
     parser.add_argument("--layers", type=int, help="of the language model, if not all: for the vision half alone")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--std", type=float, default=STD, help="standard deviation of the weights (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from promprune.export import export_package
 from promprune.export.checkpoint.loading import Checkpoint, load_checkpoint
+from promprune.export.checkpoint.weights import torch_dtype
 from promprune.export.config import ExportConfig
 from promprune.export.verify.verification import check_samples, relative_error, verify_package
 from tests.support.tiny_models import (
@@ -41,7 +42,7 @@ from tests.support.tiny_models import (
 
 IMAGES: Final = 2
 MEASURED: Final = ("features", "logits", "saliency")
-DTYPES: Final = {"fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES: Final = ("fp16", "bf16")
 # As many layers as real models have, and heads of as many dimensions: the scale of these is no power of two.
 DEEP: Final = {"vision": {"num_hidden_layers": 24}, "text": {"num_hidden_layers": 32, "head_dim": 128}}
 DEEP_SIGLIP: Final = {"num_hidden_layers": 27, "num_attention_heads": 2, "hidden_size": 2 * 72}
@@ -89,7 +90,7 @@ def torch_errors(checkpoint: Checkpoint, dtype: str) -> dict[str, float]:
     """What the dtype costs transformers' own model."""
     model_class = getattr(transformers, checkpoint.family.model_class)
     texts = [sample.question for sample in check_samples(IMAGES, sizes=((64, 64),))]
-    model = model_class.from_pretrained(checkpoint.folder, dtype=DTYPES[dtype]).eval()
+    model = model_class.from_pretrained(checkpoint.folder, dtype=torch_dtype(dtype)).eval()
     got = values(checkpoint, model, texts)
     if dtype == "fp16":
         model = model_class.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()

@@ -319,7 +319,8 @@ def test_the_command_names_the_backends_of_the_table() -> None:
 
 
 def test_the_command_compares_and_reports(fake: Path, tmp_path: Path) -> None:
-    same = run(main, str(fake), "--against", "onnxruntime", "--layers")
+    write_fake_package(tmp_path / "copy")
+    same = run(main, str(fake), "--reference", str(tmp_path / "copy"), "--layers")
     assert same.exit_code == 0, same.stderr
     assert "vision_encoder: " in same.stdout
     assert same.stdout.count("all within 0.02") == 3
@@ -344,7 +345,7 @@ def test_the_command_describes_graphs(fake: Path) -> None:
     [
         (["--backend", "abacus", "--against", "onnxruntime"], 1, "received backend 'abacus'; expected one of onnxr"),
         (
-            ["--against", "onnxruntime", "--graph", "head"],
+            ["--backend", "tensorrt", "--against", "onnxruntime", "--graph", "head"],
             1,
             "received graph 'head'; expected one of vision_encoder",
         ),

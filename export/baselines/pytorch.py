@@ -23,7 +23,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from promprune.errors import BackendError, ConfigError
 from promprune.export.baselines.authors_method import AuthorsSelection, authors_select
 from promprune.export.checkpoint.loading import (
-    TORCH_DTYPES,
     ImageTextProcessor,
     family_of,
     load_checkpoint,
@@ -32,6 +31,7 @@ from promprune.export.checkpoint.loading import (
     resolve,
 )
 from promprune.export.checkpoint.prompts import prompt_text
+from promprune.export.checkpoint.weights import torch_dtype
 from promprune.method.config import SelectionConfig
 from promprune.package.manifest import Manifest
 from promprune.runtime.bench.contenders import Facts, Measurable, Question, Sample
@@ -78,7 +78,7 @@ class PytorchModel:
         torch.set_num_threads(settings.threads)
         folder, _ = resolve(settings.model)
         self.processor = load_processor(folder)
-        self.model: Any = load_model(folder, family_of(folder), dtype=TORCH_DTYPES[settings.dtype])
+        self.model: Any = load_model(folder, family_of(folder), dtype=torch_dtype(settings.dtype))
         self.model.to(settings.device)
         # Plainly greedy, and without an end: every answer has the length that was asked for.
         pad = self.model.generation_config.pad_token_id
@@ -171,7 +171,7 @@ class PytorchContender(Measurable):
             saliency_count=self._selected.counts[0] if self._selected else None,
             prompt_tokens=self._prompt_tokens,
             kv_cache_bytes=per_token
-            * TORCH_DTYPES[settings.dtype].itemsize
+            * torch_dtype(settings.dtype).itemsize
             * (self._prompt_tokens + question.new_tokens - 1),
             first_token_flops=self._count_flops(question),
         )
@@ -188,7 +188,7 @@ class PytorchContender(Measurable):
             text = shared.rendered(prompt).replace(token, token * keep)
             inputs = dict(shared.processor.tokenizer([text] * len(pictures), return_tensors="pt"))
             inputs["pixel_values"] = shared.processor.image_processor(images=pictures, return_tensors="pt").pixel_values
-        inputs["pixel_values"] = inputs["pixel_values"].to(TORCH_DTYPES[self._settings.dtype])
+        inputs["pixel_values"] = inputs["pixel_values"].to(torch_dtype(self._settings.dtype))
         return {name: value.to(self._settings.device) for name, value in inputs.items()}
 
     @contextlib.contextmanager

@@ -26,7 +26,6 @@ from promprune.package.sources import EMBEDDED_MODEL, EXPECTED_MODEL, embedded_m
 
 __all__ = [
     "EMBEDDED_MODEL",
-    "TORCH_DTYPES",
     "Checkpoint",
     "ImageTextProcessor",
     "embedded_model_folder",
@@ -38,7 +37,6 @@ __all__ = [
     "resolve",
 ]
 
-TORCH_DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 HASHED_AT_ONCE: Final = 2  # files of a checkpoint
 # What a model's own folder may say about the selection: {"mu": ..., "tau": ...}, and the limits of the split.
 SELECTION_FILE: Final = "promprune_config.json"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor, nn
 
+from promprune.dtypes import BY_NAME, BY_NUMPY, BY_SAFETENSORS
 from promprune.errors import ModelError, UnsupportedModelError
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "linked",
     "stored_tensors",
     "tensor_at",
+    "torch_dtype",
     "weight_files",
 ]
 
@@ -39,25 +41,14 @@ CHUNK_ELEMENTS: Final = 4 * 1024 * 1024  # read, converted and written at a time
 
 _MAX_HEADER_BYTES: Final = 100_000_000  # the format's own limit
 _MAX_INDEX_BYTES: Final = 100_000_000
-_DTYPES: Final[Mapping[str, torch.dtype]] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-_IR_DTYPES: Final[Mapping[torch.dtype, ir.DataType]] = {
-    torch.float64: ir.DataType.DOUBLE,
-    torch.float32: ir.DataType.FLOAT,
-    torch.float16: ir.DataType.FLOAT16,
-    torch.bfloat16: ir.DataType.BFLOAT16,
-}
-_ITEM_BYTES: Final[Mapping[str, int]] = {
-    **dict.fromkeys(("F64", "I64", "U64"), 8),
-    **dict.fromkeys(("F32", "I32", "U32"), 4),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
-}
+_FLOATS: Final = ("F64", "F32", "F16", "BF16")
 _EXPECTED: Final = "a whole checkpoint in safetensors format"
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return what PyTorch calls an element type of this project, such as ``"fp16"``."""
+    dtype: torch.dtype = getattr(torch, BY_NAME[name].numpy)
+    return dtype
 
 
 class Writable(Protocol):
@@ -92,12 +83,12 @@ class StoredTensor:
         Raises:
             UnsupportedModelError: it is not one of floating point: a quantized checkpoint.
         """
-        if self.dtype not in _DTYPES:
+        if self.dtype not in _FLOATS:
             raise UnsupportedModelError(
                 f"{self.key} in {self.file.name} is stored as {self.dtype}",
-                expected=f"one of {', '.join(_DTYPES)}: quantized checkpoints are not exported",
+                expected=f"one of {', '.join(_FLOATS)}: quantized checkpoints are not exported",
             )
-        return _DTYPES[self.dtype]
+        return torch_dtype(BY_SAFETENSORS[self.dtype].name)
 
     @property
     def size(self) -> int:
@@ -163,7 +154,8 @@ class CheckpointTensor(ir.LazyTensor):
     """
 
     def __init__(self, stored: StoredTensor, dtype: torch.dtype, name: str) -> None:
-        super().__init__(self._load, _IR_DTYPES[dtype], ir.Shape(stored.shape), name=name)
+        element = BY_NUMPY[str(dtype).removeprefix("torch.")]
+        super().__init__(self._load, ir.DataType(element.onnx), ir.Shape(stored.shape), name=name)
         self.stored = stored
         self.torch_dtype = dtype
 
@@ -303,6 +295,7 @@ def _tensor_of(file: Path, key: str, entry: dict[str, Any], start: int, file_byt
     begin, end = (int(offset) for offset in entry["data_offsets"])
     if begin < 0 or min(shape, default=0) < 0 or start + end > file_bytes:
         raise ValueError(f"{key} lies outside the file")
-    if dtype in _ITEM_BYTES and end - begin != math.prod(shape) * _ITEM_BYTES[dtype]:
+    known = BY_SAFETENSORS.get(dtype)
+    if known is not None and end - begin != math.prod(shape) * known.bits // 8:
         raise ValueError(f"{key} has {end - begin} bytes, not those of {dtype} {list(shape)}")
     return StoredTensor(key=key, file=file, dtype=dtype, shape=shape, offset=start + begin)

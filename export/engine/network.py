@@ -14,7 +14,7 @@ from promprune.export.engine.toolkit import Toolkit
 from promprune.files import replace_file
 from promprune.package.engines import EngineConfig, ProfileRecord
 from promprune.package.manifest import GraphRecord, TensorRecord
-from promprune.runtime.sessions.tensorrt.modules import TENSOR_DTYPES, log_of, trimmed
+from promprune.runtime.sessions.tensorrt.modules import dtype_of, log_of, trimmed
 
 __all__ = ["engine_from_onnx"]
 
@@ -123,16 +123,14 @@ def _check_tensors(network: Any, graph: GraphRecord, path: Path) -> None:
 def _same_tensor(tensor: Any, record: TensorRecord) -> bool:
     shape = tuple(tensor.shape)
     return (
-        TENSOR_DTYPES.get(tensor.dtype.name) == record.dtype
+        dtype_of(tensor.dtype) == record.dtype
         and len(shape) == len(record.shape)
         and all(size in (-1, dim) for size, dim in zip(shape, record.shape, strict=True))
     )
 
 
 def _described(tensor: Any) -> str:
-    return (
-        "none" if tensor is None else f"{TENSOR_DTYPES.get(tensor.dtype.name, tensor.dtype.name)}{list(tensor.shape)}"
-    )
+    return "none" if tensor is None else f"{dtype_of(tensor.dtype)}{list(tensor.shape)}"
 
 
 def _stated(record: TensorRecord | None) -> str:

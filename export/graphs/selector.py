@@ -10,13 +10,14 @@ TensorRT must build it with TF32 off: the Gram matrix needs all 24 bits (docs/me
 from __future__ import annotations
 
 import itertools
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
 from promprune._version import __version__
+from promprune.dtypes import BY_NAME, BY_NUMPY, DTYPES
 from promprune.errors import ConfigError
 from promprune.export.graphs.builder import Constant, GraphBuilder, floats, ints
 from promprune.export.graphs.opset import DEFAULT_OPSET, check_opset
@@ -25,15 +26,9 @@ from promprune.method.entropy import NORM_FLOOR
 from promprune.method.entropy_table import ENTROPY_TABLE
 from promprune.method.reference import BLANK_NORM, RESIDUAL_FLOOR, TAKEN, random_order
 
-__all__ = ["FeatureDtype", "build_selector"]
+__all__ = ["build_selector"]
 
-FeatureDtype = Literal["float32", "float16", "bfloat16"]
-
-_ELEMENT_TYPES: dict[str, int] = {
-    "float32": TensorProto.FLOAT,
-    "float16": TensorProto.FLOAT16,
-    "bfloat16": TensorProto.BFLOAT16,
-}
+_FEATURE_DTYPES = tuple(BY_NAME[name].numpy for name in DTYPES)
 _IR_VERSION = 10
 _LOWEST = -3.0e38
 _TINY = 1.0e-30
@@ -59,7 +54,7 @@ def build_selector(
     config: SelectionConfig = SelectionConfig(),  # noqa: B008 - frozen
     *,
     batch_size: int | str = 1,
-    dtype: FeatureDtype = "float32",
+    dtype: str = "float32",
     opset: int = DEFAULT_OPSET,
     loop: LoopForm = DEFAULT_LOOP,
     token_mask: bool = False,
@@ -126,8 +121,8 @@ def _check(sizes: Sizes, batch_size: int | str, dtype: str, opset: int, loop: st
         raise ConfigError(f"received keep_tokens = {t}", expected=f"1 to num_tokens = {n}")
     if not (batch_size.isidentifier() if isinstance(batch_size, str) else batch_size >= 1):
         raise ConfigError(f"received batch_size = {batch_size!r}", expected="a positive integer, or a name")
-    if dtype not in _ELEMENT_TYPES:
-        raise ConfigError(f"received dtype = {dtype!r}", expected=f"one of {', '.join(_ELEMENT_TYPES)}")
+    if dtype not in _FEATURE_DTYPES:
+        raise ConfigError(f"received dtype = {dtype!r}", expected=f"one of {', '.join(_FEATURE_DTYPES)}")
     check_opset(opset)
     check_loop(loop)
 
@@ -398,7 +393,7 @@ def _model(
 ) -> onnx.ModelProto:
     """Put inputs, outputs and metadata around the nodes, and check the result."""
     n, d, t = sizes
-    element, b = _ELEMENT_TYPES[dtype], batch_size
+    element, b = BY_NUMPY[dtype].onnx, batch_size
     value = helper.make_tensor_value_info
     inputs = [value("image_features", element, [b, n, d]), value("saliency", TensorProto.FLOAT, [b, n])]
     if token_mask:

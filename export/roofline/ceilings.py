@@ -22,7 +22,6 @@ _COPY, _READ = "copy", "read"  # the others are named by their dtypes
 _PRODUCT_SIDE: Final = {"CPU": 2048, "CUDA": 8192}
 _MEMORY_BYTES: Final = {"CPU": 2**28, "CUDA": 2**31}
 _ROW: Final = 8192  # numbers of the memory's rows
-_PRODUCT_DTYPES: Final = {"fp32": "float32", "fp16": "float16", "bf16": "float16"}  # bf16 is as fast as fp16
 
 
 class CeilingProbe:
@@ -52,7 +51,7 @@ class CeilingProbe:
             # Fed with its own result again and again; of this size, that neither grows nor vanishes.
             side = _PRODUCT_SIDE[device]
             factor = np.random.default_rng(0).normal(size=(side, side)) / np.sqrt(side)
-            self._inputs[dtype] = factor.astype(_PRODUCT_DTYPES[dtype])
+            self._inputs[dtype] = factor.astype("float32" if dtype == "fp32" else "float16")  # bf16 is as fast as fp16
             self._sessions[dtype] = _one_operator("MatMul", ["rows", side], self._inputs[dtype], options)
         self._best_s = dict.fromkeys(self._sessions, float("inf"))
 

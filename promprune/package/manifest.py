@@ -28,6 +28,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from promprune.dtypes import Dtype
 from promprune.errors import ConfigError, OutputError, PackageError
 from promprune.files import writing_folder
 from promprune.method.config import LoopForm, SelectionConfig
@@ -176,7 +177,7 @@ class Manifest(Record, frozen=True):
 
     schema_version: int
     family: str  # Hugging Face model_type
-    dtype: Literal["fp32", "fp16", "bf16"]
+    dtype: Dtype
     opset: Count
     context_length: Count  # positions the language model was made for
     source: SourceRecord

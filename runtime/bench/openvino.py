@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
@@ -16,8 +16,6 @@ from promprune.runtime.bench.contenders import Facts, Measurable, Question, Samp
 from promprune.runtime.images.preprocess import load_image
 
 __all__ = ["OpenVinoContender", "OpenVinoModel"]
-
-_PRECISIONS: Final = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 
 
 class OpenVinoModel:
@@ -40,7 +38,7 @@ class OpenVinoModel:
         self.openvino, self.genai = openvino, openvino_genai
         scheduler = openvino_genai.SchedulerConfig()
         scheduler.enable_prefix_caching = False  # or an image that was seen before costs next to nothing
-        settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": _PRECISIONS[dtype]}
+        settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": dtype.replace("fp", "f")}
         try:
             self.pipeline = openvino_genai.VLMPipeline(str(folder), "CPU", scheduler_config=scheduler, **settings)
         except RuntimeError as error:

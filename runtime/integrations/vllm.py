@@ -22,13 +22,14 @@ from typing import Any, Final
 
 import numpy as np
 
+from promprune.dtypes import ELEMENT_TYPES
 from promprune.errors import ConfigError
 from promprune.runtime.images.encoded import EncodedImage
 from promprune.runtime.sessions import Array
 
 __all__ = ["image_embeds_part", "torch_bytes"]
 
-_STORAGES: Final = {"float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage"}
+_STORAGES: Final = {dtype.numpy: dtype.torch_storage for dtype in ELEMENT_TYPES if dtype.torch_storage}
 
 
 def image_embeds_part(image: EncodedImage) -> dict[str, Any]:

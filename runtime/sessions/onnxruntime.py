@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import onnxruntime as ort
 
+from promprune.dtypes import BY_NAME, BY_ONNXRUNTIME
 from promprune.errors import BackendError, first_line
 from promprune.runtime.sessions.base import Array, DeviceTensor, Session, SessionOptions, TensorSpec, Value
 from promprune.runtime.sessions.providers import AUTO, CPU, PROVIDERS, refused, why_not
@@ -22,20 +23,7 @@ __all__ = ["OnnxRuntimeSession", "open_session"]
 _FATAL: Final = 4  # ORT's severity above which nothing it does is logged: every error reaches us as an exception
 _WARNING: Final = 2  # ORT's own default
 _NO_LIBRARIES: Final = "its libraries do not load"
-_BFLOAT16: Final = 16  # ONNX's number of the dtype, for which ORT knows no dtype of numpy
-
-# ORT's type names -> numpy's.
-_DTYPES: Final[Mapping[str, str]] = {
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(bfloat16)": "bfloat16",
-    "tensor(double)": "float64",
-    "tensor(int64)": "int64",
-    "tensor(int32)": "int32",
-    "tensor(uint8)": "uint8",
-    "tensor(int8)": "int8",
-    "tensor(bool)": "bool",
-}
+_BFLOAT16: Final = BY_NAME["bf16"].onnx  # ORT knows no dtype of numpy for it
 
 
 def open_session(path: Path, options: SessionOptions) -> OnnxRuntimeSession:
@@ -93,7 +81,7 @@ class _OrtTensor:
     def __init__(self, value: ort.OrtValue) -> None:
         self.value = value
         self.shape = tuple(value.shape())
-        self.dtype = _DTYPES[value.data_type()]
+        self.dtype = BY_ONNXRUNTIME[value.data_type()].numpy
 
     @property
     def nbytes(self) -> int:
@@ -209,14 +197,14 @@ def _usable_cpus() -> int:
 
 
 def _spec(node: Any, path: Path) -> TensorSpec:
-    if node.type not in _DTYPES:
+    if node.type not in BY_ONNXRUNTIME:
         raise BackendError(
             f"{path} has {node.name} of type {node.type}",
-            expected=f"one of {', '.join(_DTYPES.values())}",
+            expected=f"one of {', '.join(dtype.numpy for dtype in BY_ONNXRUNTIME.values())}",
             fix="export with --dtype fp32 or --dtype fp16",
         )
     shape = tuple(size if isinstance(size, int) else str(size) for size in node.shape)
-    return TensorSpec(node.name, _DTYPES[node.type], shape)
+    return TensorSpec(node.name, BY_ONNXRUNTIME[node.type].numpy, shape)
 
 
 def _failure(what: str, error: Exception, before: str = "") -> BackendError:

@@ -14,7 +14,7 @@ from promprune.files import replace_file
 from promprune.package.engines import EngineBackend
 from promprune.runtime.sessions.base import Array
 from promprune.runtime.sessions.tensorrt.device import DeviceEngine, DeviceGraph, EngineLoading, Pitched, Shapes
-from promprune.runtime.sessions.tensorrt.modules import TENSOR_DTYPES, log_of, trimmed
+from promprune.runtime.sessions.tensorrt.modules import dtype_of, log_of, trimmed
 
 __all__ = ["CudaDevice", "import_module"]
 
@@ -140,8 +140,7 @@ class _CudaEngine:
         self._cache_file = loading.runtime_cache
         self._cache = self._runtime_cache() if hasattr(trt, "IRuntimeCache") else None
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
-        kinds = {name: self._engine.get_tensor_dtype(name).name for name in names}
-        self.dtypes = {name: TENSOR_DTYPES.get(kind, kind) for name, kind in kinds.items()}
+        self.dtypes = {name: dtype_of(self._engine.get_tensor_dtype(name)) for name in names}
         self.outputs = [n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT]
         self._scratch_bytes = max(int(self._engine.device_memory_size_v2), 1)
         self._scratch = device.allocate(self._scratch_bytes)

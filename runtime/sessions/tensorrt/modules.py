@@ -7,21 +7,12 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any, Final
 
+from promprune.dtypes import BY_TENSORRT
 from promprune.package.engines import EngineBackend
 
-__all__ = ["ENGINE_MODULES", "TENSOR_DTYPES", "log_of", "trimmed"]
+__all__ = ["ENGINE_MODULES", "dtype_of", "log_of", "trimmed"]
 
 ENGINE_MODULES: Final[Mapping[EngineBackend, str]] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-TENSOR_DTYPES: Final[Mapping[str, str]] = {  # TensorRT's names -> numpy's
-    "FLOAT": "float32",
-    "HALF": "float16",
-    "BF16": "bfloat16",
-    "INT64": "int64",
-    "INT32": "int32",
-    "INT8": "int8",
-    "UINT8": "uint8",
-    "BOOL": "bool",
-}
 _KEPT_ERRORS: Final = 64
 
 
@@ -46,6 +37,11 @@ def _make_log(ILogger: Any) -> Any:
                 self.errors.append(message)
 
     return Log()
+
+
+def dtype_of(kind: Any) -> str:
+    """Return numpy's name of a TensorRT dtype, or TensorRT's own if no graph has it."""
+    return BY_TENSORRT[kind.name].numpy if kind.name in BY_TENSORRT else str(kind.name)
 
 
 def trimmed(message: object) -> str:
