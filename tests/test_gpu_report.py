@@ -17,12 +17,14 @@ from typing import Any
 import pytest
 import torch
 
-from scripts.gpu import report
+from scripts.gpu import fill_docs, report
 from scripts.gpu.carried import LIMIT_BYTES, carried_bytes
 from scripts.gpu.goals import goals
 from scripts.gpu.measure import count_flops, device_ms
+from scripts.gpu.page import section
 from scripts.gpu.plan import RUNS, limits_s, plan_lines
 from scripts.gpu.record import Record, read_record
+from scripts.gpu.shares import bound_ms, ceilings_of
 from scripts.gpu.stages.gpu_tests import junit_rows
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +45,7 @@ def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
 def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
     """The report of a whole first run, and what it printed."""
     out = tmp_path_factory.mktemp("rehearsal")
-    process = start(out)
+    process = start(out, "--budget", "3600")
     printed, _ = process.communicate()
     assert process.returncode == 0, printed
     return json.loads((out / "report.json").read_bytes()), printed
@@ -268,6 +270,74 @@ def test_goals_are_judged_by_the_largest_batch() -> None:
         (pytest.approx(25), True),
         (pytest.approx(0.6), False),
     ]
+
+
+def test_the_bound_is_the_longer_of_work_and_traffic() -> None:
+    ceilings = ceilings_of(
+        [
+            {"ceiling": "copy", "bytes_per_s": 2e12},
+            {"ceiling": "bf16", "flops_per_s": 5e14},
+            {"ceiling": "fp32", "error": "out of memory"},
+        ]
+    )
+    assert bound_ms({"flops": 1e12, "traffic_bytes": 2e9, "unit": "bf16"}, ceilings) == pytest.approx(2)
+    assert bound_ms({"flops": 1e11, "traffic_bytes": 2e9, "unit": "bf16"}, ceilings) == pytest.approx(1)
+    assert bound_ms({"flops": 1e11, "unit": "fp32"}, ceilings) is None
+
+
+PAGE = "before\n<!-- gpu report -->\nold\n<!-- end of gpu report -->\nafter\n"
+
+
+def test_the_page_gets_its_section(rehearsal: tuple[dict[str, Any], str], tmp_path: Path) -> None:
+    found, _ = rehearsal
+    path, page = tmp_path / "report.json", tmp_path / "benchmarks.md"
+    path.write_text(json.dumps(found))
+    page.write_text((ROOT / "docs/benchmarks.md").read_text())
+    fill_docs.main([str(path), "--page", str(page), "--rehearsal"])
+    once = page.read_text()
+    before, after = (ROOT / "docs/benchmarks.md").read_text().split("<!-- gpu report -->")
+    assert once.startswith(before)
+    assert once.endswith(after.partition("<!-- end of gpu report -->")[2])
+    (ours,) = rows(found, "selection", time="batched, Triton", batch=2, mode="eager")
+    assert f"| batched, Triton, B = 2 | {ours['median_ms']:.3g} |" in once
+    for title in (
+        "The selection",
+        "First token of LLaVA-1.5-7B",
+        "First token of LLaVA-NeXT-7B",
+        "Ceilings",
+        "3 skipped",
+    ):
+        assert title in once
+    kept = json.loads((tmp_path / f"reports/gpu-{found['created'][:10]}.json").read_bytes())
+    assert kept == found
+    fill_docs.main([str(path), "--page", str(page), "--rehearsal"])
+    assert page.read_text() == once
+
+
+def test_a_section_of_a_run_that_was_cut_off_says_what_is_missing() -> None:
+    failed = {"status": "crashed", "error": "exit status -9: Killed", "rows": []}
+    content = section(
+        {"kind": "measurement", "created": "2026-01-02T03:04", "machine": {}, "stages": {"selection": failed}}
+    )
+    assert content.startswith("2026-01-02, no GPU")
+    assert content.endswith("Not measured:\n\n- selection: crashed, exit status -9: Killed")
+
+
+def test_a_rehearsal_is_no_measurement(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({"kind": "rehearsal", "stages": {}}))
+    with pytest.raises(SystemExit, match="received a rehearsal"):
+        fill_docs.main([str(path)])
+
+
+@pytest.mark.parametrize("page", ["no markers", PAGE + PAGE, "<!-- end of gpu report --><!-- gpu report -->"])
+def test_a_page_needs_its_markers(page: str) -> None:
+    with pytest.raises(SystemExit, match="received a page without"):
+        fill_docs.filled(page, "new")
+
+
+def test_what_is_between_the_markers_is_replaced() -> None:
+    assert fill_docs.filled(PAGE, "new") == PAGE.replace("\nold\n", "\n\nnew\n\n")
 
 
 def test_goals_of_a_run_that_was_cut_off_are_not_measured() -> None:
