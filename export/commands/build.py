@@ -22,22 +22,22 @@ DEFAULTS: Final = EngineConfig()
 
 
 def build(
-    package: Annotated[Path, typer.Argument(help="Folder that promprune-export wrote.", metavar="PACKAGE")],
+    package: Annotated[Path, typer.Argument(help="Folder written by promprune-export.", metavar="PACKAGE")],
     backend: Annotated[
-        str, typer.Option(help=f"{' or '.join(ENGINE_BACKENDS)}.", metavar="BACKEND")
+        str, typer.Option(help=f"TensorRT that builds the engines: {' or '.join(ENGINE_BACKENDS)}.", metavar="BACKEND")
     ] = DEFAULTS.backend,
     target: Annotated[
         str,
         typer.Option(
-            help="Compute capabilities, such as sm89,sm120; current is the GPU of this machine. "
-            "tensorrt builds for that one only.",
+            help="Compute capabilities, such as sm89,sm120; current is the GPU of this machine, "
+            "the only one that tensorrt builds for.",
             metavar="TARGETS",
         ),
     ] = ",".join(DEFAULTS.targets),
     max_prompt_tokens: Annotated[
         int,
         typer.Option(
-            help="Longest prompt, in tokens besides those of its first image.",
+            help="Longest prompt, in tokens, not counting the visual tokens of its first image.",
             parser=option_type(int, "a whole number of tokens, at least 1"),
             metavar="COUNT",
         ),
@@ -45,19 +45,23 @@ def build(
     max_new_tokens: Annotated[
         int,
         typer.Option(
-            help="Longest answer.", parser=option_type(int, "a whole number of tokens, at least 1"), metavar="COUNT"
+            help="Longest answer, in tokens.",
+            parser=option_type(int, "a whole number of tokens, at least 1"),
+            metavar="COUNT",
         ),
     ] = DEFAULTS.max_new_tokens,
     max_batch: Annotated[
         int,
         typer.Option(
-            help="Most images, or rows, at a time.", parser=option_type(int, "a whole number"), metavar="COUNT"
+            help="Most images or sequences in one run of a graph.",
+            parser=option_type(int, "a whole number"),
+            metavar="COUNT",
         ),
     ] = DEFAULTS.max_batch,
     decode_profile: Annotated[
         bool,
         typer.Option(
-            "--decode-profile", help="Tune the decoder for single tokens too; doubles its size with tensorrt-rtx."
+            "--decode-profile", help="Also tune the decoder for decode steps; doubles its size with tensorrt-rtx."
         ),
     ] = DEFAULTS.decode_profile,
     workspace_mib: Annotated[
@@ -70,12 +74,12 @@ def build(
         ),
     ] = DEFAULTS.workspace_mib,
     rebuild: Annotated[
-        bool, typer.Option("--rebuild", help="Replace engines that are there, stale or not.")
+        bool, typer.Option("--rebuild", help="Replace existing engines, even if they are up to date.")
     ] = DEFAULTS.rebuild,
     as_json: Annotated[bool, typer.Option("--json", help="Print the engines as one line of JSON on stdout.")] = False,
     version: Version = False,
 ) -> None:
-    """Build engines from a package, into PACKAGE/engines. Engines that are up to date are left as they are.
+    """Build TensorRT engines of a package, in PACKAGE/engines. Engines that are up to date are kept.
 
     Examples:
 

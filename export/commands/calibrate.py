@@ -36,12 +36,12 @@ _BAR_WIDTH: Final = 40
 def calibrate(
     model: Annotated[
         str | None,
-        typer.Argument(help="Folder in Hugging Face format, or hub id. Left out: the embedded model.", metavar="MODEL"),
+        typer.Argument(help="Folder in Hugging Face format, or hub id. Default: the embedded model.", metavar="MODEL"),
     ] = None,
     images: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of images such as those to come; subfolders too.",
+            help="Folder of images like those expected in use; subfolders are included.",
             show_default="the embedded model's own calibration scenes",
             metavar="DIR",
         ),
@@ -49,29 +49,33 @@ def calibrate(
     limit: Annotated[
         int,
         typer.Option(
-            help="Most images to look at.", parser=option_type(int, "a whole number of images"), metavar="COUNT"
+            help="Maximum number of images.", parser=option_type(int, "a whole number of images"), metavar="COUNT"
         ),
     ] = DEFAULTS.limit,
     image_grid: Annotated[
         str | None,
         typer.Option(
-            help="Sizes of images to calibrate for, as promprune-export takes them.",
-            show_default="as promprune-export",
+            help="Image sizes to calibrate for, in the form of promprune-export --image-grid.",
+            show_default="that of promprune-export",
             metavar="GRIDS",
         ),
     ] = None,
     write: Annotated[
-        bool, typer.Option("--write", help="Write promprune_config.json into MODEL's folder, for promprune-export.")
+        bool,
+        typer.Option(
+            "--write", help="Write promprune_config.json to the folder of MODEL, where promprune-export reads it."
+        ),
     ] = DEFAULTS.write,
     plot: Annotated[
-        Path | None, typer.Option(help="Also draw the histogram, as .png or .svg.", metavar="FILE", show_default=False)
+        Path | None,
+        typer.Option(help="Also draw the histogram, as a .png or .svg file.", metavar="FILE", show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON on stdout.")] = False,
     version: Version = False,
 ) -> None:
-    """Fit mu and tau, the constants of the budget split, to a model's vision tower. No labels are needed.
+    """Fit mu and tau, the constants of the budget split, to the vision tower of a model. Needs no labels.
 
-    mu is the median of the images' spectral entropies, tau half their standard deviation.
+    mu is the median of the spectral entropies of the images, and tau is half of their standard deviation.
 
     Examples:
 

@@ -43,7 +43,7 @@ def evaluate(
     subjects: Annotated[
         list[str] | None,
         typer.Argument(
-            help="One model (folder or hub id), packages that promprune-export wrote, or both. Left out: the embedded "
+            help="One model (folder or hub id), packages written by promprune-export, or both. Default: the embedded "
             "model.",
             metavar="[MODEL | PACKAGE]...",
         ),
@@ -51,14 +51,15 @@ def evaluate(
     data: Annotated[
         str,
         typer.Option(
-            help="'embedded': rendered scenes; or a folder with images and a *.jsonl of image, question, answers.",
+            help="'embedded' for rendered scenes, or a folder with images and a *.jsonl file with the keys image, "
+            "question and answers.",
             metavar="DATA",
         ),
     ] = EMBEDDED_DATA,
     ratios: Annotated[
         str | None,
         typer.Option(
-            help="Of a model: fractions of the tokens that are KEPT.",
+            help="For a model: fractions of the visual tokens that are KEPT.",
             show_default=",".join(f"{ratio:g}" for ratio in DEFAULT_RATIOS),
             metavar="LIST",
         ),
@@ -66,7 +67,7 @@ def evaluate(
     policies: Annotated[
         str | None,
         typer.Option(
-            help="Of a model: what chooses the kept tokens.",
+            help="For a model: policies that choose the kept tokens.",
             show_default=f"{','.join(DEFAULT_POLICIES)}; also oracle and none with the embedded data",
             metavar="LIST",
         ),
@@ -75,22 +76,25 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help=f"Also export the model in this dtype ({' or '.join(DTYPES)}), with all tokens and at the smallest "
-            "ratio, and ask the packages. Can be given twice.",
+            "ratio, and ask the packages. Repeat the option for several dtypes.",
             metavar="DTYPE",
             show_default=False,
         ),
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(help="Most images.", parser=option_type(int, _INT), metavar="COUNT", show_default="all"),
+        typer.Option(
+            help="Maximum number of images.", parser=option_type(int, _INT), metavar="COUNT", show_default="all"
+        ),
     ] = DEFAULTS.limit,
     max_new_tokens: Annotated[
-        int, typer.Option(help="Longest answer, in tokens.", parser=option_type(int, _INT), metavar="COUNT")
+        int,
+        typer.Option(help="Maximum length of an answer, in tokens.", parser=option_type(int, _INT), metavar="COUNT"),
     ] = DEFAULTS.max_new_tokens,
     threads: Annotated[
         int | None,
         typer.Option(
-            help="CPU threads of PyTorch, of a model.",
+            help="For a model: number of CPU threads of PyTorch.",
             parser=option_type(int, _INT),
             metavar="COUNT",
             show_default="all",
@@ -99,22 +103,30 @@ def evaluate(
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", help="Folder for tables, figures, answers and numbers.", metavar="DIR", show_default=False
+            "-o",
+            "--output",
+            help="Folder to write tables, figures, answers and numbers to.",
+            metavar="DIR",
+            show_default=False,
         ),
     ] = None,
     gallery: Annotated[
         Path | None,
-        typer.Option(help="Page of pictures with what was kept and answered.", metavar="OUT.html", show_default=False),
+        typer.Option(
+            help="Write a page that shows images with their kept tokens and answers.",
+            metavar="OUT.html",
+            show_default=False,
+        ),
     ] = None,
     gallery_limit: Annotated[
-        int, typer.Option(help="Most pictures on that page.", parser=option_type(int, _INT), metavar="COUNT")
+        int, typer.Option(help="Maximum number of images on that page.", parser=option_type(int, _INT), metavar="COUNT")
     ] = DEFAULTS.gallery_limit,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as one line of JSON on stdout.")] = False,
     version: Version = False,
 ) -> None:
-    """Ask the same questions with all visual tokens and with few, and compare the answers.
+    """Ask the same questions with all visual tokens and with fewer, and compare the answers.
 
-    A model answers in PyTorch under every policy at every ratio; a package answers in the runtime, as it is.
+    A model answers in PyTorch, with every policy at every ratio. A package answers in the runtime, with its own.
 
     Examples:
 

@@ -39,12 +39,12 @@ DEFAULTS: Final = ExportConfig()
 def export(
     model: Annotated[
         str | None,
-        typer.Argument(help="Folder in Hugging Face format, or hub id. Left out: the embedded model.", metavar="MODEL"),
+        typer.Argument(help="Folder in Hugging Face format, or hub id. Default: the embedded model.", metavar="MODEL"),
     ] = None,
     ratio: Annotated[
         float | None,
         typer.Option(
-            help="Fraction of the visual tokens that is KEPT, in (0, 1]; 1 is the unpruned baseline.",
+            help="Fraction of the visual tokens that is KEPT, above 0 and at most 1; 1 is the unpruned baseline.",
             parser=option_type(float, "a fraction above 0 and at most 1, such as 0.12"),
             metavar="FRACTION",
             show_default=f"{DEFAULTS.ratio:g}",
@@ -53,7 +53,7 @@ def export(
     keep_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Visual tokens kept per image, instead of --ratio.",
+            help="Number of visual tokens kept per image, instead of --ratio.",
             parser=option_type(int, "a whole number of tokens, at least 1"),
             metavar="COUNT",
         ),
@@ -65,71 +65,72 @@ def export(
     dtype: Annotated[
         str,
         typer.Option(
-            help=f"Of weights and activations: {' or '.join(DTYPES)}. The selection is always fp32.", metavar="DTYPE"
+            help=f"Dtype of weights and activations: {' or '.join(DTYPES)}. The selection is always fp32.",
+            metavar="DTYPE",
         ),
     ] = DEFAULTS.dtype,
     image_grid: Annotated[
         str | None,
         typer.Option(
-            help="Sizes of images, as ROWSxCOLUMNS of visual tokens, several by commas, for models that take any size "
-            "(Qwen2-VL, Qwen2.5-VL: 28 x 28 pixels a token); an image takes the one that distorts it least.",
+            help="Image sizes for Qwen2-VL and Qwen2.5-VL, as ROWSxCOLUMNS of visual tokens (28 x 28 pixels each), "
+            "separated by commas. An image is resized to the one that distorts it least.",
             metavar="GRIDS",
-            show_default="24x24, or the nearest that the model takes",
+            show_default="24x24, or the nearest that the model supports",
         ),
     ] = None,
     opset: Annotated[int, typer.Option(help="ONNX operator set.", metavar="VERSION")] = DEFAULTS.opset,
     mu: Annotated[
         float | None,
         typer.Option(
-            help="Spectral entropy at which the budget splits half and half.",
-            show_default=f"the model's own, else the paper's {SelectionConfig.mu:g}",
+            help="Spectral entropy at which saliency and coverage each get half of the budget.",
+            show_default=f"the model's own, or else the paper's {SelectionConfig.mu:g}",
             metavar="ENTROPY",
         ),
     ] = DEFAULTS.mu,
     tau: Annotated[
         float | None,
         typer.Option(
-            help="Width of that transition.",
-            show_default=f"the model's own, else the paper's {SelectionConfig.tau:g}",
+            help="Width of the transition around mu.",
+            show_default=f"the model's own, or else the paper's {SelectionConfig.tau:g}",
             metavar="ENTROPY",
         ),
     ] = DEFAULTS.tau,
     order: Annotated[
-        str, typer.Option(help="Of the kept tokens: spatial, or selection (the authors' order).", metavar="ORDER")
+        str, typer.Option(help="Order of the kept tokens: spatial, or selection (the authors' order).", metavar="ORDER")
     ] = DEFAULTS.order,
     policy: Annotated[
         str,
         typer.Option(
-            help=f"What chooses the kept tokens: {', '.join(POLICIES)}; all but the first are baselines.",
+            help=f"Policy that chooses the kept tokens: {', '.join(POLICIES)}. All but the first are baselines.",
             metavar="POLICY",
         ),
     ] = DEFAULTS.policy,
     loop: Annotated[
         str,
         typer.Option(
-            help="Form of the greedy stage: loop, as many trips as the images need; fixed, always as many, so that "
-            "nothing depends on the data; unrolled, without a loop.",
+            help="Loop of the coverage stage: loop makes as many trips as the images need; fixed always makes as many "
+            "as there are kept tokens, so that nothing depends on the data; unrolled has no loop.",
             metavar="FORM",
         ),
     ] = DEFAULTS.loop,
     split_selector: Annotated[
-        bool, typer.Option("--split-selector", help="Also write the selection as a graph of its own.")
+        bool, typer.Option("--split-selector", help="Also write the selection as a separate graph.")
     ] = DEFAULTS.split_selector,
     copy_weights: Annotated[
         bool | None,
         typer.Option(
             "--copy-weights/--link-weights",
-            help="Put the weights into the package's own files, or link those of the checkpoint: no extra disk.",
-            show_default="large checkpoints are linked where the file system allows it",
+            help="Copy the weights into the package, or link the checkpoint's files, which takes no disk space.",
+            show_default="large checkpoints are linked if the file system allows it",
         ),
     ] = DEFAULTS.copy_weights,
     vision_only: Annotated[
-        bool, typer.Option("--vision-only", help="Write no language model, for one that runs elsewhere.")
+        bool, typer.Option("--vision-only", help="Write no language model: for language models that run elsewhere.")
     ] = DEFAULTS.vision_only,
     verify: Annotated[
-        bool, typer.Option(help="Compare the package with the model before it appears.")
+        bool, typer.Option(help="Compare the package with the model before OUT appears.")
     ] = DEFAULTS.verify,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is a package already.")] = DEFAULTS.force,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it already is a package.")] = DEFAULTS.force,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as one line of JSON on stdout.")] = False,
     version: Version = False,
 ) -> None:

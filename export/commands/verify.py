@@ -42,17 +42,19 @@ BACKENDS: Final = ("onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"
 
 
 def verify(
-    package: Annotated[Path, typer.Argument(help="Folder that promprune-export wrote.", metavar="PACKAGE")],
+    package: Annotated[Path, typer.Argument(help="Folder written by promprune-export.", metavar="PACKAGE")],
     model: Annotated[
         str | None,
         typer.Option(
-            help="Folder or hub id of the model it was made from.", show_default="as the package says", metavar="MODEL"
+            help="Folder or hub id of the model that the package was made from.",
+            show_default="the one named in the package",
+            metavar="MODEL",
         ),
     ] = None,
     images: Annotated[
         int | None,
         typer.Option(
-            help="Rendered images to compare on.",
+            help="Number of rendered images to compare on.",
             parser=option_type(int, "a whole number of images"),
             metavar="COUNT",
             show_default=str(DEFAULT_CHECK_IMAGES),
@@ -61,45 +63,47 @@ def verify(
     backend: Annotated[
         str | None,
         typer.Option(
-            help=f"What runs the package: {', '.join(BACKENDS)}.", metavar="NAME", show_default=DEFAULTS.backend
+            help=f"Backend that runs the package: {', '.join(BACKENDS)}.", metavar="NAME", show_default=DEFAULTS.backend
         ),
     ] = None,
     against: Annotated[
         str | None,
         typer.Option(
-            help="Compare with the package in this backend, instead of with its source.",
-            show_default="the source, in PyTorch",
+            help="Compare with the same package in this backend, instead of with the model.",
+            show_default="the model, in PyTorch",
             metavar="NAME",
         ),
     ] = None,
     reference: Annotated[
         Path | None,
-        typer.Option(help="Compare with another package of the same model, instead.", metavar="PACKAGE"),
+        typer.Option(help="Compare with another package of the same model.", metavar="PACKAGE"),
     ] = None,
     graph: Annotated[
-        list[str] | None, typer.Option(help="Compare this graph only; repeat it for several.", metavar="NAME")
+        list[str] | None,
+        typer.Option(help="Compare only this graph. Repeat the option for several graphs.", metavar="NAME"),
     ] = None,
     layers: Annotated[
-        bool, typer.Option("--layers", help="Look inside the graphs, and name the first tensor past the tolerance.")
+        bool,
+        typer.Option(
+            "--layers", help="Also compare tensors inside the graphs, and report the first that exceeds the tolerance."
+        ),
     ] = DEFAULTS.layers,
     tolerance: Annotated[
         float | None,
         typer.Option(
-            help="Largest error that passes in such a comparison.",
+            help="Largest error that passes in a comparison of backends or packages.",
             parser=option_type(float, "a number"),
             metavar="NUMBER",
             show_default=f"{DEFAULTS.tolerance:g}",
         ),
     ] = None,
-    inspect: Annotated[
-        bool, typer.Option("--inspect", help="Only describe the graphs, layer by layer, on stdout.")
-    ] = False,
+    inspect: Annotated[bool, typer.Option("--inspect", help="Only print the layers of the graphs on stdout.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the checks as one line of JSON on stdout.")] = False,
     version: Version = False,
 ) -> None:
-    """Compare a package with the model it was made from. Exits with 1 if a check fails.
+    """Compare a package with the model that it was made from. Exits with 1 if a check fails.
 
-    With --against or --reference, compare two backends or two packages instead, tensor by tensor.
+    With --against or --reference, compare two backends or two packages tensor by tensor instead.
 
     Examples:
 

@@ -54,35 +54,43 @@ _POLICIES: Final = POLICIES[1:]  # the first is the method itself
 def bench(
     packages: Annotated[
         list[Path] | None,
-        typer.Argument(help="Folders that promprune-export wrote. Left out: those of --model.", metavar="[PACKAGE]..."),
+        typer.Argument(
+            help="Folders written by promprune-export. Default: packages exported from --model.", metavar="[PACKAGE]..."
+        ),
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="Folder or hub id to export packages of, and to run baselines with.",
-            show_default="the embedded model; with packages, theirs",
+            help="Folder or hub id of the model to export, and to run baselines with.",
+            show_default="the embedded model, or that of the packages",
             metavar="MODEL",
         ),
     ] = None,
     ratios: Annotated[
         str | None,
         typer.Option(
-            help="Fractions KEPT of the packages that are exported.", show_default=DEFAULT_RATIOS, metavar="LIST"
+            help="Fractions of the visual tokens that are KEPT by the exported packages.",
+            show_default=DEFAULT_RATIOS,
+            metavar="LIST",
         ),
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help=f"Of those packages: {' or '.join(DTYPES)}.", show_default=DEFAULT_DTYPE, metavar="NAME"),
+        typer.Option(
+            help=f"Dtype of the exported packages: {' or '.join(DTYPES)}.", show_default=DEFAULT_DTYPE, metavar="NAME"
+        ),
     ] = None,
     cache: Annotated[
         Path | None,
-        typer.Option(help="Folder they are kept in.", show_default="~/.cache/promprune/bench", metavar="FOLDER"),
+        typer.Option(
+            help="Folder for the exported packages.", show_default="~/.cache/promprune/bench", metavar="FOLDER"
+        ),
     ] = None,
     baseline: Annotated[
         str,
         typer.Option(
-            help="Measure also: hf (Hugging Face in PyTorch, unpruned), authors (with their selection, eager); with "
-            f"--model, other policies of selection: {', '.join(_POLICIES)}.",
+            help="Also measure: hf (Hugging Face in PyTorch, unpruned), authors (with the authors' selection); "
+            f"with --model also packages with another policy: {', '.join(_POLICIES)}.",
             show_default="none",
             metavar="LIST",
         ),
@@ -90,32 +98,35 @@ def bench(
     peer: Annotated[
         str | None,
         typer.Option(
-            help="Measure another runtime also: openvino=FOLDER, of the same model as OpenVINO GenAI reads it.",
+            help="Also measure another runtime: openvino=FOLDER, with the same model converted for OpenVINO GenAI.",
             metavar="NAME=FOLDER",
         ),
     ] = None,
     image: Annotated[
-        Path | None, typer.Option("--image", "-i", show_default="a rendered scene", metavar="FILE")
+        Path | None,
+        typer.Option("--image", "-i", help="Image to ask about.", show_default="a rendered scene", metavar="FILE"),
     ] = None,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT")] = BenchConfig.prompt,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.", metavar="TEXT")] = BenchConfig.prompt,
     new_tokens: Annotated[
-        int, typer.Option(help="Length of every answer.", parser=option_type(int, _INT), metavar="COUNT")
+        int, typer.Option(help="Length of every answer, in tokens.", parser=option_type(int, _INT), metavar="COUNT")
     ] = BenchConfig.new_tokens,
     rounds: Annotated[
         int,
         typer.Option(
-            help="In each, everybody runs once, in changing order.", parser=option_type(int, _INT), metavar="COUNT"
+            help="Measured rounds; every contender runs once per round, in random order.",
+            parser=option_type(int, _INT),
+            metavar="COUNT",
         ),
     ] = BenchConfig.rounds,
     warmup: Annotated[
-        int, typer.Option(help="Rounds that are not counted.", parser=option_type(int, _INT), metavar="COUNT")
+        int, typer.Option(help="Rounds before those that are measured.", parser=option_type(int, _INT), metavar="COUNT")
     ] = BenchConfig.warmup,
-    batch: Annotated[str, typer.Option(help="Prompts answered together; several: 1,4.", metavar="LIST")] = "1",
-    concurrency: Annotated[str, typer.Option(help="Calls at the same time; several: 1,2.", metavar="LIST")] = "1",
+    batch: Annotated[str, typer.Option(help="Batch sizes, such as 1,4.", metavar="LIST")] = "1",
+    concurrency: Annotated[str, typer.Option(help="Numbers of concurrent calls, such as 1,2.", metavar="LIST")] = "1",
     cold_starts: Annotated[
         int,
         typer.Option(
-            help="Processes started of each, after one more, for peak memory and the time from nothing.",
+            help="Processes started per contender for peak memory and cold start, after one that is not counted.",
             parser=option_type(int, _INT),
             metavar="COUNT",
         ),
@@ -126,15 +137,15 @@ def bench(
     cuda_graphs: CudaGraphs = RuntimeConfig.cuda_graphs,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="Folder for report.json, .csv, .md and .html.", metavar="OUT"),
+        typer.Option("-o", "--output", help="Folder to write report.json, .csv, .md and .html to.", metavar="OUT"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the reports in OUT.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one line of JSON on stdout.")] = False,
     version: Version = False,
 ) -> None:
-    """Measure packages and baselines in turns, stage by stage, and count the work that they do.
+    """Measure packages and baselines in turns, stage by stage, and count their work.
 
-    Another command, promprune-bench compare A.json B.json, compares two reports: see its --help.
+    To compare two reports, run promprune-bench compare A.json B.json; see its --help.
 
     Examples:
 
@@ -195,38 +206,42 @@ def bench(
 
 
 def compare(
-    before: Annotated[Path, typer.Argument(help="report.json of promprune-bench.", metavar="A.json")],
-    after: Annotated[Path, typer.Argument(help="Another one.", metavar="B.json")],
-    stage: Annotated[str, typer.Option(help="Whose time is compared.", metavar="STAGE")] = "first_token",
+    before: Annotated[Path, typer.Argument(help="Report written by promprune-bench.", metavar="A.json")],
+    after: Annotated[Path, typer.Argument(help="Report to compare with it.", metavar="B.json")],
+    stage: Annotated[str, typer.Option(help="Stage whose time is compared.", metavar="STAGE")] = "first_token",
     threshold: Annotated[
         float,
         typer.Option(
-            help="Relative slow-down that is a regression.",
+            help="Relative slowdown above which a difference is a regression.",
             parser=option_type(float, "a number such as 0.05"),
             metavar="FRACTION",
         ),
     ] = 0.05,
     confidence: Annotated[
         float,
-        typer.Option(help="Of the intervals.", parser=option_type(float, "a number such as 0.95"), metavar="FRACTION"),
+        typer.Option(
+            help="Confidence level of the intervals.",
+            parser=option_type(float, "a number such as 0.95"),
+            metavar="FRACTION",
+        ),
     ] = 0.95,
     relative_to: Annotated[
         str | None,
         typer.Option(
-            help="Compare each contender's time over this one's, round by round: a slower machine cancels.",
+            help="Divide each contender's time by this one's, round by round; the speed of the machine cancels.",
             metavar="CONTENDER",
         ),
     ] = None,
     allow_missing: Annotated[
-        bool, typer.Option("--allow-missing", help="Accept cases that only one report has.")
+        bool, typer.Option("--allow-missing", help="Accept cases that are in only one report.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON on stdout.")] = False,
 ) -> None:
     """Compare two reports of the same work. Exits with 1 if B is slower than A by more than the threshold.
 
-    A regression is a ratio of medians past the threshold whose confidence interval, from rounds drawn again and
-    again, lies above 1 as a whole; below 6 rounds (8 for 99 %) there is no interval. It exits with 1 also where one
-    report lacks a case of the other.
+    A regression is a ratio of medians above the threshold whose confidence interval, bootstrapped over the rounds,
+    is entirely above 1. With fewer than 6 rounds (8 for 99 %) there is no interval. The command also exits with 1 if
+    a case is in only one report.
 
     Examples:
 

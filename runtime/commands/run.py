@@ -45,29 +45,31 @@ _FLOAT: Final = "a number"
 
 
 def run(
-    package: Annotated[Path, typer.Argument(help="Folder that promprune-export wrote.", metavar="PACKAGE")],
+    package: Annotated[Path, typer.Argument(help="Folder written by promprune-export.", metavar="PACKAGE")],
     image: Annotated[
-        list[Path] | None, typer.Option("--image", "-i", help="Image file; repeat it for several.", metavar="FILE")
+        list[Path] | None,
+        typer.Option("--image", "-i", help="Image file. Repeat the option for several images.", metavar="FILE"),
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="What to ask; - reads it from stdin.", metavar="TEXT")
+        str | None, typer.Option("--prompt", "-p", help="The question; - reads it from stdin.", metavar="TEXT")
     ] = None,
     interactive: Annotated[
-        bool, typer.Option("--interactive", help="Go on asking, line by line; every image is read once.")
+        bool,
+        typer.Option("--interactive", help="Hold a conversation, one question per line. Each image is encoded once."),
     ] = False,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Longest answer, in tokens.",
+            help="Maximum length of the answer, in tokens.",
             parser=option_type(int, _INT),
-            show_default=f"what the context leaves, at most {DEFAULT_NEW_TOKENS}",
+            show_default=f"what fits in the context, at most {DEFAULT_NEW_TOKENS}",
             metavar="COUNT",
         ),
     ] = GenerationConfig.max_new_tokens,
     temperature: Annotated[
         float,
         typer.Option(
-            help="0 takes the likeliest token; above 0, tokens are drawn.",
+            help="Sampling temperature; 0 always chooses the most likely token.",
             parser=option_type(float, _FLOAT),
             metavar="NUMBER",
         ),
@@ -75,7 +77,7 @@ def run(
     top_p: Annotated[
         float,
         typer.Option(
-            help="Draw from the likeliest tokens that reach this probability; 1 is off.",
+            help="Sample from the most likely tokens whose total probability reaches this; 1 disables it.",
             parser=option_type(float, _FLOAT),
             metavar="FRACTION",
         ),
@@ -83,51 +85,56 @@ def run(
     top_k: Annotated[
         int,
         typer.Option(
-            help="Draw from this many likeliest tokens; 0 is off.", parser=option_type(int, _INT), metavar="COUNT"
+            help="Sample from this many most likely tokens; 0 disables it.",
+            parser=option_type(int, _INT),
+            metavar="COUNT",
         ),
     ] = GenerationConfig.top_k,
     repetition_penalty: Annotated[
         float,
         typer.Option(
-            help="Above 1 makes tokens that occurred less likely; 1 is off.",
+            help="A value above 1 makes tokens that already occurred less likely; 1 disables it.",
             parser=option_type(float, _FLOAT),
             metavar="FACTOR",
         ),
     ] = GenerationConfig.repetition_penalty,
     stop: Annotated[
-        list[str] | None, typer.Option(help="Text that ends the answer; repeat it for several.", metavar="TEXT")
+        list[str] | None,
+        typer.Option(help="Text that ends the answer. Repeat the option for several texts.", metavar="TEXT"),
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(help="Makes drawing reproducible.", parser=option_type(int, _INT), metavar="NUMBER"),
+        typer.Option(help="Seed that makes sampling reproducible.", parser=option_type(int, _INT), metavar="NUMBER"),
     ] = GenerationConfig.seed,
     show_tokens: Annotated[
         Path | None,
-        typer.Option(help="Draw the kept visual tokens over the image; one picture per image.", metavar="OUT.png"),
+        typer.Option(help="Draw the kept tokens over the image; one picture per image.", metavar="OUT.png"),
     ] = None,
-    stats: Annotated[bool, typer.Option("--stats", help="Print selection and timings on stderr.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON on stdout instead of text.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Print the selection and the timings on stderr.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one line of JSON on stdout instead of the text.")
+    ] = False,
     backend: Backend = RuntimeConfig.backend,
     provider: Provider = RuntimeConfig.provider,
     num_threads: NumThreads = RuntimeConfig.num_threads,
     prefill_chunk: Annotated[
         int | None,
         typer.Option(
-            help="Read the prompt in pieces of this many tokens; bounds the scratch memory of long prompts.",
+            help="Run the prefill in chunks of this many tokens, which limits the scratch memory of long prompts.",
             parser=option_type(int, _INT),
-            show_default="the whole prompt at once",
+            show_default="the whole prompt in one chunk",
             metavar="COUNT",
         ),
     ] = RuntimeConfig.prefill_chunk,
     cuda_graphs: CudaGraphs = RuntimeConfig.cuda_graphs,
     check_weights: Annotated[
-        bool, typer.Option("--check-weights", help="Compare the SHA-256 of the weights as well.")
+        bool, typer.Option("--check-weights", help="Also check the SHA-256 of the weights.")
     ] = RuntimeConfig.check_weights,
     version: Version = False,
 ) -> None:
     """Answer a question about images with an exported package.
 
-    The answer goes to stdout as it is generated, everything else to stderr.
+    The answer is written to stdout as it is generated; everything else goes to stderr.
 
     Examples:
 
@@ -137,7 +144,7 @@ def run(
 
       promprune-run llava-0.12 -i before.png -i after.png -p "What changed?" --json
 
-      promprune-run llava-0.12 -i photo.jpg --show-tokens kept.png     (only show, ask nothing)
+      promprune-run llava-0.12 -i photo.jpg --show-tokens kept.png     (no question: only draws the kept tokens)
     """
     warnings.filterwarnings("ignore", module="PIL")  # of damaged metadata; damaged pixels are errors
     asked = _Asked(
