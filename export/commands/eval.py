@@ -126,7 +126,8 @@ def evaluate(
 ) -> None:
     """Ask the same questions with all visual tokens and with fewer, and compare the answers.
 
-    A model answers in PyTorch, with every policy at every ratio. A package answers in the runtime, with its own.
+    A model answers in PyTorch, with every policy at every ratio. A package answers in the runtime, with its own policy
+    and ratio.
 
     Examples:
 

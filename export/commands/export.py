@@ -82,7 +82,7 @@ def export(
     mu: Annotated[
         float | None,
         typer.Option(
-            help="Spectral entropy at which saliency and coverage each get half of the budget.",
+            help="Spectral entropy in the middle of the transition from saliency to coverage.",
             show_default=f"the model's own, or else the paper's {SelectionConfig.mu:g}",
             metavar="ENTROPY",
         ),
@@ -90,7 +90,7 @@ def export(
     tau: Annotated[
         float | None,
         typer.Option(
-            help="Width of the transition around mu.",
+            help="Width of that transition.",
             show_default=f"the model's own, or else the paper's {SelectionConfig.tau:g}",
             metavar="ENTROPY",
         ),
