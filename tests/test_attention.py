@@ -132,7 +132,7 @@ def test_a_wrong_saliency_is_noticed(
 ) -> None:
     """Nothing of the export takes part in what its saliency is compared with."""
     source = request.getfixturevalue(checkpoint)
-    place = f"promprune.export.families.{scored_by}"
+    place = f"promprune.export.families.towers.{scored_by}"
     right = pkgutil.resolve_name(place)
     monkeypatch.setattr(place, lambda attention, hidden_states: right(attention, hidden_states * 0.5))
     with pytest.raises(VerificationError) as caught:
