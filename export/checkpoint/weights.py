@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -24,6 +25,7 @@ from promprune.errors import ModelError, UnsupportedModelError
 
 __all__ = [
     "CheckpointTensor",
+    "LazyWeight",
     "LinkedWeight",
     "StoredTensor",
     "initializer",
@@ -95,17 +97,21 @@ class StoredTensor:
         """Number of its elements."""
         return math.prod(self.shape)
 
-    def chunks(self) -> Iterator[Tensor]:
-        """Yield its elements in order, flat, as stored, at most ``CHUNK_ELEMENTS`` at a time; each replaces the last.
+    def chunks(self, count: int | None = None) -> Iterator[Tensor]:
+        """Yield its elements in order, flat, as stored, ``count`` at a time; each chunk replaces the last one.
+
+        Args:
+            count: elements of a chunk; None: ``CHUNK_ELEMENTS``.
 
         Raises:
             ModelError: the file became shorter.
         """
-        buffer = torch.empty(min(CHUNK_ELEMENTS, self.size), dtype=self.torch_dtype)
+        count = count or CHUNK_ELEMENTS
+        buffer = torch.empty(min(count, self.size), dtype=self.torch_dtype)
         with self.file.open("rb", buffering=0) as stream:
             stream.seek(self.offset)
-            for begin in range(0, self.size, CHUNK_ELEMENTS):
-                values = buffer[: min(CHUNK_ELEMENTS, self.size - begin)]
+            for begin in range(0, self.size, count):
+                values = buffer[: min(count, self.size - begin)]
                 _fill(stream, values.view(torch.uint8).numpy().data, self)
                 yield values
 
@@ -145,7 +151,16 @@ class StoredTensor:
             )
 
 
-class CheckpointTensor(ir.LazyTensor):
+class LazyWeight(ir.LazyTensor, ABC):
+    """The value of a graph's initializer, made from a checkpoint when it is asked for."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> Hashable:
+        """What makes two tensors the same: such tensors are written once."""
+
+
+class CheckpointTensor(LazyWeight):
     """A tensor of a checkpoint as the value of a graph's initializer; read, and converted, when it is asked for.
 
     Attributes:
@@ -158,6 +173,11 @@ class CheckpointTensor(ir.LazyTensor):
         super().__init__(self._load, ir.DataType(element.onnx), ir.Shape(stored.shape), name=name)
         self.stored = stored
         self.torch_dtype = dtype
+
+    @property
+    def identity(self) -> Hashable:
+        """What makes two tensors the same."""
+        return (self.stored, self.torch_dtype)
 
     @property
     def is_as_stored(self) -> bool:

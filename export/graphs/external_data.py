@@ -10,17 +10,16 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
 
 import onnx_ir as ir
-import torch
 
 from promprune.errors import OutputError
-from promprune.export.checkpoint.weights import CheckpointTensor, StoredTensor
+from promprune.export.checkpoint.weights import CheckpointTensor, LazyWeight
 
 __all__ = ["LINK_MIN_BYTES", "Placement", "link_weights"]
 
@@ -53,7 +52,7 @@ class Placement:
     must_link: bool = False
     digests: dict[Path, str] = field(default_factory=dict)
     _used: set[str] = field(default_factory=set)
-    _shared: dict[tuple[StoredTensor, torch.dtype], _Place] = field(default_factory=dict)
+    _shared: dict[Hashable, _Place] = field(default_factory=dict)
 
     def place(self, model: ir.Model, name: str, *, share: bool = False) -> tuple[str, ...]:
         """Move a graph's weights out of it: into ``name``, as far as they do not lie in a linked file.
@@ -76,8 +75,8 @@ class Placement:
                 if tensor is None or tensor.nbytes < EXTERNAL_DATA_MIN_BYTES:
                     continue
                 location, offset = self._known_place(tensor, share) or _Place(name, own.append(tensor))
-                if share and isinstance(tensor, CheckpointTensor):
-                    self._shared[tensor.stored, tensor.torch_dtype] = _Place(location, offset)
+                if share and isinstance(tensor, LazyWeight):
+                    self._shared[tensor.identity] = _Place(location, offset)
                 files.append(location)
                 value.const_value = ir.ExternalTensor(
                     location,
@@ -102,8 +101,11 @@ class Placement:
 
     def _known_place(self, tensor: ir.TensorProtocol, share: bool) -> _Place | None:
         """Return where a tensor lies already; ``None``: it has to be written."""
-        if not isinstance(tensor, CheckpointTensor):
-            return None
+        if isinstance(tensor, CheckpointTensor) and (place := self._linked_place(tensor)):
+            return place
+        return self._shared.get(tensor.identity) if share and isinstance(tensor, LazyWeight) else None
+
+    def _linked_place(self, tensor: CheckpointTensor) -> _Place | None:
         stored = tensor.stored
         if tensor.is_as_stored and stored.file in self.links:
             return _Place(self.links[stored.file], stored.offset)
@@ -113,7 +115,7 @@ class Placement:
                 expected=f"weights in {tensor.torch_dtype}, as --dtype says, at whole multiples of their size",
                 fix="choose the checkpoint's own --dtype, or leave --link-weights out",
             )
-        return self._shared.get((stored, tensor.torch_dtype)) if share else None
+        return None
 
 
 def link_weights(files: Sequence[Path], folder: Path, *, copy: bool | None) -> dict[Path, str]:

@@ -1,0 +1,148 @@
+"""A checkpoint's weight as the integers and scales of a graph, quantized while they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+
+from promprune.errors import ModelError
+from promprune.export.checkpoint.weights import LazyWeight, StoredTensor
+from promprune.export.quantize.quantizer import (
+    Bits,
+    NotFiniteError,
+    QuantizedBlocks,
+    dequantize_blocks,
+    pack_int4,
+    quantize_blocks,
+)
+
+__all__ = ["MIN_BLOCK_SIZE", "QuantizedTensor", "QuantizedWeight", "WeightQuantization"]
+
+MIN_BLOCK_SIZE: Final = 16  # the smallest that ONNX Runtime and TensorRT have kernels for
+_ELEMENTS_AT_ONCE: Final = 16 * 1024 * 1024  # of a weight in fp32
+_INTEGER_DTYPES: Final[dict[Bits, ir.DataType]] = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
+
+Part = Literal["integers", "scales"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightQuantization:
+    """How a weight is quantized.
+
+    Attributes:
+        bits: of the integers.
+        block_size: neighbours along K that share one scale; None: a whole column does.
+        scale_dtype: fp16, also in graphs that compute in fp32; bf16 in graphs that compute in it.
+    """
+
+    bits: Bits
+    block_size: int | None
+    scale_dtype: ir.DataType = ir.DataType.FLOAT16
+
+    def block_of(self, length: int) -> int | None:
+        """Return the block size for K = ``length``: the largest that divides it; None if there is none.
+
+        TensorRT takes whole blocks only, and so does the smallest of ONNX Runtime's.
+        """
+        block = self.block_size
+        while block is not None and block >= MIN_BLOCK_SIZE and length % block:
+            block //= 2
+        return length if block is None else block if block >= MIN_BLOCK_SIZE else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedWeight:
+    """A matrix of a checkpoint, ``[N, K]`` as ``torch.nn.Linear`` stores it, as integers ``[K, N]`` and scales.
+
+    Attributes:
+        stored: the checkpoint's tensor.
+        quantization: how it is quantized.
+    """
+
+    stored: StoredTensor
+    quantization: WeightQuantization
+    _parts: dict[Part, ir.TensorProtocol] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def block_size(self) -> int:
+        """Neighbours along K that share a scale."""
+        block = self.quantization.block_of(self.stored.shape[1])
+        if block is None:
+            raise ValueError(f"{self.stored.key} has {self.stored.shape[1]} columns, which no block divides")
+        return block
+
+    def read(self) -> QuantizedBlocks:
+        """Quantize it; a part of it at a time is in memory in fp32.
+
+        Raises:
+            ModelError: a weight is NaN or infinite, or the file became shorter.
+        """
+        columns, length = self.stored.shape
+        scale_dtype = self.quantization.scale_dtype.numpy()
+        integers = np.empty((length, columns), np.int8)
+        scales = np.empty((length // self.block_size, columns), scale_dtype)
+        rows, begin = max(1, _ELEMENTS_AT_ONCE // length), 0
+        for chunk in self.stored.chunks(rows * length):
+            weights = chunk.float().view(-1, length).numpy().T
+            part = slice(begin, begin + weights.shape[1])
+            try:
+                integers[:, part], scales[:, part] = quantize_blocks(
+                    weights, bits=self.quantization.bits, block_size=self.block_size, scale_dtype=scale_dtype
+                )
+            except NotFiniteError as error:
+                raise ModelError(f"{self.stored.key} has values that are NaN or infinite") from error
+            begin = part.stop
+        return QuantizedBlocks(integers, scales)
+
+    def dequantized(self) -> torch.Tensor:
+        """Return what the integers and scales stand for: fp32 ``[N, K]``."""
+        integers, scales = self.read()
+        return torch.from_numpy(dequantize_blocks(integers, scales, block_size=self.block_size)).T
+
+    def tensors(self, name: str) -> tuple[QuantizedTensor, QuantizedTensor]:
+        """Return the integers and the scales as values of a graph's initializers.
+
+        Integers are ``[K, N]``; scales ``[K / block_size, N]``, or ``[N]`` if a whole column shares one.
+        """
+        length, columns = self.stored.shape[1], self.stored.shape[0]
+        shape = (columns,) if self.block_size == length else (length // self.block_size, columns)
+        integers = _INTEGER_DTYPES[self.quantization.bits]
+        return (
+            QuantizedTensor(self, "integers", integers, (length, columns), f"{name}_quantized"),
+            QuantizedTensor(self, "scales", self.quantization.scale_dtype, shape, f"{name}_scale"),
+        )
+
+    def take(self, part: Part, shape: tuple[int, ...]) -> ir.TensorProtocol:
+        """Return one part and forget it: quantized once if each part is taken once."""
+        if part not in self._parts:
+            integers, scales = self.read()
+            self._parts["integers"] = self._integer_tensor(integers)
+            self._parts["scales"] = ir.Tensor(scales.reshape(-1, *shape[1:]), dtype=self.quantization.scale_dtype)
+        return self._parts.pop(part)
+
+    def _integer_tensor(self, integers: NDArray[np.int8]) -> ir.TensorProtocol:
+        if self.quantization.bits == 8:
+            return ir.Tensor(integers, dtype=ir.DataType.INT8)
+        return ir.PackedTensor(pack_int4(integers), ir.DataType.INT4, shape=ir.Shape(integers.shape))
+
+
+class QuantizedTensor(LazyWeight):
+    """The integers or the scales of a weight; computed when they are asked for."""
+
+    def __init__(
+        self, weight: QuantizedWeight, part: Part, dtype: ir.DataType, shape: tuple[int, ...], name: str
+    ) -> None:
+        super().__init__(lambda: weight.take(part, shape), dtype, ir.Shape(shape), name=name)
+        self.weight = weight
+        self.part = part
+
+    @property
+    def identity(self) -> Hashable:
+        """What makes two tensors the same."""
+        return (self.weight, self.part)
