@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from numbers import Integral, Real
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from promprune.errors import ConfigError
 
-__all__ = ["check_integer", "check_name", "check_number", "require"]
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+__all__ = ["check_integer", "check_name", "check_number", "config_from_options", "require"]
 
 _MOST: Final = 2**31 - 1  # that all backends can count to
 _SHOWN_CHARACTERS: Final = 100
+
+Config = TypeVar("Config", bound="DataclassInstance")
+
+
+def config_from_options(kind: type[Config], options: Mapping[str, Any]) -> Config:
+    """Make a dataclass of settings from keyword arguments.
+
+    Raises:
+        ConfigError: an option is not one of its fields, or a value is refused.
+    """
+    names = [field.name for field in fields(kind)]
+    for name, value in options.items():
+        require(name in names, name, value, f"an option named one of {', '.join(names)}")
+    return kind(**options)
 
 
 def check_integer(config: object, name: str, *, least: int, most: int | None = _MOST, optional: bool = False) -> None:

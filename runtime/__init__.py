@@ -11,14 +11,16 @@
 
 from __future__ import annotations
 
+from promprune.runtime.chat import Chat
 from promprune.runtime.engine.config import GenerationConfig
 from promprune.runtime.engine.result import Result, Timings
+from promprune.runtime.engine.stream import AnswerStream
 from promprune.runtime.images.encoded import EncodedImage, TokenSelection
 from promprune.runtime.images.encoder import ImageEncoder
 from promprune.runtime.images.overlay import draw_kept_tokens
 from promprune.runtime.images.preprocess import load_image
 from promprune.runtime.integrations.vllm import image_embeds_part
-from promprune.runtime.pipeline import AnswerStream, Chat, VisionLanguagePipeline
+from promprune.runtime.pipeline import VisionLanguagePipeline
 from promprune.runtime.sessions.config import RuntimeConfig
 
 __all__ = [

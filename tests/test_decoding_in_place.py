@@ -13,8 +13,9 @@ from PIL import Image
 from promprune.export import ExportResult
 from promprune.export.families import FAMILIES
 from promprune.runtime import VisionLanguagePipeline
-from promprune.runtime.engine import decoder as module
-from promprune.runtime.engine.decoder import Cache, Decoder
+from promprune.runtime.engine import cache as module
+from promprune.runtime.engine.cache import KVCache
+from promprune.runtime.engine.decoder import Decoder
 from promprune.runtime.engine.loading import steps_in_place
 from promprune.runtime.sessions import Session, SessionOptions, open_session
 from promprune.runtime.sessions.onnxruntime import OnnxRuntimeSession
@@ -38,7 +39,7 @@ def session(tmp_path: Path) -> Any:
 
 @pytest.fixture(autouse=True)
 def small_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_ROOM", 16)
+    monkeypatch.setattr(module, "_CAPACITY_STEP", 16)
 
 
 def lengths_of(session: Session) -> list[int]:
@@ -60,14 +61,14 @@ def test_logits_are_those_of_a_cache_that_grows(model: str, request: pytest.Fixt
     path = export.output / "onnx" / "decoder_model_merged.onnx"
     with open_session(path, SessionOptions(provider="cpu")) as session:
         plain, fixed = Decoder(session), Decoder(session, in_place=True)
-        expected_cache, cache = plain.empty_cache(2), fixed.empty_cache(2)
+        expected_cache, cache = plain.caches.empty(2), fixed.caches.empty(2)
         lengths = lengths_of(session)
         for count in (9, *[1] * 10, 4, 1):
             embeds = random.normal(scale=0.05, size=(2, count, plain.hidden_size)).astype(plain.embeds_dtype)
             mask = np.ones((2, count), np.int64)
             mask[1, :3] = int(count != 9)  # the second prompt is shorter
-            expected, expected_cache = plain.read(embeds, expected_cache, mask)
-            logits, cache = fixed.read(embeds, cache, mask)
+            expected, expected_cache = plain.forward(embeds, expected_cache, mask)
+            logits, cache = fixed.forward(embeds, cache, mask)
             np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
             np.testing.assert_array_equal(cache.mask, expected_cache.mask)
     assert lengths[3::2] == [17] * 7 + [33] * 3 + [23, 33]
@@ -118,15 +119,15 @@ def test_caches_that_share_their_room_are_never_overwritten(session: Session) ->
     """Two ways on from one cache, and a way on from its beginning, against the model in numpy."""
     random, model, decoder = np.random.default_rng(2), FakeModel(), Decoder(session, in_place=True)
 
-    def read(embeds: np.ndarray, cache: Cache, told: list[np.ndarray]) -> tuple[Cache, list[np.ndarray]]:
+    def read(embeds: np.ndarray, cache: KVCache, told: list[np.ndarray]) -> tuple[KVCache, list[np.ndarray]]:
         told = [*told, *embeds[0]]
-        logits, cache = decoder.read(embeds, cache)
+        logits, cache = decoder.forward(embeds, cache)
         np.testing.assert_allclose(logits[0], model.logits(np.array(told)), rtol=1e-4, atol=1e-4)
         return cache, told
 
-    trunk, told = read(random.normal(size=(1, 5, HIDDEN)).astype(np.float32), decoder.empty_cache(1), [])
+    trunk, told = read(random.normal(size=(1, 5, HIDDEN)).astype(np.float32), decoder.caches.empty(1), [])
     trunk, told = read(step(random), trunk, told)
-    left, right, short = (trunk, told), (trunk, told), (trunk.truncated(4), told[:4])
+    left, right, short = (trunk, told), (trunk, told), (trunk.truncate(4), told[:4])
     for _ in range(4):
         left, right, short = read(step(random), *left), read(step(random), *right), read(step(random), *short)
     assert len({id(cache.tensors["past_key_values.0.key"]) for cache, _ in (left, right, short)}) == 3
@@ -135,15 +136,15 @@ def test_caches_that_share_their_room_are_never_overwritten(session: Session) ->
 
 def test_a_step_that_fails_leaves_the_cache_as_it_was(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     random, decoder = np.random.default_rng(3), Decoder(session, in_place=True)
-    _, cache = decoder.read(step(random), decoder.empty_cache(1))
-    _, cache = decoder.read(step(random), cache)
+    _, cache = decoder.forward(step(random), decoder.caches.empty(1))
+    _, cache = decoder.forward(step(random), cache)
     new = step(random)
-    expected, _ = Decoder(session).read(new, cache)
+    expected, _ = Decoder(session).forward(new, cache)
     with monkeypatch.context() as patch:
         patch.setattr(session, "_run", lambda inputs, keep: pytest.fail("no more memory"))
         with pytest.raises(pytest.fail.Exception):
-            decoder.read(new, cache)
-    np.testing.assert_allclose(decoder.read(new, cache)[0], expected, rtol=1e-5, atol=1e-5)
+            decoder.forward(new, cache)
+    np.testing.assert_allclose(decoder.forward(new, cache)[0], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_room_ends_where_the_engine_ends(session: Session) -> None:
@@ -151,11 +152,11 @@ def test_room_ends_where_the_engine_ends(session: Session) -> None:
     session.limits = {"past_sequence_length": 20}
     random, lengths = np.random.default_rng(4), lengths_of(session)
     plain, fixed = Decoder(session), Decoder(session, in_place=True)
-    expected_cache, cache = plain.empty_cache(1), fixed.empty_cache(1)
+    expected_cache, cache = plain.caches.empty(1), fixed.caches.empty(1)
     for _ in range(21):
         new = step(random)
-        expected, expected_cache = plain.read(new, expected_cache)
-        logits, cache = fixed.read(new, cache)
+        expected, expected_cache = plain.forward(new, expected_cache)
+        logits, cache = fixed.forward(new, cache)
         np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
     assert lengths[1::2] == [17] * 16 + [21] * 5
 

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from promprune.errors import BackendError, PackageError
 from promprune.runtime.engine.config import GenerationConfig
-from promprune.runtime.engine.sampling import Row, TextStream, TokenChooser, eos_token_ids_of, probabilities_of
+from promprune.runtime.engine.request import Request
+from promprune.runtime.engine.sampling import TextStream, TokenChooser, eos_token_ids_of, probabilities_of
 from tests.support.fake_package import make_tokenizer
 
 
@@ -188,9 +189,9 @@ def test_a_tokenizer_that_fails_on_the_answer_is_refused() -> None:
     assert "\n" not in str(caught.value)
 
 
-def steps(row: Row, tokens: list[int], vocabulary: int) -> None:
+def choose(request: Request, tokens: list[int], vocabulary: int) -> None:
     for token in tokens:
-        row.step(np.eye(vocabulary, dtype=np.float32)[token])
+        request.choose_token(np.eye(vocabulary, dtype=np.float32)[token])
 
 
 @pytest.mark.parametrize(
@@ -202,14 +203,21 @@ def steps(row: Row, tokens: list[int], vocabulary: int) -> None:
         (["a", 2], (), 2, "stop", "a"),
     ],
 )
-def test_rows_say_why_they_ended(tokens: list, stop: tuple, limit: int, reason: str, text: str) -> None:
+def test_requests_say_why_they_ended(tokens: list, stop: tuple, limit: int, reason: str, text: str) -> None:
     tokenizer = TOKENIZERS["bytes"]
-    config = GenerationConfig(stop=stop)
-    row = Row(tokenizer, config, prompt_ids=[], eos_token_ids={2}, max_new_tokens=limit)
+    request = Request(
+        prompt_ids=np.zeros(0, np.int64),
+        is_image=np.zeros(0, np.bool_),
+        images=[],
+        config=GenerationConfig(stop=stop),
+        tokenizer=tokenizer,
+        eos_token_ids={2},
+        max_new_tokens=limit,
+    )
     ids = [tokenizer.encode(token).ids[0] if isinstance(token, str) else token for token in tokens]
-    assert row.finish_reason is None
-    steps(row, ids, tokenizer.get_vocab_size())
-    assert (row.finish_reason, row.text, row.token_ids) == (reason, text, ids)
+    assert request.finish_reason is None
+    choose(request, ids, tokenizer.get_vocab_size())
+    assert (request.finish_reason, request.text, request.token_ids) == (reason, text, ids)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,6 @@ from promprune.package.image import IMAGE_NEWLINE_FILE
 from promprune.package.manifest import read_manifest, write_manifest
 from promprune.runtime import (
     EncodedImage,
-    GenerationConfig,
     VisionLanguagePipeline,
     draw_kept_tokens,
     image_embeds_part,
@@ -121,11 +120,12 @@ class Reference:
 
 def prefill(pipeline: VisionLanguagePipeline, requests: list[tuple[list[Image.Image], str]]) -> tuple[Any, Any, Any]:
     """Return inputs_embeds [batch, length, D], mask and logits [batch, V] of the runtime's first step."""
-    job = pipeline._prepare(requests, GenerationConfig())
-    job.encode(pipeline.encoder)
-    embeds, mask, *rest = pipeline._spliced(job.prompts, job.encoded, 0)
-    logits, _ = pipeline._decoder.read(embeds, pipeline._decoder.empty_cache(len(requests)), mask, *rest)
-    return embeds.astype(np.float32), mask, logits
+    made = [pipeline.request(*request) for request in requests]
+    for request in made:
+        request.images = [pipeline.encoder.encode(image)[0] for image in request.images]
+    spliced = pipeline.language_model.splice([request.prompt for request in made])
+    logits, _ = pipeline.language_model.prefill(spliced)
+    return np.asarray(spliced.embeds).astype(np.float32), spliced.mask, logits
 
 
 def assert_close(found: np.ndarray, expected: np.ndarray, dtype: str) -> None:

@@ -166,14 +166,14 @@ def first_logits(
     pipeline: VisionLanguagePipeline, requests: list[Request], monkeypatch: pytest.MonkeyPatch
 ) -> np.ndarray:
     """The logits after the prompts, [batch, vocabulary]."""
-    read, seen = pipeline._decoder.read, []
+    forward, seen = pipeline.language_model.decoder.forward, []
 
     def recording(*args: Any) -> Any:
-        output = read(*args)
+        output = forward(*args)
         seen.append(output[0])
         return output
 
-    monkeypatch.setattr(pipeline._decoder, "read", recording)
+    monkeypatch.setattr(pipeline.language_model.decoder, "forward", recording)
     pipeline.generate_batch(requests, max_new_tokens=1)
     monkeypatch.undo()
     return seen[0]

@@ -21,9 +21,9 @@ from promprune.errors import BackendError, ConfigError, ImageError, PackageError
 from promprune.package.manifest import read_manifest
 from promprune.runtime import EncodedImage, ImageEncoder, VisionLanguagePipeline, draw_kept_tokens
 from promprune.runtime.engine.decoder import Decoder
+from promprune.runtime.engine.language_model import feature_rows
 from promprune.runtime.engine.sampling import TokenChooser
 from promprune.runtime.images.encoded import TokenSelection
-from promprune.runtime.pipeline import _feature_rows
 from tests.support.fake_package import (
     HIDDEN,
     NUM_TOKENS,
@@ -107,7 +107,7 @@ def test_a_prompt_read_in_chunks_is_answered_alike(folder: Path, pipeline: Any, 
     options = {"max_new_tokens": 30}
     lengths: list[int] = []
     with VisionLanguagePipeline.from_package(folder, prefill_chunk=chunk) as chunked:
-        session = chunked._decoder.session
+        session = chunked.language_model.decoder.session
         run = session.run_keeping
         session.run_keeping = lambda inputs, keep: lengths.append(inputs["inputs_embeds"].shape[1]) or run(inputs, keep)
         for found, expected in zip(
@@ -285,7 +285,7 @@ def expected_full(pipeline: Any, model: FakeModel) -> list[int]:
 def test_a_prompt_that_does_not_fit_is_refused_before_anything_runs(
     pipeline: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Decoder, "read", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(Decoder, "forward", lambda *_: pytest.fail("it ran"))
     monkeypatch.setattr(ImageEncoder, "encode", lambda *_: pytest.fail("it ran"))
     with pytest.raises(PromptError, match=r"322 tokens long.*at most 256"):
         pipeline.generate(picture(1), "x" * 300)
@@ -334,8 +334,10 @@ def test_wrong_options_are_refused(pipeline: Any, options: dict[str, Any]) -> No
 
 
 def test_unknown_options_are_refused(pipeline: Any) -> None:
-    with pytest.raises(TypeError, match="max_tokens"):
+    with pytest.raises(ConfigError, match="max_tokens = 3; expected an option named one of max_new_tokens, temp"):
         pipeline.generate((), "x", max_tokens=3)
+    with pytest.raises(ConfigError, match="threads = 3; expected an option named one of backend, provider"):
+        VisionLanguagePipeline.from_package("no package", threads=3)
 
 
 @pytest.mark.parametrize(
@@ -357,7 +359,7 @@ def test_a_closed_pipeline_says_so(folder: Path) -> None:
 def test_it_is_usable_after_an_interrupt(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = pipeline.generate(picture(1), "x", max_new_tokens=5).token_ids
     with monkeypatch.context() as patch:
-        patch.setattr(Decoder, "read", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Decoder, "forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             pipeline.generate(picture(1), "x")
     assert pipeline.generate(picture(1), "x", max_new_tokens=5).token_ids == expected
@@ -563,7 +565,7 @@ def test_features_go_to_the_places_of_their_image_stretch_by_stretch() -> None:
     features = [np.zeros((4, 2)), np.zeros((3, 2))]
     images = [EncodedImage(array, TokenSelection((), np.arange(len(array)))) for array in features]
     places = np.array([-2, -1, 0, 3, 4, 5, 6])
-    rows = list(_feature_rows(images, places, begin=10))
+    rows = list(feature_rows(images, places, begin=10))
     assert [(part.start, part.count, part.at) for part in rows] == [(2, 1, 10), (3, 1, 13), (0, 3, 14)]
     assert [part.source is features[0] for part in rows] == [True, True, False]
-    assert list(_feature_rows([], np.zeros(0, np.int64), begin=0)) == []
+    assert list(feature_rows([], np.zeros(0, np.int64), begin=0)) == []

@@ -38,8 +38,9 @@ from promprune.package.engines import (
 )
 from promprune.package.manifest import DECODER, TensorRecord, read_manifest, sha256_of_file
 from promprune.runtime import VisionLanguagePipeline
-from promprune.runtime.engine import decoder as decoder_module
-from promprune.runtime.engine.decoder import Cache, Decoder
+from promprune.runtime.engine import cache as cache_module
+from promprune.runtime.engine.cache import KVCache
+from promprune.runtime.engine.decoder import Decoder
 from promprune.runtime.images.encoded import EncodedImage
 from promprune.runtime.sessions import Rows, SessionOptions, open_session
 from promprune.runtime.sessions.tensorrt import cuda as cuda_module
@@ -267,10 +268,10 @@ def test_a_decoder_generates_as_with_onnx_runtime_and_its_cache_stays_on_the_dev
         open_session(built / "onnx" / f"{DECODER}.onnx", SessionOptions()) as reference,
     ):
         decoder, wanted = Decoder(session), Decoder(reference)
-        cache, expected_cache = decoder.empty_cache(2), wanted.empty_cache(2)
+        cache, expected_cache = decoder.caches.empty(2), wanted.caches.empty(2)
         for part in parts:
-            logits, cache = decoder.read(part, cache)
-            expected, expected_cache = wanted.read(part, expected_cache)
+            logits, cache = decoder.forward(part, cache)
+            expected, expected_cache = wanted.forward(part, expected_cache)
             np.testing.assert_array_equal(logits, expected)
         assert device.profiles == [0, 1, 1, 0, 1]  # prefill, decode; a prompt that goes on is a prefill
         logits_bytes = len(parts) * logits.nbytes
@@ -301,7 +302,7 @@ def test_a_kept_output_feeds_the_next_engine_without_the_host(built: Path, devic
         embeds = embed.run_keeping({"input_ids": ids}, keep=["inputs_embeds"])["inputs_embeds"]
         assert device.downloaded == 0
         uploads = device.calls["upload"]
-        cache = Decoder(decoder).empty_cache(1)
+        cache = Decoder(decoder).caches.empty(1)
         decoder.run_keeping(
             {"inputs_embeds": embeds, "attention_mask": np.ones((1, 3), np.int64), "position_ids": np.arange(3)[None]}
             | dict(cache.tensors),
@@ -331,10 +332,10 @@ def test_an_array_that_is_not_contiguous(built: Path, device: FakeDevice) -> Non
 def test_a_cache_that_grows_lives_in_two_buffers_in_turn(built: Path, device: FakeDevice) -> None:
     with opened(built, DECODER) as session:
         decoder = Decoder(session)
-        _, cache = decoder.read(np.ones((1, 5, HIDDEN), np.float32), decoder.empty_cache(1))
+        _, cache = decoder.forward(np.ones((1, 5, HIDDEN), np.float32), decoder.caches.empty(1))
         places, sizes = [], set()
         for _ in range(8):
-            _, cache = decoder.read(np.ones((1, 1, HIDDEN), np.float32), cache)
+            _, cache = decoder.forward(np.ones((1, 1, HIDDEN), np.float32), cache)
             tensor = cache.tensors["past_key_values.0.key"]
             places.append(tensor.address)  # type: ignore[union-attr]
             sizes.add(device.memory[places[-1]].nbytes)
@@ -348,15 +349,15 @@ def test_an_older_cache_is_never_overwritten(built: Path, device: FakeDevice) ->
     step = np.random.default_rng(3).normal(size=(5, 1, 1, HIDDEN)).astype(np.float32)
     with opened(built, DECODER) as session:
         decoder = Decoder(session)
-        _, kept = decoder.read(np.ones((1, 5, HIDDEN), np.float32), decoder.empty_cache(1))
+        _, kept = decoder.forward(np.ones((1, 5, HIDDEN), np.float32), decoder.caches.empty(1))
         tensor: Any = kept.tensors["past_key_values.0.key"]
         before = device.array(tensor.address, tensor.shape, tensor.dtype).copy()
-        first = [decoder.read(step[0], kept)[0]]
+        first = [decoder.forward(step[0], kept)[0]]
         cache = kept
         for part in step:
-            _, cache = decoder.read(part, cache)
+            _, cache = decoder.forward(part, cache)
         np.testing.assert_array_equal(device.array(tensor.address, tensor.shape, tensor.dtype), before)
-        first.append(decoder.read(step[0], kept)[0])
+        first.append(decoder.forward(step[0], kept)[0])
         np.testing.assert_array_equal(*first)
 
 
@@ -408,7 +409,7 @@ def test_what_cannot_be_recorded_runs_without_and_says_so(built: Path, device: F
 
 @pytest.fixture
 def small_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder_module, "_ROOM", 8)
+    monkeypatch.setattr(cache_module, "_CAPACITY_STEP", 8)
 
 
 def open_stepping(package: Path) -> TensorRtSession:
@@ -418,13 +419,13 @@ def open_stepping(package: Path) -> TensorRtSession:
     return session
 
 
-def check_steps(decoder: Decoder, seed: int, *, steps: int, batch: int = 1) -> Cache:
+def check_steps(decoder: Decoder, seed: int, *, steps: int, batch: int = 1) -> KVCache:
     """Read a prompt of five tokens and then single ones; compare with the model in numpy."""
     random, model = np.random.default_rng(seed), FakeModel()
     told = random.normal(size=(batch, 5 + steps, HIDDEN)).astype(np.float32)
-    _, cache = decoder.read(told[:, :5], decoder.empty_cache(batch))
+    _, cache = decoder.forward(told[:, :5], decoder.caches.empty(batch))
     for end in range(6, 6 + steps):
-        logits, cache = decoder.read(told[:, end - 1 : end], cache)
+        logits, cache = decoder.forward(told[:, end - 1 : end], cache)
         expected = [model.logits(row[:end]) for row in told]
         np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
     return cache
@@ -457,7 +458,7 @@ def test_a_step_moves_what_is_new_and_nothing_else(built: Path, device: FakeDevi
         cache = check_steps(decoder, 0, steps=1)
         device.calls.clear()
         device.downloaded = 0
-        logits, cache = decoder.read(np.ones((1, 1, HIDDEN), np.float32), cache)
+        logits, cache = decoder.forward(np.ones((1, 1, HIDDEN), np.float32), cache)
         counts = {name: count for name, count in device.calls.items() if count}
         # Embeddings, mask and positions up; one row of each of the keys and values to its place; logits down.
         assert counts == {"upload": 3, "copy": 2, "launch": 1, "enqueue": 1, "download": 1}
@@ -473,12 +474,12 @@ def test_a_step_takes_embeddings_that_are_on_the_device(built: Path, device: Fak
     with opened(built, "embed_tokens") as embed, open_stepping(built) as session:
         decoder, model = Decoder(session, in_place=True), FakeModel()
         told: list[int] = []
-        cache = decoder.empty_cache(1)
+        cache = decoder.caches.empty(1)
         for token in (5, 9, 4, 7):
             told.append(token)
             ids = np.array([[token]])
             embeds = embed.run_keeping({"input_ids": ids}, keep=["inputs_embeds"])["inputs_embeds"]
-            logits, cache = decoder.read(embeds, cache)
+            logits, cache = decoder.forward(embeds, cache)
             np.testing.assert_allclose(logits[0], model.logits(model.weights["embed"][told]), rtol=1e-4, atol=1e-4)
     assert device.downloaded == 4 * logits.nbytes
 
@@ -1187,7 +1188,7 @@ def test_engines_of_this_gpu_answer_as_onnx_runtime_does(tmp_path: Path) -> None
     with open_stepping(tmp_path / "package") as session:
         for in_place in (False, True):
             decoder = Decoder(session, in_place=in_place)
-            cache = decoder.empty_cache(1)
+            cache = decoder.caches.empty(1)
             for start, end in ((0, 7), (7, 8), (8, 9)):
-                logits, cache = decoder.read(embeds[:, start:end], cache)
+                logits, cache = decoder.forward(embeds[:, start:end], cache)
                 np.testing.assert_allclose(logits[0], model.logits(embeds[0, :end]), rtol=1e-3, atol=1e-3)

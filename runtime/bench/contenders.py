@@ -157,7 +157,7 @@ class PackageContender(Measurable):
         requests = [(question.image, question.prompt)] * batch
         result = self.pipeline.generate_batch(requests, max_new_tokens=question.new_tokens, ignore_eos=True)[0]
         self._last, timings = result, result.timings
-        self._cache_bytes = timings.kv_cache_bytes // batch
+        self._cache_bytes = timings.kv_cache_bytes
         stages = {
             "preprocess": timings.preprocess_ms + timings.prompt_ms,
             "vision": timings.vision_ms,

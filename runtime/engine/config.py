@@ -4,26 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, TypedDict
+from typing import Final
 
 from promprune.checks import check_integer, check_number, require
 
-__all__ = ["DEFAULT_NEW_TOKENS", "GenerationConfig", "GenerationOptions"]
+__all__ = ["DEFAULT_NEW_TOKENS", "GenerationConfig"]
 
 DEFAULT_NEW_TOKENS: Final = 256
-
-
-class GenerationOptions(TypedDict, total=False):
-    """The fields of :class:`GenerationConfig`, as keyword arguments."""
-
-    max_new_tokens: int | None
-    temperature: float
-    top_p: float
-    top_k: int
-    repetition_penalty: float
-    stop: str | tuple[str, ...] | list[str]
-    seed: int | None
-    ignore_eos: bool
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,8 @@ from typing import Any
 
 from promprune.errors import PackageError
 from promprune.package.manifest import DECODER, EMBED_TOKENS, VISION_ENCODER, Manifest, TensorRecord
+from promprune.runtime.engine.decoder import Decoder
+from promprune.runtime.engine.language_model import LanguageModel
 from promprune.runtime.engine.prompt import read_json
 from promprune.runtime.images.base import expect
 from promprune.runtime.sessions import Session, open_graph
@@ -17,8 +19,8 @@ from promprune.runtime.sessions.config import RuntimeConfig
 __all__ = ["expect_same_width", "open_language_model", "same_language_model", "steps_in_place"]
 
 
-def open_language_model(folder: Path, manifest: Manifest, config: RuntimeConfig) -> tuple[Session, Session]:
-    """Load ``embed_tokens`` and the decoder; what the decoder needs is checked where it is run.
+def open_language_model(folder: Path, manifest: Manifest, config: RuntimeConfig) -> LanguageModel:
+    """Load ``embed_tokens`` and the decoder.
 
     Raises:
         PackageError: they are not what the manifest says, or do not fit each other.
@@ -39,7 +41,7 @@ def open_language_model(folder: Path, manifest: Manifest, config: RuntimeConfig)
         made, wanted = embed.outputs["inputs_embeds"], decoder.inputs["inputs_embeds"]
         expect("embed_tokens' size", made.shape[-1], wanted.shape[-1])
         expect("embed_tokens' dtype", made.dtype, wanted.dtype)
-    return embed, decoder
+    return LanguageModel(embed, Decoder(decoder, config.prefill_chunk, in_place=steps_in_place(folder, decoder)))
 
 
 def expect_same_width(manifest: Manifest) -> None:

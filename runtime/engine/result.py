@@ -16,22 +16,22 @@ __all__ = ["Result", "Stopwatch", "Timings"]
 
 @dataclass(frozen=True, kw_only=True)
 class Timings:
-    """Wall-clock times of one call, in milliseconds; answers of one batch share them.
+    """Wall-clock times of one answer, in milliseconds. A stage that ran for a batch counts in full for each answer.
 
     Attributes:
-        preprocess_ms: decoding and preparing the images.
+        preprocess_ms: decoding and preprocessing the images.
         prompt_ms: chat template and tokenizer.
-        vision_ms: vision encoder and selection; near 0 when every image was encoded before.
-        splice_ms: token embeddings, and the image features put in their places.
-        prefill_ms: the language model on the prompt.
+        vision_ms: vision encoder and selection; near 0 if every image was encoded before.
+        splice_ms: token embeddings, with image features at the placeholders.
+        prefill_ms: the decoder on the prompt.
         decode_ms: all further tokens.
         first_token_ms: from the call to the first token.
-        total_ms: from the call to the end; of a stream, includes waiting for the reader.
-        prompt_tokens: tokens of the prompt, visual tokens included; of the longest one of a batch.
-        reused_tokens: those whose keys and values were still there from the turn before.
-        new_tokens: tokens generated for this answer.
-        encoded_images: images that went through the vision encoder; the others were encoded before.
-        kv_cache_bytes: keys and values held at the end, by the rows of a batch that ran longest.
+        total_ms: from the call to the last token; for a stream, includes the time between reads.
+        prompt_tokens: tokens of the prompt, visual tokens included.
+        reused_tokens: tokens of the prompt whose keys and values were cached by the previous turn.
+        new_tokens: tokens of the answer.
+        encoded_images: images that the vision encoder ran for; the others were encoded before.
+        kv_cache_bytes: memory of the answer's keys and values at its end, padding and spare capacity included.
     """
 
     preprocess_ms: float
@@ -50,7 +50,7 @@ class Timings:
 
     @property
     def decode_tokens_per_s(self) -> float | None:
-        """Tokens per second after the first; ``None`` where there are no others."""
+        """Tokens per second after the first; None if there are no others."""
         return (self.new_tokens - 1) / self.decode_ms * 1000 if self.new_tokens > 1 and self.decode_ms > 0 else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class Result:
 
 
 class Stopwatch:
-    """Adds up the time of named stages."""
+    """Adds up the times of named stages."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -103,7 +103,17 @@ class Stopwatch:
         try:
             yield
         finally:
-            self._stages[name] = self._stages.get(name, 0.0) + (time.perf_counter() - start) * 1000
+            self.add(name, (time.perf_counter() - start) * 1000)
+
+    def add(self, name: str, elapsed_ms: float) -> None:
+        """Add to a stage."""
+        self._stages[name] = self._stages.get(name, 0.0) + elapsed_ms
+
+    def copy(self) -> Stopwatch:
+        """Return another one with the same beginning and the same times so far."""
+        other = Stopwatch()
+        other._start, other._stages = self._start, dict(self._stages)
+        return other
 
     def mark(self, name: str) -> None:
         """Record the time since the beginning as a stage of its own."""

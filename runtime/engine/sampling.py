@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
@@ -15,7 +15,7 @@ from promprune.runtime.engine.prompt import tokenizer_errors
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["FinishReason", "Row", "TextStream", "TokenChooser"]
+__all__ = ["FinishReason", "TextStream", "TokenChooser"]
 
 FinishReason = Literal["stop", "length"]
 _UNFINISHED: Final = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of the first bytes of a character
@@ -28,7 +28,7 @@ class TokenChooser:
 
     Args:
         config: how.
-        prompt_ids: what ``repetition_penalty`` also counts as said.
+        prompt_ids: tokens that ``repetition_penalty`` applies to from the beginning.
     """
 
     def __init__(self, config: GenerationConfig, prompt_ids: Iterable[int] = ()) -> None:
@@ -43,7 +43,7 @@ class TokenChooser:
             logits: float32 [vocabulary].
 
         Raises:
-            BackendError: the logits are not numbers.
+            BackendError: the logits are not finite.
         """
         if not np.isfinite(logits.max()):
             raise BackendError(
@@ -51,13 +51,13 @@ class TokenChooser:
                 expected="finite logits",
                 fix="export with --dtype fp32: fp16 overflows in some models",
             )
-        logits = self._penalized(logits)
-        token = int(logits.argmax()) if self._config.temperature == 0 else self._drawn(logits)
+        logits = self._penalize(logits)
+        token = int(logits.argmax()) if self._config.temperature == 0 else self._draw(logits)
         if self._config.repetition_penalty != 1.0:
             self._seen.add(token)
         return token
 
-    def _penalized(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def _penalize(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         if not self._seen:
             return logits
         penalty = np.float32(self._config.repetition_penalty)
@@ -66,7 +66,7 @@ class TokenChooser:
         logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
         return logits
 
-    def _drawn(self, logits: npt.NDArray[np.float32]) -> int:
+    def _draw(self, logits: npt.NDArray[np.float32]) -> int:
         probabilities = probabilities_of(logits, self._config)
         cumulative = np.cumsum(probabilities)
         index = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")
@@ -91,13 +91,13 @@ def probabilities_of(logits: npt.NDArray[np.float32], config: GenerationConfig) 
 class TextStream:
     """Turns token ids into text as they come.
 
-    Text is given out once no later token can change it: not in the middle of a multi-byte character, and not
-    while it could be the beginning of a stop text. What all calls return, joined, is the decoded text up to the
-    first stop text.
+    Text is returned once no later token can change it: not in the middle of a multi-byte character, and not while
+    it could be the beginning of a stop text. The texts of all calls, concatenated, are the decoded text up to the first
+    stop text.
 
     Args:
         tokenizer: special tokens are left out of its text.
-        stop: texts that end it; they are not given out.
+        stop: texts that end the answer; they are not part of it.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
@@ -121,7 +121,7 @@ class TextStream:
         if len(after) <= len(before) or after.endswith(_UNFINISHED):
             return ""
         self._context, self._decoded = self._decoded, len(self._ids)
-        return self._given_out(after[len(before) :])
+        return self._release(after[len(before) :])
 
     def finish(self) -> str:
         """Return the rest of the text: an unfinished character, or the beginning of a stop text.
@@ -133,7 +133,7 @@ class TextStream:
             return ""
         before = self._decode(self._ids[self._context : self._decoded])
         rest = self._decode(self._ids[self._context :])[len(before) :]
-        text = self._given_out(rest)
+        text = self._release(rest)
         if not self.stopped:
             text, self._held = text + self._held, ""
         return text
@@ -144,7 +144,7 @@ class TextStream:
         with tokenizer_errors("the package's tokenizer fails on the answer"):
             return self._tokenizer.decode(ids, skip_special_tokens=True)
 
-    def _given_out(self, new: str) -> str:
+    def _release(self, new: str) -> str:
         text = self._held + new
         found = [position for position in map(text.find, self._stop) if position >= 0]
         if found:
@@ -153,60 +153,6 @@ class TextStream:
         held = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
-
-
-class Row:
-    """One answer in the making: chooses its tokens, keeps its text, knows whether it is finished.
-
-    Attributes:
-        token_ids: everything generated so far, the end-of-sequence token included.
-        finish_reason: ``None`` while it goes on; ``"stop"``: end-of-sequence token or stop text; ``"length"``.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        config: GenerationConfig,
-        *,
-        prompt_ids: Iterable[int],
-        eos_token_ids: Collection[int],
-        max_new_tokens: int,
-    ) -> None:
-        self.token_ids: list[int] = []
-        self.finish_reason: FinishReason | None = None
-        self._chooser = TokenChooser(config, prompt_ids)
-        self._stream = TextStream(tokenizer, config.stop)
-        self._eos_token_ids = frozenset(eos_token_ids)
-        self._max_new_tokens = max_new_tokens
-        self._texts: list[str] = []
-
-    def step(self, logits: npt.NDArray[np.float32]) -> str:
-        """Choose the next token from float32 [vocabulary]; return the text that became certain.
-
-        Raises:
-            BackendError: the logits are not numbers.
-            PackageError: the tokenizer fails.
-        """
-        token = self._chooser.choose(logits)
-        self.token_ids.append(token)
-        text = ""
-        if token in self._eos_token_ids:
-            self.finish_reason = "stop"
-        else:
-            text = self._stream.push(token)
-            if self._stream.stopped:
-                self.finish_reason = "stop"
-            elif len(self.token_ids) >= self._max_new_tokens:
-                self.finish_reason = "length"
-        if self.finish_reason is not None:
-            text += self._stream.finish()
-        self._texts.append(text)
-        return text
-
-    @property
-    def text(self) -> str:
-        """The text given out so far."""
-        return "".join(self._texts)
 
 
 def eos_token_ids_of(generation_config: dict[str, Any]) -> frozenset[int]:

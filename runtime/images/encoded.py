@@ -115,3 +115,8 @@ class EncodedImage:
     selection: TokenSelection
     positions: ImagePositions | None = None
     on_device: DeviceTensor | None = field(default=None, repr=False)
+
+    @property
+    def num_placeholders(self) -> int:
+        """Tokens that the image takes in a prompt."""
+        return len(self.image_features)

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeAlias, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from promprune.checks import config_from_options
 from promprune.errors import ConfigError
 from promprune.package.manifest import Manifest, read_manifest
 from promprune.runtime.images import ImageLayout, PreparedImage, layout_of
 from promprune.runtime.images.encoded import EncodedImage
 from promprune.runtime.images.preprocess import load_image
 from promprune.runtime.sessions import Session, open_graph
-from promprune.runtime.sessions.config import RuntimeConfig, RuntimeOptions
+from promprune.runtime.sessions.config import RuntimeConfig
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ImageEncoder", "ImageSource"]
+__all__ = ["ImageEncoder", "ImageSource", "Images", "as_image_list"]
 
 # A file, its encoded bytes, a PIL image, an array [height, width, 3] of uint8, or an image encoded before.
 ImageSource: TypeAlias = "str | Path | bytes | Image | npt.NDArray[np.uint8] | EncodedImage"
+# One image, or a list of images.
+Images: TypeAlias = "ImageSource | Sequence[ImageSource]"
 
 
 class ImageEncoder:
@@ -55,13 +58,13 @@ class ImageEncoder:
     def from_package(
         cls,
         path: str | Path,
-        **options: Unpack[RuntimeOptions],
+        **options: Any,
     ) -> Self:
         """Load the vision graphs of a package, and nothing else of it.
 
         Args and errors: as in :meth:`VisionLanguagePipeline.from_package`.
         """
-        config = RuntimeConfig(**options)
+        config = config_from_options(RuntimeConfig, options)
         folder = Path(path)
         return cls.open(folder, read_manifest(folder, check_weights=config.check_weights), config)
 
@@ -159,6 +162,11 @@ class ImageEncoder:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def as_image_list(images: Images) -> list[ImageSource]:
+    """Return a list of images, if only one was given too."""
+    return list(images) if isinstance(images, (list, tuple)) else [images]  # type: ignore[list-item]
 
 
 class _ImageCache:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from promprune.errors import ConfigError
-from promprune.runtime.engine.config import GenerationOptions
 from promprune.runtime.engine.prompt import Message
 from promprune.runtime.images.encoder import ImageSource
 
@@ -16,7 +15,7 @@ __all__ = ["UNDERSTOOD", "generation_options", "images_and_messages"]
 UNDERSTOOD: Final = frozenset({"do_sample", "max_new_tokens", "num_beams", "temperature", "top_k", "top_p", "until"})
 
 
-def generation_options(given: Mapping[str, Any]) -> GenerationOptions:
+def generation_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """Translate a task's options, which are named as transformers' ``generate`` names them.
 
     Tokens are drawn where ``temperature`` is above 0 and ``do_sample`` is not false; everything else is greedy.
@@ -29,7 +28,7 @@ def generation_options(given: Mapping[str, Any]) -> GenerationOptions:
         raise ConfigError(
             f"the task wants num_beams = {given['num_beams']}", expected="1: the runtime has no beam search"
         )
-    options: GenerationOptions = {"stop": _texts(given.get("until")), "max_new_tokens": given.get("max_new_tokens")}
+    options: dict[str, Any] = {"stop": _texts(given.get("until")), "max_new_tokens": given.get("max_new_tokens")}
     temperature = given.get("temperature")
     if temperature and given.get("do_sample") is not False:
         options["temperature"] = temperature

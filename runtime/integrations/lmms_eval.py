@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Any, Final, NoReturn, TypeAlias, Unpack
+from typing import Any, Final, NoReturn, TypeAlias
 
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from promprune.errors import ConfigError
 from promprune.runtime.engine.result import Result
+from promprune.runtime.images.encoder import Images
 from promprune.runtime.integrations.harness import UNDERSTOOD, generation_options, images_and_messages
-from promprune.runtime.pipeline import Images, Prompt, VisionLanguagePipeline
-from promprune.runtime.sessions.config import RuntimeOptions
+from promprune.runtime.pipeline import Prompt, VisionLanguagePipeline
 
 __all__ = ["MANIFEST", "PromPrune"]
 
@@ -47,9 +47,7 @@ class PromPrune(lmms):  # type: ignore[misc]  # untyped
 
     is_simple = False  # asks by messages, not by a text and images
 
-    def __init__(
-        self, package: str, batch_size: int | str = 1, device: str | None = None, **options: Unpack[RuntimeOptions]
-    ) -> None:
+    def __init__(self, package: str, batch_size: int | str = 1, device: str | None = None, **options: Any) -> None:
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ConfigError(f"received batch_size = {batch_size!r}", expected="1 or more")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final, Literal, TypedDict, get_args
+from typing import Final, Literal, get_args
 
 from promprune.checks import check_integer, check_name, require
 
-__all__ = ["BACKENDS", "Provider", "RuntimeConfig", "RuntimeOptions"]
+__all__ = ["BACKENDS", "Provider", "RuntimeConfig"]
 
 Provider = Literal["auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx"]
 
@@ -20,18 +20,6 @@ BACKENDS: Final[Mapping[str, str]] = MappingProxyType(
         "tensorrt": "promprune.runtime.sessions.tensorrt.session",
     }
 )
-
-
-class RuntimeOptions(TypedDict, total=False):
-    """The fields of :class:`RuntimeConfig`, as keyword arguments."""
-
-    backend: str
-    provider: Provider
-    num_threads: int | None
-    check_weights: bool
-    image_cache_size: int
-    prefill_chunk: int | None
-    cuda_graphs: bool
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,164 @@
+"""The engine: requests join and leave a running batch between its steps (continuous batching).
+
+::
+
+    engine = pipeline.engine(max_batch=8)
+    request = engine.add(pipeline.request("photo.jpg", "What is on the table?"))
+    while engine.has_requests:
+        for request, text in engine.step():
+            print(text, end="")
+
+``generate``, ``generate_batch``, ``stream`` and ``chat`` are such loops, over an engine of their own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import numpy as np
+
+from promprune.runtime.engine.cache import CachedPrefix, KVCache, Slot
+from promprune.runtime.engine.language_model import LanguageModel, Logits
+from promprune.runtime.engine.request import Request, time_stage
+from promprune.runtime.engine.scheduler import Scheduler
+from promprune.runtime.images import PreparedImage
+from promprune.runtime.images.encoded import EncodedImage
+
+__all__ = ["Encode", "Engine", "Update"]
+
+# A request, and the text that became certain in a step.
+Update: TypeAlias = "tuple[Request, str]"
+# Returns an encoded image, and whether the vision encoder ran for it: ``ImageEncoder.encode``.
+Encode: TypeAlias = "Callable[[EncodedImage | PreparedImage], tuple[EncodedImage, bool]]"
+
+
+class Engine:
+    """Answers requests, one token each per step.
+
+    One thread calls :meth:`step` in a loop; :meth:`add` and :meth:`cancel` may be called from any thread meanwhile.
+    Several engines may share one language model.
+
+    Images that are not encoded are encoded in the step in which their request starts, which delays all others. To
+    avoid that, encode them on another thread, and add the request with encoded images.
+
+    Args:
+        model: answers.
+        encode: encodes the images of requests; see ``ImageEncoder.encode``.
+        max_batch, max_cache_tokens: see :class:`Scheduler`. While a step runs, the KV cache is held twice.
+    """
+
+    def __init__(
+        self, model: LanguageModel, encode: Encode, *, max_batch: int | None = None, max_cache_tokens: int | None = None
+    ) -> None:
+        self._model = model
+        self._encode = encode
+        self._scheduler = Scheduler(max_batch, max_cache_tokens)
+        self._stepping = threading.Lock()
+
+    def add(self, request: Request) -> Request:
+        """Let a request wait for a step that starts it; return it, as its handle.
+
+        Raises:
+            ConfigError: it exceeds the limits even alone.
+        """
+        self._scheduler.add(request)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Stop answering a request; its row is freed at once, or when the step that runs now has ended."""
+        self._scheduler.cancel(request)
+        if self._stepping.acquire(blocking=False):
+            try:
+                self._scheduler.drop_done()
+            finally:
+                self._stepping.release()
+
+    def step(self) -> list[Update]:
+        """Give every running request its next token: waiting ones start by a prefill, the others make a decode step.
+
+        Returns:
+            The requests that got a token or failed, with their new text. Those that are ``done`` now are not returned
+            again; what ended one of them is its ``error``, and does not concern the others.
+        """
+        with self._stepping:
+            running, started = self._scheduler.schedule()
+            updates = [*self._start(started), *self._decode(running)]
+            self._scheduler.drop_done()
+            return [(request, text) for request, text in updates if not request.cancelled]
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether there is anything to do for :meth:`step`."""
+        return self._scheduler.has_requests
+
+    def _start(self, requests: Sequence[Request]) -> list[Update]:
+        """Encode the images of requests, and prefill: together, but alone if keys and values can be reused."""
+        with time_stage("vision", requests):
+            failed = [update for request in requests for update in self._encode_images(request)]
+        ready = [request for request in requests if not request.done]
+        together = [request for request in ready if not request.reused_tokens]
+        groups = [[request] for request in ready if request.reused_tokens] + ([together] if together else [])
+        return failed + [update for group in groups for update in self._prefill(group)]
+
+    def _encode_images(self, request: Request) -> list[Update]:
+        """Encode image by image: in a batch, rounding could differ, and so could the tokens that are kept."""
+        try:
+            encoded = [self._encode(image) for image in request.images]
+        except Exception as error:
+            return _fail([request], error)
+        request.images = [image for image, _ in encoded]
+        request.num_encoded = sum(ran for _, ran in encoded)
+        return []
+
+    def _prefill(self, group: Sequence[Request]) -> list[Update]:
+        begin = group[0].reused_tokens
+        try:
+            with time_stage("splice", group):
+                spliced = self._model.splice([request.prompt for request in group], begin)
+            with time_stage("prefill", group):
+                logits, cache = self._model.prefill(spliced, group[0].prefix, begin)
+        except Exception as error:
+            return _fail(group, error)
+        return self._choose_tokens(group, logits, cache)
+
+    def _decode(self, running: Sequence[Request]) -> list[Update]:
+        if not running:
+            return []
+        with time_stage("decode", running):
+            slots = [request.slot for request in running if request.slot is not None]
+            try:
+                logits, cache = self._model.decode([request.token_ids[-1] for request in running], slots)
+            except Exception as error:
+                return _fail(running, error)
+            return self._choose_tokens(running, logits, cache)
+
+    def _choose_tokens(self, requests: Sequence[Request], logits: Logits, cache: KVCache) -> list[Update]:
+        """Choose the next token of each row; errors of one request end that one only."""
+        updates: list[Update] = []
+        for row, request in enumerate(requests):
+            request.slot = Slot(cache, row)
+            try:
+                updates.append((request, request.choose_token(logits[row])))
+            except Exception as error:
+                updates += _fail([request], error)
+            self._note_progress(request)
+        return updates
+
+    def _note_progress(self, request: Request) -> None:
+        if len(request.token_ids) == 1:
+            request.watch.mark("first_token")
+        if request.finish_reason is None or request.slot is None:
+            return
+        request.watch.mark("total")
+        request.kv_cache_bytes = request.slot.nbytes
+        if request.keep_cache:
+            token_ids = np.append(request.prompt_ids, request.token_ids[:-1]).astype(np.int64)
+            request.cached_prefix = CachedPrefix(token_ids, self._model.decoder.caches.gather([request.slot]))
+
+
+def _fail(requests: Sequence[Request], error: Exception) -> list[Update]:
+    for request in requests:
+        request.error = error
+    return [(request, "") for request in requests]

@@ -1,0 +1,94 @@
+"""Which requests run in the next step."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+
+from promprune.errors import ConfigError
+from promprune.runtime.engine.cache import padded_tokens
+from promprune.runtime.engine.request import Request
+
+__all__ = ["Scheduler"]
+
+
+class Scheduler:
+    """First come, first served: requests start in the order of their arrival, and run until they are done.
+
+    A waiting request starts as soon as the batch has a free row, and the KV cache is large enough for all running
+    requests at their longest, prompt and ``max_new_tokens``. So nothing that runs is ever interrupted for memory, and
+    no request overtakes a larger one that waits.
+
+    Safe to use from several threads at once.
+
+    Args:
+        max_batch: most requests that run at once; None for no limit.
+        max_cache_tokens: most positions of the KV cache, all rows and their padding together; None for no limit.
+
+    Raises:
+        ConfigError: a limit is below 1.
+    """
+
+    def __init__(self, max_batch: int | None = None, max_cache_tokens: int | None = None) -> None:
+        for name, limit in (("max_batch", max_batch), ("max_cache_tokens", max_cache_tokens)):
+            if limit is not None and limit < 1:
+                raise ConfigError(f"received {name} = {limit}", expected="1 or more")
+        self._max_batch = max_batch
+        self._max_cache_tokens = max_cache_tokens
+        self._lock = threading.Lock()
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
+
+    def add(self, request: Request) -> None:
+        """Let a request wait for its turn.
+
+        Raises:
+            ConfigError: it could never start, even alone.
+        """
+        if not self._fit([request]):
+            raise ConfigError(
+                f"received a request of up to {request.most_tokens} tokens",
+                expected=f"at most max_cache_tokens = {self._max_cache_tokens}",
+                fix="shorten the prompt, ask for fewer new tokens, or raise the limit",
+            )
+        with self._lock:
+            self._waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """Let a request be done, unless it is already."""
+        with self._lock:
+            request.cancelled = request.cancelled or not request.done
+
+    def schedule(self) -> tuple[list[Request], list[Request]]:
+        """Drop what is done, start what can start; return the requests that run already, and those that start."""
+        with self._lock:
+            self._drop_done()
+            running, started = list(self._running), []
+            while self._waiting and self._fit([*self._running, self._waiting[0]]):
+                started.append(self._waiting.popleft())
+                self._running.append(started[-1])
+            return running, started
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether any request waits or runs."""
+        with self._lock:
+            return bool(self._waiting or self._running)
+
+    def drop_done(self) -> None:
+        """Free the rows of requests that are done."""
+        with self._lock:
+            self._drop_done()
+
+    def _drop_done(self) -> None:
+        for request in self._running:
+            if request.done:
+                request.slot = request.prefix = None
+        self._running = [request for request in self._running if not request.done]
+        self._waiting = deque(request for request in self._waiting if not request.done)
+
+    def _fit(self, requests: list[Request]) -> bool:
+        if self._max_batch is not None and len(requests) > self._max_batch:
+            return False
+        needed = padded_tokens([request.most_tokens for request in requests])
+        return self._max_cache_tokens is None or needed <= self._max_cache_tokens

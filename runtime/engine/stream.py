@@ -1,0 +1,70 @@
+"""The text of one answer, as the engine generates it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from promprune.errors import BackendError
+from promprune.runtime.engine.engine import Engine
+from promprune.runtime.engine.request import Request
+from promprune.runtime.engine.result import Result
+
+__all__ = ["AnswerStream"]
+
+
+class AnswerStream:
+    """The text of one answer as it is generated: iterate over it, then ask for the ``result``.
+
+    The pieces, concatenated, are ``result.text``. The model runs only while the stream is read, so leaving early is
+    fine.
+
+    Args:
+        engine: has the request; it is stepped while the stream is read.
+        request: whose answer.
+        on_result: called with the result once the stream is read to its end.
+    """
+
+    def __init__(self, engine: Engine, request: Request, on_result: Callable[[Result], None] | None = None) -> None:
+        self._engine = engine
+        self._request = request
+        self._on_result = on_result
+        self._num_read = 0  # of the request's texts
+        self._result: Result | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        while True:
+            texts = self._request.texts[self._num_read :]
+            self._num_read += len(texts)
+            if text := "".join(texts):
+                return text
+            if self._request.done:
+                self._finish()
+                raise StopIteration
+            self._engine.step()
+
+    def _finish(self) -> None:
+        if self._result is None and not self._request.cancelled:
+            self._result = self._request.result()
+            if self._on_result is not None:
+                self._on_result(self._result)
+
+    @property
+    def result(self) -> Result:
+        """The whole answer; reads the rest of the stream first.
+
+        Raises:
+            BackendError: the stream was closed before its end.
+            PrompruneError: what ended the answer.
+        """
+        for _ in self:
+            pass
+        if self._result is None:
+            raise BackendError("the answer was not finished", fix="ask again")
+        return self._result
+
+    def close(self) -> None:
+        """Stop generating."""
+        self._engine.cancel(self._request)
