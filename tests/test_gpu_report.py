@@ -22,6 +22,7 @@ from scripts.gpu.carried import LIMIT_BYTES, carried_bytes
 from scripts.gpu.goals import goals
 from scripts.gpu.measure import count_flops, device_ms
 from scripts.gpu.page import section
+from scripts.gpu.parts import PART_BYTES, join, split
 from scripts.gpu.plan import RUNS, limits_s, plan_lines
 from scripts.gpu.record import Record, read_record
 from scripts.gpu.shares import bound_ms, ceilings_of
@@ -208,6 +209,55 @@ def test_few_files_come_back() -> None:
 
 def test_what_is_carried_is_small_enough() -> None:
     assert carried_bytes([ROOT / "scripts/gpu/wheels"]) < LIMIT_BYTES
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> list[Path]:
+    """The folders of an archive of two files, cut every 5,000 bytes."""
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    for name in ("a.whl", "b.whl"):
+        (wheels / name).write_bytes(random.Random(name).randbytes(7000))
+    return split("set", wheels, tmp_path / "parts", part_bytes=5000)
+
+
+def test_parts_come_together_again(parts: list[Path], tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    store.mkdir()
+    joined = []
+    for folder in reversed(parts):  # in any order
+        for file in folder.iterdir():
+            (store / file.name).write_bytes(file.read_bytes())
+        joined.append(join("set", store, tmp_path / "joined"))
+    assert joined == [False] * (len(parts) - 1) + [True]
+    for name in ("a.whl", "b.whl"):
+        assert (tmp_path / "joined" / name).read_bytes() == (tmp_path / "wheels" / name).read_bytes()
+
+
+def test_a_damaged_part_is_not_unpacked(parts: list[Path], tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    store.mkdir()
+    for file in (file for folder in parts for file in folder.iterdir()):
+        (store / file.name).write_bytes(file.read_bytes())
+    (store / "set.01.part").write_bytes(b"other")
+    assert not join("set", store, tmp_path / "joined")
+    assert not (tmp_path / "joined").exists()
+
+
+def test_a_part_fits_beside_the_checkout() -> None:
+    assert carried_bytes([ROOT / "scripts/gpu/wheels"]) + PART_BYTES < LIMIT_BYTES
+
+
+@pytest.mark.slow
+def test_the_second_run_compares_packages(tmp_path: Path) -> None:
+    """With the CPU in the place of CUDA, so that both answers are equal."""
+    process = start(tmp_path, "--run", "onnxruntime", "--stages", "onnxruntime")
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
+    found = json.loads((tmp_path / "report.json").read_bytes())
+    compared = rows(found, "onnxruntime", what="against the CPU")
+    assert [row["package"] for row in compared] == ["12 %, loop", "12 %, unrolled", "all tokens"]
+    assert {(row["equal_answers"], row["equal_kept_sets"], row["images"]) for row in compared} == {(8, 8, 8)}
 
 
 class FakeDevice:

@@ -52,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
     report = run_stages(stages, options)
-    print("\n".join(goal_lines(report)))
+    if options.run == "pytorch":
+        print("\n".join(goal_lines(report)))
     return int(any(record["status"] != "done" for record in report["stages"].values()))
 
 
