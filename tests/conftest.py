@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 
 from promprune.export import ExportResult, export_package
 from promprune.export.config import ExportConfig
+from tests.support.skips import fail_wrong_skip
 from tests.support.tiny_models import (
     save_tiny_llava,
     save_tiny_llava_next,
@@ -30,6 +33,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="takes minutes: pytest -m slow"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    fail_wrong_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    fail_wrong_skip(report)
+    return report
+
+
+@pytest.fixture
+def sigint_handled() -> Iterator[None]:
+    """Handle SIGINT as at a terminal, also in child processes, if the suite was started with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def exported(folders: pytest.TempPathFactory, name: str, **options: Any) -> ExportResult:

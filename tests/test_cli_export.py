@@ -172,6 +172,7 @@ def test_a_killed_export_leaves_no_package(tiny_llava: Path, tmp_path: Path, ste
         assert all(path.name.startswith(".out.partial-") for path in tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("sigint_handled")
 def test_an_interrupted_export_says_so_and_leaves_nothing(tiny_llava: Path, tmp_path: Path) -> None:
     arguments = [str(tiny_llava), "--no-verify", "-o", str(tmp_path / "out")]
     with subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, text=True) as process:

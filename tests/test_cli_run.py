@@ -255,6 +255,7 @@ def test_a_closed_pipe_is_no_traceback(package: Path, image: Path) -> None:
         assert process.wait() != 0
 
 
+@pytest.mark.usefixtures("sigint_handled")
 def test_ctrl_c_ends_without_a_traceback(package: Path) -> None:
     code = "from promprune.runtime.commands.run import main; main()"
     arguments = [sys.executable, "-c", code, str(package), "--interactive"]

@@ -458,6 +458,7 @@ def test_progress_only_grows(fake: Path, toolkit: Toolkit) -> None:
     assert any(phase == "Building engine" for _, phase in told)
 
 
+@pytest.mark.usefixtures("sigint_handled")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_build_leaves_nothing(fake: Path, toolkit: Toolkit, number: signal.Signals) -> None:
     def interrupt(fraction: float, phase: str) -> None:

@@ -19,15 +19,17 @@ from transformers import AutoProcessor
 
 from promprune.embedded import scenes
 from promprune.export import ExportResult, export_package
+from promprune.export.checkpoint.loading import TORCH_DTYPES
 from promprune.export.config import ExportConfig
 from promprune.runtime import VisionLanguagePipeline
+from tests.support.tiny_models import save_tiny_llava
 
 CLIENT = Path(__file__).parents[1] / "scripts/transformers_js"
 MAX_NEW_TOKENS = 16
 
 needs_client = pytest.mark.skipif(
     shutil.which("node") is None or not (CLIENT / "node_modules/@huggingface/transformers").is_dir(),
-    reason=f"needs Node.js, and npm install in {CLIENT.relative_to(CLIENT.parents[1])}",
+    reason=f"needs Node.js, and npm ci in {CLIENT.relative_to(CLIENT.parents[1])}",
 )
 
 
@@ -64,10 +66,11 @@ def test_the_embedded_model_answers_alike(embedded_export: ExportResult, tmp_pat
 @needs_client
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("ratio", [0.25, 1.0])
-def test_a_random_llava_answers_alike(tiny_llava: Path, tmp_path: Path, dtype: Any, ratio: float) -> None:
-    """At ratio 1.0 the weights are linked, where they are of the checkpoint's dtype."""
+def test_a_random_llava_answers_alike(tmp_path: Path, dtype: Any, ratio: float) -> None:
+    """At ratio 1.0 the weights are linked, for which the checkpoint must have the package's dtype."""
+    checkpoint = save_tiny_llava(tmp_path / "tiny-llava", dtype=TORCH_DTYPES[dtype])
     config = ExportConfig(
-        model=str(tiny_llava),
+        model=str(checkpoint),
         ratio=ratio,
         dtype=dtype,
         output=tmp_path / "package",

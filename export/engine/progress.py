@@ -58,7 +58,7 @@ def holding_signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield pending
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
     before = [signal.signal(number, lambda number, frame: pending.append(number)) for number in numbers]
     try:
         yield pending

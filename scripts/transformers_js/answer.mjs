@@ -1,6 +1,6 @@
 // Answer questions about an image from a promprune package, with transformers.js and nothing of promprune.
 //
-//     (cd scripts/transformers_js && ONNXRUNTIME_NODE_INSTALL=skip npm install)
+//     (cd scripts/transformers_js && ONNXRUNTIME_NODE_INSTALL=skip npm ci)
 //     node scripts/transformers_js/answer.mjs PACKAGE IMAGE QUESTION...
 //
 // Prints a JSON array with, for every question, the text, the new tokens and how many placeholders the prompt had.
