@@ -14,6 +14,7 @@ from promprune.dtypes import DTYPES, Dtype
 from promprune.errors import ConfigError, OutputError
 from promprune.export.graphs.opset import DEFAULT_OPSET, check_opset
 from promprune.method.config import DEFAULT_LOOP, LoopForm, SelectionConfig, SelectionPolicy, TokenOrder, check_loop
+from promprune.package.manifest import TokenCounts
 from promprune.package.sources import EMBEDDED_MODEL
 
 __all__ = [
@@ -115,20 +116,20 @@ class ExportConfig:
         given = {"mu": self.mu, "tau": self.tau}
         return {name: value for name, value in given.items() if value is not None}
 
-    def keep_tokens_of(self, num_tokens: int) -> int:
-        """Return T for images of N visual tokens: ``keep_tokens``, or N ratio rounded half to even, at least 1.
+    def token_counts(self, num_tokens: int) -> TokenCounts:
+        """Return N and T of a vision graph, given N: T is ``keep_tokens``, or N ratio rounded half to even, at least 1.
 
         Raises:
             ConfigError: ``keep_tokens`` is larger than N.
         """
         if self.keep_tokens is None:
-            return max(1, round(self.ratio * num_tokens))
+            return TokenCounts(num_tokens=num_tokens, keep_tokens=max(1, round(self.ratio * num_tokens)))
         if self.keep_tokens > num_tokens:
             raise ConfigError(
                 f"received keep_tokens = {self.keep_tokens}",
                 expected=f"1 to {num_tokens}, the visual tokens of one image of this model",
             )
-        return self.keep_tokens
+        return TokenCounts(num_tokens=num_tokens, keep_tokens=self.keep_tokens)
 
 
 def default_output(config: ExportConfig) -> Path:

@@ -20,10 +20,10 @@ from transformers import LlavaForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from promprune.export.families.llava import adapt
+from promprune.export.families.llava import Llava
 from promprune.export.graphs.decoder import decoder_graph
 from promprune.export.graphs.selector import build_selector
-from promprune.export.graphs.vision import vision_graph
+from promprune.export.graphs.vision import encoder_graph
 from promprune.export.roofline.work import count_work
 from scripts.make_random_llava import TEXTS, config_of, processor_of
 
@@ -46,9 +46,9 @@ class Counter:
 
     def __init__(self) -> None:
         self.layers = TEXTS["7b"]["num_hidden_layers"]
-        models = [adapt(small_model(layers), processor_of()) for layers in (1, 2)]
-        self.decoders = [ir.to_proto(decoder_graph(model, opset=OPSET)) for model in models]
-        self.encoder = ir.to_proto(vision_graph(models[0].vision_graphs[0], opset=OPSET))
+        families = [Llava(small_model(layers), processor_of()) for layers in (1, 2)]
+        self.decoders = [ir.to_proto(decoder_graph(family, opset=OPSET)) for family in families]
+        self.encoder = ir.to_proto(encoder_graph(families[0].vision_modules[0], opset=OPSET))
 
     def prefill(self, tokens: int) -> int:
         sizes = {"batch_size": 1, "sequence_length": tokens, "past_sequence_length": 0, "total_sequence_length": tokens}

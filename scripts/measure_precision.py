@@ -70,15 +70,14 @@ TINY: Final[Mapping[str, Callable[[Path, int], Any]]] = {
 @torch.inference_mode()
 def values(checkpoint: Checkpoint, model: Any, texts: Sequence[str]) -> dict[str, list[Tensor]]:
     """Features and saliency of some images, and logits behind some texts, in the model's dtype."""
-    family, processor = checkpoint.family, checkpoint.processor
-    adapted = family.adapted(model, processor)
-    samples = check_samples(IMAGES, sizes=adapted.sample_sizes)
-    references = [family.reference(model, processor, sample.image, adapted) for sample in samples]
+    family, tokenizer = checkpoint.family(model, checkpoint.processor), checkpoint.processor.tokenizer
+    samples = check_samples(IMAGES, sizes=family.sample_sizes)
+    references = [family.reference(sample.image) for sample in samples]
     logits = []
     for text in texts:
-        embeds = adapted.embed_tokens(torch.tensor([processor.tokenizer(text).input_ids]))
-        hidden = adapted.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
-        logits.append(adapted.lm_head(hidden[:, -1]))
+        embeds = family.embed_tokens(torch.tensor([tokenizer(text).input_ids]))
+        hidden = family.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        logits.append(family.lm_head(hidden[:, -1]))
     return {
         "features": [reference.features for reference in references],
         "logits": logits,

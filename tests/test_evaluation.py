@@ -54,7 +54,7 @@ def test_answers_are_those_of_generate() -> None:
             kept = features[torch.as_tensor(list(chosen))]
             for question, answer in zip(picture.questions, one.answers[index], strict=True):
                 with torch.inference_mode():
-                    ids = torch_answer(checkpoint, model.model, question.text, kept)
+                    ids = torch_answer(model.family, question.text, kept)
                 assert answer == tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
@@ -80,9 +80,9 @@ def test_crops_and_rotary_positions_answer_as_generate_does(family: str, request
             indices = torch.as_tensor(list(chosen))
             for question, answer in zip(picture.questions, one.answers[index], strict=True):
                 with torch.inference_mode():
-                    kept = checkpoint.family.kept_features(checkpoint.model, tokens.reference, indices)
-                    places = kept_position_ids(checkpoint, model.model, question.text, tokens.reference, indices)
-                    ids = torch_answer(checkpoint, model.model, question.text, kept, places)
+                    kept = model.family.kept_features(tokens.reference, indices)
+                    places = kept_position_ids(model.family, question.text, tokens.reference, indices)
+                    ids = torch_answer(model.family, question.text, kept, places)
                 assert answer == checkpoint.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 

@@ -25,7 +25,7 @@ from promprune.errors import (
 from promprune.export import ExportResult, export_package, verify_package
 from promprune.export.checkpoint.loading import load_checkpoint
 from promprune.export.config import ExportConfig
-from promprune.export.families.llava import adapt
+from promprune.export.families.llava import Llava
 from promprune.export.verify.verification import Limits
 from promprune.method.config import SelectionConfig
 from promprune.runtime import ImageEncoder, VisionLanguagePipeline
@@ -52,7 +52,7 @@ def test_saliency_is_the_attention_that_transformers_reports(
 ) -> None:
     with torch.no_grad():
         outputs = reference.model.vision_tower(pixel_values, output_attentions=True)
-        _, saliency = adapt(reference, AutoProcessor.from_pretrained(tiny_llava)).vision_graphs[0].module(pixel_values)
+        _, saliency = Llava(reference, AutoProcessor.from_pretrained(tiny_llava)).vision_modules[0].module(pixel_values)
     layers = reference.config.vision_config.num_hidden_layers
     scored = outputs.attentions[layers + reference.config.vision_feature_layer]
     torch.testing.assert_close(saliency, scored.mean(dim=1)[:, 0, 1:])
@@ -190,14 +190,14 @@ def test_a_failed_verification_leaves_nothing(
 
 
 def test_ratio_and_count_settle_t() -> None:
-    assert ExportConfig(ratio=0.12).keep_tokens_of(576) == 69
-    assert ExportConfig(ratio=0.12).keep_tokens_of(256) == 31
-    assert ExportConfig(ratio=0.5).keep_tokens_of(5) == 2  # half to even
-    assert ExportConfig(ratio=0.001).keep_tokens_of(16) == 1
-    assert ExportConfig(ratio=1.0).keep_tokens_of(576) == 576
-    assert ExportConfig(keep_tokens=64, ratio=0.5).keep_tokens_of(576) == 64
+    assert ExportConfig(ratio=0.12).token_counts(576).keep_tokens == 69
+    assert ExportConfig(ratio=0.12).token_counts(256).keep_tokens == 31
+    assert ExportConfig(ratio=0.5).token_counts(5).keep_tokens == 2  # half to even
+    assert ExportConfig(ratio=0.001).token_counts(16).keep_tokens == 1
+    assert ExportConfig(ratio=1.0).token_counts(576).keep_tokens == 576
+    assert ExportConfig(keep_tokens=64, ratio=0.5).token_counts(576).keep_tokens == 64
     with pytest.raises(ConfigError, match="received keep_tokens = 577; expected 1 to 576"):
-        ExportConfig(keep_tokens=577).keep_tokens_of(576)
+        ExportConfig(keep_tokens=577).token_counts(576)
 
 
 @pytest.mark.parametrize(

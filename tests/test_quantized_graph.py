@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from promprune.errors import ModelError
 from promprune.export.checkpoint.weights import CheckpointTensor, stored_tensors
-from promprune.export.graphs.external_data import Placement
+from promprune.export.graphs.external_data import ExternalData
 from promprune.export.graphs.trace import save_graph
 from promprune.export.quantize.graph import quantize_products
 from promprune.export.quantize.weights import QuantizedWeight, WeightQuantization
@@ -65,7 +65,7 @@ def write_graph(
     graph = ir.Graph([x], [y], nodes=nodes, initializers=initializers, opset_imports={"": 21}, name="product")
     model = ir.Model(graph, ir_version=10)
     count = quantize_products(model, quantization) if quantization else 0
-    save_graph(model, folder / "graph.onnx", Placement(folder=folder, links={}))
+    save_graph(model, "graph", ExternalData(folder=folder, links={}))
     return folder / "graph.onnx", weight, count
 
 

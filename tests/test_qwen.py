@@ -22,7 +22,7 @@ from promprune.errors import ConfigError, PackageError, UnsupportedModelError
 from promprune.export import ExportResult, export_package
 from promprune.export.checkpoint.loading import load_checkpoint
 from promprune.export.config import ExportConfig
-from promprune.export.families.qwen2_5_vl import GridVisionEncoder, default_grids
+from promprune.export.families.qwen2_5_vl import GridVisionEncoder, Qwen25VL
 from promprune.export.verify.verification import check_samples, verify_package
 from promprune.method.config import SelectionConfig
 from promprune.method.reference import select_tokens
@@ -246,7 +246,7 @@ def test_bf16_is_verified(tiny_qwen: Path, tmp_path: Path) -> None:
         }
 
 
-def test_a_streamed_verification_runs_every_vision_graph(tiny_qwen: Path, tmp_path: Path) -> None:
+def test_an_out_of_core_verification_runs_every_vision_graph(tiny_qwen: Path, tmp_path: Path) -> None:
     """bf16 is always streamed, on two images where the package has no more grids; the third graph is wrong here."""
     config = ExportConfig(
         model=str(tiny_qwen), image_grids=((2, 2), (2, 3), (3, 2)), dtype="bf16", output=tmp_path / "p", verify=False
@@ -434,7 +434,7 @@ def test_the_grid_of_a_model_is_one_that_its_image_processor_makes(
     """The first limits are those of the published Qwen2.5-VL."""
     size = {"shortest_edge": shortest_edge, "longest_edge": longest_edge}
     processor = SimpleNamespace(image_processor=Qwen2VLImageProcessorPil(size=size))
-    assert default_grids(processor) == ((side, side),)
+    assert Qwen25VL(tiny_qwen2_5_vl(), processor).grids == ((side, side),)
 
 
 def test_a_sliding_window_is_refused(tmp_path: Path) -> None:
@@ -461,7 +461,7 @@ def test_qwen2_vl_answers_as_transformers(tiny_qwen2_export: ExportResult) -> No
 def test_rotary_frequencies_keep_their_precision_in_half(tiny_qwen: Path) -> None:
     """As in a model that transformers loads in fp16: 2**-11 of a frequency is a whole turn at far positions."""
     loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_qwen, dtype=torch.float16)
-    converted = load_checkpoint(str(tiny_qwen), dtype=torch.float16).skeleton
+    converted = load_checkpoint(str(tiny_qwen), dtype=torch.float16).meta_model
     wanted = dict(loaded.named_buffers())
     assert any("rotary" in name for name in wanted)
     for name, buffer in converted.named_buffers():

@@ -1,4 +1,4 @@
-"""Exports of checkpoints that need not fit into memory: repeated layers, linked weights, streamed verification."""
+"""Exports of checkpoints that need not fit into memory: repeated layers, linked weights, out-of-core verification."""
 
 from __future__ import annotations
 
@@ -112,15 +112,15 @@ def test_weights_that_have_to_be_converted_are_not_linked(deep_llava: Path, tmp_
 
 
 @pytest.fixture
-def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+def out_of_core(monkeypatch: pytest.MonkeyPatch) -> None:
     """No memory, and pieces of a few nodes."""
     monkeypatch.setattr("promprune.export.verify.verification.available_memory", lambda: 0)
     monkeypatch.setattr("promprune.export.checkpoint.out_of_core.PIECE_BYTES", 20_000)
     monkeypatch.setattr("promprune.export.checkpoint.out_of_core.KEPT_BYTES", 100)
 
 
-@pytest.mark.usefixtures("streamed")
-def test_a_streamed_verification_agrees(deep_export: ExportResult, deep_llava: Path) -> None:
+@pytest.mark.usefixtures("out_of_core")
+def test_an_out_of_core_verification_agrees(deep_export: ExportResult, deep_llava: Path) -> None:
     record = verify_package(deep_export.output, deep_export.manifest, load_checkpoint(str(deep_llava)))
     assert record.passed
     assert "answers, token for token" in record.not_verified
@@ -138,16 +138,16 @@ def test_a_streamed_verification_agrees(deep_export: ExportResult, deep_llava: P
         ("tiny_qwen2", "tiny_qwen2_export"),
     ],
 )
-def test_every_tower_can_be_streamed(checkpoint: str, package: str, request: pytest.FixtureRequest) -> None:
+def test_every_tower_runs_out_of_core(checkpoint: str, package: str, request: pytest.FixtureRequest) -> None:
     """Also weights that are taken from a module which is not called, as the patch embedding of Qwen."""
     export: ExportResult = request.getfixturevalue(package)
     source = load_checkpoint(str(request.getfixturevalue(checkpoint)))
-    request.getfixturevalue("streamed")  # not before the package is there, which other tests use as well
+    request.getfixturevalue("out_of_core")  # not before the package is there, which other tests use as well
     assert verify_package(export.output, export.manifest, source).passed
 
 
-@pytest.mark.usefixtures("streamed")
-def test_a_streamed_verification_notices_one_wrong_layer(
+@pytest.mark.usefixtures("out_of_core")
+def test_an_out_of_core_verification_notices_one_wrong_layer(
     deep_export: ExportResult, deep_llava: Path, tmp_path: Path
 ) -> None:
     """One projection of one repeated layer differs in the checkpoint that the package is compared with."""
@@ -245,7 +245,7 @@ def test_code_in_a_checkpoint_is_never_run(tiny_llava: Path, tmp_path: Path) -> 
         content = json.loads((checkpoint / name).read_text())
         (checkpoint / name).write_text(json.dumps({**content, "auto_map": auto_map, "trust_remote_code": True}))
     loaded = load_checkpoint(str(checkpoint))
-    assert type(loaded.skeleton).__module__.startswith("transformers.")
+    assert type(loaded.meta_model).__module__.startswith("transformers.")
     assert type(loaded.model).__module__.startswith("transformers.")
     assert not marker.exists()
 

@@ -14,7 +14,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, SiglipIma
 from promprune.errors import UnsupportedModelError
 from promprune.export import ExportResult, export_package
 from promprune.export.config import ExportConfig
-from promprune.export.families.llava import adapt
+from promprune.export.families.llava import Llava
 from promprune.method.reference import select_tokens
 from promprune.runtime import VisionLanguagePipeline, draw_kept_tokens
 from promprune.runtime.images.preprocess import ImagePreprocessor
@@ -46,7 +46,7 @@ def test_saliency_is_the_attention_that_patches_receive(tiny_siglip: Path) -> No
     pixel_values = torch.randn(3, 3, SIGLIP_IMAGE_SIZE, SIGLIP_IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         attentions = eager.model.vision_tower(pixel_values, output_attentions=True).attentions
-        encoder = adapt(eager, AutoProcessor.from_pretrained(tiny_siglip)).vision_graphs[0].module
+        encoder = Llava(eager, AutoProcessor.from_pretrained(tiny_siglip)).vision_modules[0].module
         features, saliency = encoder(pixel_values)
         wanted = torch.stack(list(eager.get_image_features(pixel_values, return_dict=True).pooler_output))
     torch.testing.assert_close(saliency, attentions[-1].mean(dim=(1, 2)))
@@ -73,7 +73,7 @@ def test_a_batch_is_answered_one_by_one(pipeline: Any) -> None:
 def test_the_kept_tokens_are_those_of_the_method(
     siglip_export: ExportResult, tiny_siglip: Path, reference: Reference
 ) -> None:
-    encoder = adapt(reference.model, AutoProcessor.from_pretrained(tiny_siglip)).vision_graphs[0].module
+    encoder = Llava(reference.model, AutoProcessor.from_pretrained(tiny_siglip)).vision_modules[0].module
     with VisionLanguagePipeline.from_package(siglip_export.output, provider="cpu", num_threads=1) as pipeline:
         for path in PHOTOGRAPHS:
             values = reference.processor.image_processor(images=[Image.open(path)], return_tensors="pt")["pixel_values"]

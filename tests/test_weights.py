@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 from promprune.errors import ModelError, UnsupportedModelError
-from promprune.export.checkpoint.meta_model import build_skeleton
+from promprune.export.checkpoint.meta_model import build_meta_model
 from promprune.export.checkpoint.weights import linked, stored_tensors, weight_files
 from tests.support.tiny_models import HUB_PREFIXES, MODULE_PREFIXES, reshape_checkpoint, save_tiny_llava
 
@@ -37,9 +37,9 @@ def test_every_parameter_is_linked_to_what_transformers_loads(
 ) -> None:
     """As one file, in shards, with the keys of other versions, behind the symbolic links of a hub cache."""
     folder = reshape_checkpoint(tiny_llava, tmp_path, **form)
-    skeleton = build_skeleton(folder, MODEL_CLASS, torch.float32)
+    meta_model = build_meta_model(folder, MODEL_CLASS, torch.float32)
     loaded = dict(LlavaForConditionalGeneration.from_pretrained(folder).named_parameters())
-    links = {name: linked(parameter) for name, parameter in skeleton.named_parameters()}
+    links = {name: linked(parameter) for name, parameter in meta_model.named_parameters()}
     assert links.keys() == loaded.keys()
     for name, weight in links.items():
         assert weight is not None
@@ -48,10 +48,10 @@ def test_every_parameter_is_linked_to_what_transformers_loads(
 
 
 def test_the_buffers_are_those_of_a_loaded_model(tiny_llava: Path) -> None:
-    skeleton = dict(build_skeleton(tiny_llava, MODEL_CLASS, torch.float32).named_buffers())
+    meta_model = dict(build_meta_model(tiny_llava, MODEL_CLASS, torch.float32).named_buffers())
     loaded = dict(LlavaForConditionalGeneration.from_pretrained(tiny_llava).named_buffers())
-    assert skeleton.keys() == loaded.keys()
-    for name, buffer in skeleton.items():
+    assert meta_model.keys() == loaded.keys()
+    for name, buffer in meta_model.items():
         torch.testing.assert_close(buffer, loaded[name], rtol=0, atol=0)
 
 
@@ -68,15 +68,15 @@ def test_a_tensor_is_converted_a_part_at_a_time(tmp_path: Path, monkeypatch: pyt
 def test_tied_weights_are_one(tmp_path: Path) -> None:
     folder = save_tiny_llava(tmp_path / "checkpoint", text={"tie_word_embeddings": True}, tie_word_embeddings=True)
     assert "lm_head.weight" not in {key.removeprefix("language_model.") for key in stored_tensors(folder)}
-    skeleton = build_skeleton(folder, MODEL_CLASS, torch.float32)
-    assert skeleton.lm_head.weight is skeleton.model.language_model.embed_tokens.weight
+    meta_model = build_meta_model(folder, MODEL_CLASS, torch.float32)
+    assert meta_model.lm_head.weight is meta_model.model.language_model.embed_tokens.weight
     tensors = load_file(folder / "model.safetensors")
     embeddings = next(value for key, value in tensors.items() if key.endswith("embed_tokens.weight"))
     save_file({**tensors, "lm_head.weight": embeddings.clone()}, folder / "model.safetensors")
-    assert linked(build_skeleton(folder, MODEL_CLASS, torch.float32).lm_head.weight) is not None
+    assert linked(build_meta_model(folder, MODEL_CLASS, torch.float32).lm_head.weight) is not None
     save_file({**tensors, "lm_head.weight": embeddings + 1}, folder / "model.safetensors")
     with pytest.raises(UnsupportedModelError, match=r"ties .*but their values differ"):
-        build_skeleton(folder, MODEL_CLASS, torch.float32)
+        build_meta_model(folder, MODEL_CLASS, torch.float32)
 
 
 def test_values_beyond_fp16_are_refused(tmp_path: Path) -> None:
@@ -155,12 +155,12 @@ def test_quantized_weights_are_refused(tiny_llava: Path, tmp_path: Path) -> None
     key = next(key for key in tensors if key.endswith("q_proj.weight"))
     save_file({**tensors, key: tensors[key].to(torch.int8)}, folder / "model.safetensors")
     with pytest.raises(UnsupportedModelError, match=r"is stored as I8; .*quantized checkpoints are not exported"):
-        build_skeleton(folder, MODEL_CLASS, torch.float32)
+        build_meta_model(folder, MODEL_CLASS, torch.float32)
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedModelError, match="is quantized"):
-        build_skeleton(folder, MODEL_CLASS, torch.float32)
+        build_meta_model(folder, MODEL_CLASS, torch.float32)
 
 
 def test_the_index_says_which_files_count(tiny_llava: Path, tmp_path: Path) -> None:

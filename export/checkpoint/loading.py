@@ -17,8 +17,8 @@ import transformers
 from safetensors import SafetensorError
 
 from promprune.errors import ModelError, UnsupportedModelError, first_line
-from promprune.export.checkpoint.meta_model import build_skeleton
-from promprune.export.checkpoint.out_of_core import stream_weights
+from promprune.export.checkpoint.meta_model import build_meta_model
+from promprune.export.checkpoint.out_of_core import load_weights_on_call
 from promprune.export.checkpoint.weights import weight_files
 from promprune.export.families import FAMILIES, Family
 from promprune.package.manifest import SourceRecord, sha256_of_file
@@ -51,7 +51,7 @@ class Checkpoint:
         source: what the manifest says of it.
         folder: where its files lie.
         family: its row of the table.
-        skeleton: the transformers model without its weights, in the dtype that was asked for: its parameters are on
+        meta_model: the transformers model without its weights, in the dtype that was asked for: its parameters are on
             the meta device, each linked to its tensor of the checkpoint.
         processor: the transformers processor, or its parts: tokenizer, image processor, chat template.
         digests: SHA-256 of every file of weights, by its path.
@@ -59,19 +59,19 @@ class Checkpoint:
 
     source: SourceRecord
     folder: Path
-    family: Family
-    skeleton: Any
+    family: type[Family]
+    meta_model: Any
     processor: Any
     digests: Mapping[Path, str]
 
-    def streamed_model(self, *, rounded_to: torch.dtype = torch.float32) -> Any:
-        """Return the reference with its weights on disk: a module reads its own when it is called.
+    def out_of_core_model(self, *, rounded_to: torch.dtype = torch.float32) -> Any:
+        """Return the reference with its weights on disk: a module loads its own when it is called.
 
         Args:
-            rounded_to: dtype that the weights are rounded to on the way; everything is computed in fp32.
+            rounded_to: dtype that the weights are rounded to when they are loaded; everything is computed in fp32.
         """
-        model = build_skeleton(self.folder, self.family.model_class, torch.float32)
-        stream_weights(model, rounded_to=rounded_to)
+        model = build_meta_model(self.folder, self.family.model_class, torch.float32)
+        load_weights_on_call(model, rounded_to=rounded_to)
         return model
 
     @cached_property
@@ -107,9 +107,9 @@ def load_checkpoint(name: str | None, *, dtype: torch.dtype = torch.float32) -> 
     """
     folder, revision = resolve(name)
     family = family_of(folder)
-    skeleton = build_skeleton(folder, family.model_class, dtype)
+    meta_model = build_meta_model(folder, family.model_class, dtype)
     processor = load_processor(folder)
-    _refuse_tokens_without_embedding(skeleton, processor.tokenizer, folder)
+    _refuse_tokens_without_embedding(meta_model, processor.tokenizer, folder)
     files = weight_files(folder)
     with ThreadPoolExecutor(max_workers=HASHED_AT_ONCE) as pool:
         digests = dict(zip(files, pool.map(sha256_of_file, files), strict=True))
@@ -119,7 +119,7 @@ def load_checkpoint(name: str | None, *, dtype: torch.dtype = torch.float32) -> 
         weights_sha256=_digest_of(digests),
     )
     return Checkpoint(
-        source=source, folder=folder, family=family, skeleton=skeleton, processor=processor, digests=digests
+        source=source, folder=folder, family=family, meta_model=meta_model, processor=processor, digests=digests
     )
 
 
@@ -175,7 +175,7 @@ def _download(name: str) -> tuple[Path, str | None]:
     return folder, folder.name
 
 
-def family_of(folder: Path) -> Family:
+def family_of(folder: Path) -> type[Family]:
     """Return the row of the table for a checkpoint.
 
     Raises:
@@ -197,7 +197,7 @@ def family_of(folder: Path) -> Family:
     return FAMILIES[model_type]
 
 
-def load_model(folder: Path, family: Family, *, dtype: torch.dtype = torch.float32) -> Any:
+def load_model(folder: Path, family: type[Family], *, dtype: torch.dtype = torch.float32) -> Any:
     """Load the transformers model of a checkpoint whole, in evaluation mode.
 
     Raises:
@@ -254,9 +254,9 @@ def _chat_template(folder: Path) -> str | None:
     return str(json.loads(path.read_bytes())["chat_template"]) if path.is_file() else None
 
 
-def _refuse_tokens_without_embedding(skeleton: Any, tokenizer: Any, folder: Path) -> None:
+def _refuse_tokens_without_embedding(model: Any, tokenizer: Any, folder: Path) -> None:
     """Refuse tokens that were added to a tokenizer, but not to its model: nothing can be looked up for them."""
-    rows = skeleton.get_input_embeddings().weight.shape[0]
+    rows = model.get_input_embeddings().weight.shape[0]
     beyond = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= rows)
     if beyond:
         index, token = beyond[0]

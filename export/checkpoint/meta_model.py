@@ -20,10 +20,10 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from promprune.errors import ModelError, UnsupportedModelError, first_line
 from promprune.export.checkpoint.weights import LinkedWeight, StoredTensor, link, linked, stored_tensors
 
-__all__ = ["build_skeleton", "fake_mode_of", "make_fake"]
+__all__ = ["build_meta_model", "fake_mode_of", "make_fake"]
 
 
-def build_skeleton(folder: Path, model_class: str, dtype: torch.dtype) -> Any:
+def build_meta_model(folder: Path, model_class: str, dtype: torch.dtype) -> Any:
     """Build a model whose parameters are on the meta device, each linked to its tensor of the checkpoint.
 
     Args:

@@ -1,7 +1,7 @@
 """Running a graph, or a model, that does not fit into memory: a part at a time.
 
-Both sides of a verification can be run so: an ONNX graph as a sequence of pieces, each a session of its own, and a
-transformers model whose modules read their weights from the checkpoint when they are called and forget them afterwards.
+Both sides of a verification can run like this: an ONNX graph as a sequence of pieces, each a session of its own, and a
+transformers model whose modules load their weights from the checkpoint when they are called and free them afterwards.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import nn
 
 from promprune.export.checkpoint.weights import linked
 
-__all__ = ["WEIGHTS_FOLDER", "PiecewiseSession", "available_memory", "stream_weights"]
+__all__ = ["WEIGHTS_FOLDER", "PiecewiseSession", "available_memory", "load_weights_on_call"]
 
 Array = NDArray[Any]
 
@@ -91,7 +91,7 @@ class PiecewiseSession:
             made = [name for node in piece for name in node.output if name]
             leaving = [name for name in made if name in wanted or last_use.get(name, -1) > index]
             values.update(self._run_piece(piece, leaving, values))
-            _give_back_memory()
+            _return_free_memory()
             values = {name: array for name, array in values.items() if name in wanted or last_use.get(name, -1) > index}
         return [values[value.name] for value in self._outputs]
 
@@ -152,10 +152,10 @@ class PiecewiseSession:
         return stored.astype(np.float32).reshape(tensor.dims)
 
 
-def stream_weights(model: nn.Module, *, rounded_to: torch.dtype) -> None:
-    """Let the modules of a model on the meta device read their weights when they are called, and forget them then.
+def load_weights_on_call(model: nn.Module, *, rounded_to: torch.dtype) -> None:
+    """Make the modules of a model on the meta device load their weights when they are called, and free them afterwards.
 
-    Convolutions keep theirs, a few megabytes: the vision graph of Qwen takes the weight of one without calling it.
+    Convolutions keep theirs, a few megabytes: the vision graph of Qwen uses the weight of one without calling it.
 
     Args:
         model: every parameter linked to its tensor of a checkpoint.
@@ -190,7 +190,7 @@ class _Forget:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         module._parameters.update(self.links)
-        _give_back_memory()
+        _return_free_memory()
 
 
 def available_memory() -> int:
@@ -207,8 +207,8 @@ def available_memory() -> int:
     return max(0, min(found))
 
 
-def _give_back_memory() -> None:
-    """Give what was freed back to the system: glibc keeps it otherwise, in pieces that the next part does not fit."""
+def _return_free_memory() -> None:
+    """Return freed memory to the system: glibc would keep it, in pieces too small for the next part."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
 

@@ -31,6 +31,7 @@ __all__ = [
     "initializer",
     "link",
     "linked",
+    "read_linked",
     "stored_tensors",
     "tensor_at",
     "torch_dtype",
@@ -215,6 +216,18 @@ def link(parameter: nn.Parameter, weight: LinkedWeight) -> None:
 def linked(parameter: Tensor) -> LinkedWeight | None:
     """Return where the value of a parameter lies; ``None``: in the parameter."""
     return getattr(parameter, "promprune_weight", None)
+
+
+def read_linked(parameter: Tensor) -> Tensor:
+    """Read the value of a linked parameter from its checkpoint, in fp32.
+
+    Raises:
+        ModelError: the file became shorter.
+    """
+    weight = linked(parameter)
+    if weight is None:
+        raise RuntimeError("the parameter is not linked to a checkpoint")
+    return weight.stored.read(torch.float32)
 
 
 def tensor_at(module: nn.Module, path: str) -> Tensor | None:

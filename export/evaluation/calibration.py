@@ -82,10 +82,9 @@ def image_entropies(checkpoint: Checkpoint, images: Iterable[Image.Image], grids
         ConfigError: sizes were chosen, and this family takes none.
         UnsupportedModelError: the model, or a size, is not one that can be exported.
     """
-    family = checkpoint.family
-    adapted = family.adapted(checkpoint.model, checkpoint.processor, grids)
+    family = checkpoint.family(checkpoint.model, checkpoint.processor, grids)
     for image in images:
-        reference = family.reference(checkpoint.model, checkpoint.processor, adapted.sized(image), adapted)
+        reference = family.reference(family.resize(image))
         features = reference.features.double()
         mask = reference.feeds.get("token_mask", torch.ones(features.shape[:2], dtype=torch.bool))
         yield [float(spectral_entropy(row[valid])) for row, valid in zip(features, mask, strict=True) if valid.any()]

@@ -99,8 +99,8 @@ class TorchModel:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self.model = checkpoint.family.adapted(checkpoint.model, checkpoint.processor)
-        self.num_tokens = self.model.vision_graphs[0].num_tokens
+        self.family = checkpoint.family(checkpoint.model, checkpoint.processor)
+        self.num_tokens = self.family.vision_modules[0].num_tokens
         eos = checkpoint.model.generation_config.eos_token_id
         self._eos = frozenset(eos if isinstance(eos, list) else [eos])
         self._prompts: dict[tuple[str, bool], _Prompt] = {}
@@ -108,10 +108,8 @@ class TorchModel:
     @torch.inference_mode()
     def encode(self, image: Image.Image) -> VisualTokens:
         """All visual tokens of one image."""
-        image, vision = self.model.sized(image), self.model.vision_graphs[0]
-        reference = self.checkpoint.family.reference(
-            self.checkpoint.model, self.checkpoint.processor, image, self.model
-        )
+        image, vision = self.family.resize(image), self.family.vision_modules[0]
+        reference = self.family.reference(image)
         saliency = vision.module(*(reference.feeds[name] for name in vision.inputs))[1]
         places, grids, view = self._layout(image, reference)
         return VisualTokens(reference=reference, saliency=saliency, places=places, grids=grids, view=view)
@@ -128,14 +126,13 @@ class TorchModel:
             tokens: all of them.
             token_indices: int64 ``[T]``, in the order in which the language model is to read them.
         """
-        family = self.checkpoint.family
-        features = family.kept_features(self.checkpoint.model, tokens.reference, token_indices)
-        if family.position_ids is None:
-            return KeptTokens(features, torch.arange(len(features))[None], len(features))
-        image, text = self.model.image_token_id, self.checkpoint.processor.tokenizer("a").input_ids[-1]
+        features = self.family.kept_features(tokens.reference, token_indices)
+        image, text = self.family.image_token_id, self.checkpoint.processor.tokenizer("a").input_ids[-1]
         ids = torch.tensor([[image] * tokens.num_tokens + [text]])
-        positions = family.position_ids(self.checkpoint.model, self.model, ids, tokens.reference)[:, 0]
-        return KeptTokens(features, positions[:, token_indices], int(positions[0, -1]))
+        positions = self.family.position_ids(ids, tokens.reference)
+        if positions is None:
+            return KeptTokens(features, torch.arange(len(features))[None], len(features))
+        return KeptTokens(features, positions[:, 0, token_indices], int(positions[0, 0, -1]))
 
     @torch.inference_mode()
     def answer(
@@ -148,7 +145,7 @@ class TorchModel:
             questions: about each image, at least one.
             max_new_tokens: longest answer.
         """
-        axes = self.model.position_axes[0] if self.model.position_axes else 1
+        axes = self.family.position_axes[0] if self.family.position_axes else 1
         nothing = KeptTokens(torch.empty(0, self.embeds.shape[1]), torch.empty(axes, 0, dtype=torch.int64), 0)
         rows = [nothing if one is None else one for one in kept]
         prompts = [
@@ -169,14 +166,14 @@ class TorchModel:
     @cached_property
     def embeds(self) -> Tensor:
         """The table of the token embeddings, ``[vocabulary, D]``."""
-        weight: Tensor = self.model.embed_tokens.weight  # type: ignore[assignment]
+        weight: Tensor = self.family.embed_tokens.weight  # type: ignore[assignment]
         return weight
 
     def _prompt(self, question: str, with_image: bool) -> _Prompt:
         key = question, with_image
         if key not in self._prompts:
-            tokenizer, token_id = self.checkpoint.processor.tokenizer, self.model.image_token_id
-            text = prompt_text(self.checkpoint.processor, self.model.image_token_id, question)
+            tokenizer, token_id = self.checkpoint.processor.tokenizer, self.family.image_token_id
+            text = prompt_text(self.checkpoint.processor, self.family.image_token_id, question)
             if not with_image:
                 token = tokenizer.convert_ids_to_tokens(token_id)
                 text = text.replace(f"{token}\n", "").replace(token, "")
@@ -225,7 +222,7 @@ class TorchModel:
         for _ in range(max_new_tokens):
             positions = begin + (own.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             hidden = self._forward(self.embeds[ids], torch.cat([before, own], dim=1), positions, cache)
-            chosen = self.model.lm_head(hidden[:, -1]).argmax(-1)
+            chosen = self.family.lm_head(hidden[:, -1]).argmax(-1)
             for row, token in enumerate(chosen.tolist()):
                 going[row] = going[row] and token not in self._eos
                 if going[row]:
@@ -237,10 +234,10 @@ class TorchModel:
 
     def _forward(self, embeds: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """Run the language model at ``positions [axes, B, S]``."""
-        hidden: Tensor = self.model.language_model(
+        hidden: Tensor = self.family.language_model(
             inputs_embeds=embeds,
             attention_mask=mask,
-            position_ids=positions if self.model.position_axes else positions[0],
+            position_ids=positions if self.family.position_axes else positions[0],
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
@@ -250,7 +247,7 @@ class TorchModel:
         self, image: Image.Image, reference: VisionReference
     ) -> tuple[Tensor, tuple[TokenGrid, ...], Image.Image]:
         """Places and grids of an image's tokens, and what the model sees."""
-        layout = self.model.layout
+        layout = self.family.layout
         if isinstance(layout, AnyresLayout):
             placement = place(image.height, image.width, layout)
             places = torch.from_numpy(token_places(placement, layout))

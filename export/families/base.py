@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from PIL.Image import Image, Resampling
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from promprune.package.image import AnyresLayout, CropLayout, GridLayout, ImageR
 from promprune.package.manifest import VISION_ENCODER
 from promprune.runtime.images.patches import closest_shape
 
-__all__ = ["AdaptedModel", "Family", "Grids", "SampleInput", "VisionGraph", "VisionReference", "grids_of"]
+__all__ = ["Family", "Grids", "SampleInput", "VisionModule", "VisionReference", "grids_of"]
 
 # Sizes of images, as (rows, columns) of visual tokens.
 Grids = tuple[tuple[int, int], ...]
@@ -34,16 +35,16 @@ class SampleInput:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionGraph:
-    """One vision graph of a package; the selection is put behind it.
+class VisionModule:
+    """The torch module of one vision graph, without the selection, and its inputs.
 
     Attributes:
         module: takes ``inputs`` in their order; returns ``image_features [B, N, D]`` in the model's dtype and
             ``saliency [B, N]`` (fp32, at least 0, larger is more salient).
-        inputs: by name. B is the dynamic dimension ``batch_size`` where one is named so, else 1.
+        inputs: by name. B is the dynamic dimension ``batch_size`` if an input has one of that name, else 1.
         num_tokens: N.
         token_mask: whether the selection takes ``token_mask [B, N]`` (bool, false for padding) as a further input of
-            the graph; then padding is chosen only where there are fewer than T other tokens.
+            the graph; padding is then kept only if an image has fewer than T other tokens.
         name: of the graph in the manifest.
     """
 
@@ -60,56 +61,15 @@ class VisionGraph:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptedModel:
-    """A loaded model, taken apart at the places where the exported graphs begin and end.
-
-    Attributes:
-        vision_graphs: one or more, the first one named ``vision_encoder``.
-        embed_tokens: ``input_ids [B, S]`` (int64) -> ``inputs_embeds [B, S, D]``.
-        language_model: a Hugging Face decoder stack that takes ``inputs_embeds`` and ``past_key_values``.
-        lm_head: hidden states ``[B, S, D]`` -> logits ``[B, S, vocabulary]``.
-        text_config: configuration of the language model.
-        layout: what the manifest says of the way of an image into the model; the runtime has a layout for it.
-        sample_sizes: (height, width) in pixels of the images that a package is verified on, in turns; between them
-            they should take every way through the layout.
-        image_token_id: the placeholder in ``input_ids`` that a visual token replaces.
-        arrays: what else the runtime's layout reads from the package: file name -> fp32 tensor.
-        position_axes: what the language model's ``position_ids`` have in front of ``[B, S]``: nothing, or ``(3,)``
-            where a token has one rotary position each for time, height and width.
-    """
-
-    vision_graphs: tuple[VisionGraph, ...]
-    embed_tokens: nn.Module
-    language_model: nn.Module
-    lm_head: nn.Module
-    text_config: Any
-    layout: CropLayout | AnyresLayout | GridLayout
-    sample_sizes: tuple[tuple[int, int], ...]
-    image_token_id: int
-    arrays: Mapping[str, Tensor] = field(default_factory=dict)
-    position_axes: tuple[int, ...] = ()
-
-    def sized(self, image: Image) -> Image:
-        """Return an image in the size that it is to have for ``Family.reference``: that of the grid closest to it.
-
-        As it is, where the model's own preprocessing takes images of any size.
-        """
-        if not isinstance(self.layout, GridLayout):
-            return image
-        height, width = self.sample_sizes[closest_shape(image.height, image.width, self.sample_sizes)]
-        return image.resize((width, height), resample=Resampling.BICUBIC)
-
-
-@dataclass(frozen=True, kw_only=True)
 class VisionReference:
-    """What the source model itself, with its own preprocessing, makes of one image.
+    """What transformers' own preprocessing and model make of one image.
 
     Attributes:
-        graph: name of the one of the model's vision graphs that takes this image.
-        feeds: all inputs of that graph, by name, ``token_mask`` included where it takes one.
-        features: ``[B, N, D]``, as transformers computes them.
-        saliency: ``[B, N]``, fp32, from transformers' own attention weights; ``None`` where the family gives none, and
-            the graph's saliency can only be compared with the module that was exported.
+        graph: name of the vision graph that takes this image.
+        feeds: all inputs of that graph, by name, including ``token_mask`` if it takes one.
+        features: ``[B, N, D]``.
+        saliency: ``[B, N]``, fp32, from transformers' own attention weights; None if the family cannot get it from
+            transformers. The graph's saliency is then compared with the exported module only.
     """
 
     feeds: Mapping[str, Tensor]
@@ -118,54 +78,149 @@ class VisionReference:
     graph: str = VISION_ENCODER
 
 
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """One row of the table.
+class Family(ABC):
+    """A transformers model and its processor, seen as the parts that are exported.
+
+    A subclass is one row of the table of families. Its methods describe the vision graphs, and run transformers' own
+    code on one image, which the exported package is verified against. The parts of the language model have the same
+    names in most families; a subclass overrides those that differ.
+
+    Args:
+        model: an instance of ``model_class``; its weights may be on the meta device, fake or on disk.
+        processor: its processor, or the parts of one: tokenizer, image processor, chat template.
+        grids: sizes of images, for families that take a choice; empty for the family's own choice.
 
     Attributes:
         model_type: as in ``config.json``.
         model_class: name of the class in ``transformers`` that loads it.
-        adapt: ``(model, processor, grids)``: takes a loaded model apart, for images of these sizes where the family
-            has ``default_grids`` (else there are none); raises ``UnsupportedModelError``, with the reason, on
-            whatever is not exported.
-        reference: ``(model, processor, image, adapted)``, ``adapted`` being what ``adapt`` made of this model: one
-            RGB image on transformers' own path. The exported graph is verified against it.
-        kept_features: ``(model, reference, token_indices)``: ``[placeholders, D]``, what takes the place of an
-            image's placeholders when only some tokens are kept. The indices are those of
-            ``promprune.runtime.TokenSelection``.
-        default_grids: ``(processor)``: the sizes of images where the user chooses none; ``None`` where the model
-            takes one size, or chooses itself.
-        position_ids: ``(model, adapted, input_ids, reference)``: ``[*position_axes, 1, S]``, as transformers places
-            the tokens of one prompt whose image has all its placeholders; ``None`` where it simply counts.
+        position_axes: shape of ``position_ids`` before ``[B, S]``: empty, or ``(3,)`` if every token has a rotary
+            position each for time, height and width.
+        grids: the sizes of images that are exported; empty if the family takes no choice.
+        vision_modules: one or more; the first one is named ``vision_encoder``.
+        layout: how an image enters the model; the runtime has a class for each kind.
+
+    Raises:
+        ConfigError: sizes were chosen, and this family takes no choice.
+        UnsupportedModelError: the model, or a size, is not exported.
     """
 
-    model_type: str
-    model_class: str
-    adapt: Callable[[Any, Any, Grids], AdaptedModel]
-    reference: Callable[[Any, Any, Any, AdaptedModel], VisionReference]
-    kept_features: Callable[[Any, VisionReference, Tensor], Tensor]
-    default_grids: Callable[[Any], Grids] | None = None
-    position_ids: Callable[[Any, AdaptedModel, Tensor, VisionReference], Tensor] | None = None
+    model_type: ClassVar[str]
+    model_class: ClassVar[str]
+    position_axes: ClassVar[tuple[int, ...]] = ()
 
-    def adapted(self, model: Any, processor: Any, grids: Grids = ()) -> AdaptedModel:
-        """Take a loaded model apart, for images of some sizes if any were chosen.
+    def __init__(self, model: Any, processor: Any, grids: Grids = ()) -> None:
+        self.model = model
+        self.config = model.config
+        self.processor = processor
+        self.grids = self.choose_grids(grids)
+        self.vision_modules = self.build_vision_modules()
+        self.layout = self.build_layout()
+
+    @abstractmethod
+    def build_vision_modules(self) -> tuple[VisionModule, ...]:
+        """Return the vision graphs as torch modules.
 
         Raises:
-            ConfigError: sizes were chosen, and this family takes none.
-            UnsupportedModelError: the model, or a size, is not exported.
+            UnsupportedModelError: the vision tower is not exported.
         """
-        if self.default_grids is not None:
-            return self.adapt(model, processor, grids or self.default_grids(processor))
+
+    @abstractmethod
+    def build_layout(self) -> CropLayout | AnyresLayout | GridLayout:
+        """Return the record that tells the runtime how an image enters the model.
+
+        Raises:
+            UnsupportedModelError: the image processor makes images that the vision tower does not take.
+        """
+
+    @property
+    @abstractmethod
+    def sample_sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width), in pixels, of the images that a package is verified on, in turns.
+
+        Together they should exercise every case of the layout.
+        """
+
+    @abstractmethod
+    def reference(self, image: Image) -> VisionReference:
+        """Preprocess and encode one RGB image with transformers' own code, not with the exported modules."""
+
+    def kept_features(self, reference: VisionReference, token_indices: Tensor) -> Tensor:
+        """Return what replaces an image's placeholders if only some tokens are kept: ``[placeholders, D]``.
+
+        Args:
+            reference: of the image.
+            token_indices: int64 ``[T]``, as in ``promprune.runtime.TokenSelection``.
+        """
+        return reference.features[0, token_indices]
+
+    def position_ids(self, input_ids: Tensor, reference: VisionReference) -> Tensor | None:
+        """Return the positions of a prompt with one image that has all its placeholders: ``[*position_axes, 1, S]``.
+
+        None if the model counts the tokens that it is given, so that kept tokens move together.
+        """
+        return None
+
+    def choose_grids(self, grids: Grids) -> Grids:
+        """Return the sizes of images to export, given those that were asked for.
+
+        Raises:
+            ConfigError: sizes were asked for, and this family takes no choice.
+            UnsupportedModelError: the model takes no images of such a size.
+        """
         if grids:
             raise ConfigError(
                 f"received --image-grid for a model of the family {self.model_type!r}",
                 expected="none: its images have one size, or choose theirs",
                 fix="leave it out",
             )
-        return self.adapt(model, processor, ())
+        return ()
+
+    def resize(self, image: Image) -> Image:
+        """Return an image in a size that :meth:`reference` takes: that of the closest grid, if there are grids."""
+        if not self.grids:
+            return image
+        height, width = self.sample_sizes[closest_shape(image.height, image.width, self.sample_sizes)]
+        return image.resize((width, height), resample=Resampling.BICUBIC)
+
+    @property
+    def embed_tokens(self) -> nn.Module:
+        """``input_ids [B, S]`` (int64) -> ``inputs_embeds [B, S, D]``."""
+        module: nn.Module = self.language_model.embed_tokens
+        return module
+
+    @property
+    def language_model(self) -> Any:
+        """A transformers decoder stack that takes ``inputs_embeds`` and ``past_key_values``."""
+        return self.model.model.language_model
+
+    @property
+    def lm_head(self) -> nn.Module:
+        """Hidden states ``[B, S, D]`` -> logits ``[B, S, vocabulary]``."""
+        module: nn.Module = self.model.lm_head
+        return module
+
+    @property
+    def text_config(self) -> Any:
+        """Configuration of the language model."""
+        return self.config.text_config
+
+    @property
+    def image_token_id(self) -> int:
+        """The placeholder in ``input_ids`` that a visual token replaces."""
+        return int(self.config.image_token_id)
+
+    @property
+    def image_token(self) -> str:
+        """The text of that placeholder in a prompt."""
+        return str(self.processor.tokenizer.convert_ids_to_tokens(self.image_token_id))
+
+    @property
+    def arrays(self) -> Mapping[str, Tensor]:
+        """Parameters that the runtime reads from the package as fp32 arrays: file name -> parameter."""
+        return {}
 
 
 def grids_of(image: ImageRecord) -> Grids:
-    """Return the grids that a package was exported for; none where its family takes none."""
+    """Return the grids that a package was exported for; none if its family takes no choice."""
     layout = image.layout
     return tuple((grid.rows, grid.columns) for grid in layout.grids) if isinstance(layout, GridLayout) else ()

@@ -3,102 +3,106 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from promprune.errors import UnsupportedModelError
-from promprune.export.families.base import AdaptedModel, Grids, SampleInput, VisionGraph, VisionReference
-from promprune.export.families.towers.table import vision_encoder
-from promprune.package.image import CropLayout
+from promprune.export.families.base import Family, SampleInput, VisionModule, VisionReference
+from promprune.export.families.towers.table import TOWERS, vision_encoder
+from promprune.package.image import AnyresLayout, CropLayout
 
-__all__ = ["adapt", "kept_features", "reference", "with_saliency"]
-
-
-def adapt(model: Any, processor: Any, grids: Grids = ()) -> AdaptedModel:
-    """Take a ``LlavaForConditionalGeneration`` apart; there are no grids to choose from.
-
-    Raises:
-        UnsupportedModelError: the vision tower is neither CLIP nor SigLIP, or its features are read in a way not
-            exported yet.
-    """
-    config = model.config
-    vision = config.vision_config
-    encoder = vision_encoder(model)
-    _refuse_other_size(vision.image_size, processor)
-    side, grid = vision.image_size, vision.image_size // vision.patch_size
-    pixel_values = SampleInput(sample=torch.zeros(2, 3, side, side), dims={0: "batch_size"})
-    return AdaptedModel(
-        vision_graphs=(VisionGraph(module=encoder, inputs={"pixel_values": pixel_values}, num_tokens=grid * grid),),
-        embed_tokens=model.model.language_model.embed_tokens,
-        language_model=model.model.language_model,
-        lm_head=model.lm_head,
-        text_config=config.text_config,
-        layout=CropLayout(height=side, width=side, patch_rows=grid, patch_columns=grid),
-        sample_sizes=((side, side),),
-        image_token_id=config.image_token_id,
-    )
+__all__ = ["Llava"]
 
 
-def reference(model: Any, processor: Any, image: Image.Image, adapted: AdaptedModel) -> VisionReference:
-    """Preprocess and encode one image with transformers."""
-    pixel_values = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
-    features, saliency = with_saliency(
-        model, lambda: torch.stack(list(model.get_image_features(pixel_values, return_dict=True).pooler_output))
-    )
-    return VisionReference(feeds={"pixel_values": pixel_values}, features=features, saliency=saliency)
+class Llava(Family):
+    """LLaVA: a square image is one crop, whose patches are the visual tokens."""
 
+    model_type = "llava"
+    model_class = "LlavaForConditionalGeneration"
+    towers: ClassVar[Collection[str]] = tuple(TOWERS)  # that this family is exported with
 
-def with_saliency(model: Any, encode: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """Let the vision tower of a LLaVA run, and score what it saw by transformers' own attention weights.
+    def build_vision_modules(self) -> tuple[VisionModule, ...]:
+        """Return the tower and the projector."""
+        side, patches = self.side, self.patches
+        pixel_values = SampleInput(sample=torch.zeros(2, 3, side, side), dims={0: "batch_size"})
+        encoder = vision_encoder(self.model, self.towers)
+        return (VisionModule(module=encoder, inputs={"pixel_values": pixel_values}, num_tokens=patches**2),)
 
-    Args:
-        model: ``LlavaForConditionalGeneration`` or ``LlavaNextForConditionalGeneration``.
-        encode: runs the tower once, on B images.
+    def build_layout(self) -> CropLayout | AnyresLayout:
+        """Return a square crop; refuse preprocessing that makes another one."""
+        side, patches = self.side, self.patches
+        self.refuse_other_size("set crop_size in its preprocessor_config.json")
+        return CropLayout(height=side, width=side, patch_rows=patches, patch_columns=patches)
 
-    Returns:
-        What ``encode`` returned, and the saliency ``[B, N]``, fp32: of the layer that the features are read from, what
-        CLS pays to each patch; where there is no CLS token, what each patch receives from all. Mean over heads.
-    """
-    layer = model.config.vision_feature_layer  # hidden_states[k] is the output of layer k, counted from 1
-    attention = model.model.vision_tower.encoder.layers[layer if layer < 0 else layer - 1].self_attn
-    seen: list[Tensor] = []
-    hook = attention.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
-    )
-    try:
-        features = encode()
-    finally:
-        hook.remove()
-    has_cls = model.config.vision_feature_select_strategy == "default"  # as of every tower that is exported
-    rows = [weights[:, 0, 1:] if has_cls else weights.mean(dim=1) for weights in _attention_weights(attention, seen[0])]
-    return features, torch.cat(rows)
+    @property
+    def sample_sizes(self) -> tuple[tuple[int, int], ...]:
+        """The size of the crop."""
+        return ((self.side, self.side),)
+
+    def reference(self, image: Image.Image) -> VisionReference:
+        """Preprocess and encode one image with transformers."""
+        pixel_values = self.processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
+        features, saliency = self.encode_with_saliency(
+            lambda: torch.stack(list(self.model.get_image_features(pixel_values, return_dict=True).pooler_output))
+        )
+        return VisionReference(feeds={"pixel_values": pixel_values}, features=features, saliency=saliency)
+
+    @property
+    def side(self) -> int:
+        """Side of what the vision tower takes, in pixels."""
+        return int(self.config.vision_config.image_size)
+
+    @property
+    def patches(self) -> int:
+        """Patches in a row, and in a column, of what the vision tower takes."""
+        return self.side // int(self.config.vision_config.patch_size)
+
+    def encode_with_saliency(self, encode: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        """Run the vision tower, and score its tokens by transformers' own attention weights.
+
+        Args:
+            encode: runs the tower once, on B images.
+
+        Returns:
+            What ``encode`` returned, and the saliency ``[B, N]``, fp32, mean over heads: in the layer that the
+            features are read from, what the CLS token pays to each patch; without a CLS token, what each patch
+            receives from all.
+        """
+        layer = self.config.vision_feature_layer  # hidden_states[k] is the output of layer k, counted from 1
+        attention = self.model.model.vision_tower.encoder.layers[layer if layer < 0 else layer - 1].self_attn
+        seen: list[Tensor] = []
+        hook = attention.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
+        )
+        try:
+            features = encode()
+        finally:
+            hook.remove()
+        has_cls = self.config.vision_feature_select_strategy == "default"  # as of every tower that is exported
+        weights = torch.cat(list(_attention_weights(attention, seen[0])))  # [B, L, L]
+        return features, weights[:, 0, 1:] if has_cls else weights.mean(dim=1)
+
+    def refuse_other_size(self, fix: str) -> None:
+        """Refuse an image processor whose crops are not what the vision tower takes."""
+        blank = Image.new("RGB", (64, 48))
+        values = self.processor.image_processor(images=[blank], return_tensors="np")["pixel_values"]
+        height, width = values[0].shape[-2:]
+        if (height, width) != (self.side, self.side):
+            raise UnsupportedModelError(
+                f"the preprocessing of this model makes crops of {height} x {width} pixels",
+                expected=f"{self.side} x {self.side}, the size of its vision tower",
+                fix=fix,
+            )
 
 
 def _attention_weights(attention: Any, hidden_states: Tensor) -> Iterator[Tensor]:
-    """Yield what a layer of transformers weighs one image with after the other, mean over heads: fp32 ``[1, L, L]``."""
+    """Yield the attention weights of a layer of transformers, image by image, mean over heads: fp32 ``[1, L, L]``."""
     eager = copy.copy(attention)
     eager.config = copy.copy(attention.config)
     eager.config._attn_implementation = "eager"  # no other one returns its weights
     for states in hidden_states.split(1):
         yield eager(hidden_states=states, attention_mask=None)[1].float().mean(dim=1)
-
-
-def kept_features(model: Any, reference: VisionReference, token_indices: Tensor) -> Tensor:
-    """Return the features of the kept tokens, ``[T, D]``."""
-    return reference.features[0, token_indices]
-
-
-def _refuse_other_size(taken: int, processor: Any) -> None:
-    blank = Image.new("RGB", (64, 48))
-    values = processor.image_processor(images=[blank], return_tensors="np")["pixel_values"]
-    height, width = values[0].shape[-2:]
-    if (height, width) != (taken, taken):
-        raise UnsupportedModelError(
-            f"the preprocessing of this LLaVA makes images of {height} x {width} pixels",
-            expected=f"{taken} x {taken}, the size of its vision tower",
-            fix="set crop_size in its preprocessor_config.json",
-        )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -11,43 +11,11 @@ from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from promprune.errors import UnsupportedModelError
-from promprune.export.families.base import AdaptedModel, Grids, SampleInput, VisionGraph, VisionReference
-from promprune.export.families.llava import with_saliency
-from promprune.export.families.towers.table import vision_encoder
+from promprune.export.families.base import VisionModule, VisionReference
+from promprune.export.families.llava import Llava
 from promprune.package.image import IMAGE_NEWLINE_FILE, AnyresLayout
 
-__all__ = ["adapt", "kept_features", "reference"]
-
-
-def adapt(model: Any, processor: Any, grids: Grids = ()) -> AdaptedModel:
-    """Take a ``LlavaNextForConditionalGeneration`` apart; there are no grids to choose from.
-
-    Raises:
-        UnsupportedModelError: the vision tower is not CLIP, its features are read in a way not exported yet, or the
-            preprocessing and the model disagree about the crops.
-    """
-    config = model.config
-    vision = config.vision_config
-    encoder = vision_encoder(model, ["clip_vision_model"])
-    side, patches = vision.image_size, vision.image_size // vision.patch_size
-    canvases = _canvases(config, processor, side)
-    graph = VisionGraph(
-        module=encoder,
-        inputs={"pixel_values": SampleInput(sample=torch.zeros(2, 3, side, side), dims={0: "batch_size"})},
-        num_tokens=patches * patches,
-        token_mask=True,
-    )
-    return AdaptedModel(
-        vision_graphs=(graph,),
-        embed_tokens=model.model.language_model.embed_tokens,
-        language_model=model.model.language_model,
-        lm_head=model.lm_head,
-        text_config=config.text_config,
-        layout=AnyresLayout(side=side, patches=patches, canvases=canvases),
-        sample_sizes=_sample_sizes(canvases),
-        image_token_id=config.image_token_id,
-        arrays={IMAGE_NEWLINE_FILE: model.model.image_newline.float()},
-    )
+__all__ = ["LlavaNext"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +23,7 @@ class AnyresReference(VisionReference):
     """A reference whose features are those of crops.
 
     Attributes:
-        all_features: of every crop, those that show nothing but padding included: ``[crops, N, D]``.
+        all_features: of every crop, including those that show nothing but padding: ``[crops, N, D]``.
         image_size: height and width of the image, in pixels.
     """
 
@@ -63,90 +31,108 @@ class AnyresReference(VisionReference):
     image_size: tuple[int, int]
 
 
-def reference(model: Any, processor: Any, image: Image.Image, adapted: AdaptedModel) -> AnyresReference:
-    """Preprocess and encode one image with transformers; crops that are padding throughout are left out."""
-    config = model.config
-    inputs = processor.image_processor(images=[image], return_tensors="pt")
-    image_size = (image.height, image.width)
-    pixel_values = inputs["pixel_values"][0].float()
-    hidden, saliency = with_saliency(
-        model,
-        lambda: model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[
-            config.vision_feature_layer
-        ],
-    )
-    features = model.model.multi_modal_projector(hidden[:, 1:])
-    places = torch.arange(features[1:].shape[:2].numel(), dtype=torch.float64).view(-1, features.shape[1], 1)
-    mask = torch.zeros(places.numel(), dtype=torch.bool)
-    mask[_unpadded(config, places, image_size).flatten().long()] = True
-    mask = torch.cat([torch.ones_like(mask[: features.shape[1]]), mask]).view(features.shape[:2])
-    used = mask.any(dim=1)
-    return AnyresReference(
-        feeds={"pixel_values": pixel_values[used], "token_mask": mask[used]},
-        features=features[used],
-        saliency=saliency[used],
-        all_features=features,
-        image_size=image_size,
-    )
+class LlavaNext(Llava):
+    """LLaVA-NeXT: the selection runs in every crop, and leaves out the padding of those at the edge."""
 
+    model_type = "llava_next"
+    model_class = "LlavaNextForConditionalGeneration"
+    towers = ("clip_vision_model",)
 
-def kept_features(model: Any, reference: VisionReference, token_indices: Tensor) -> Tensor:
-    """Return the features of the kept tokens, ``[T, D]``; if all are kept, with ``image_newline`` behind the rows."""
-    assert isinstance(reference, AnyresReference)  # as the function above returned it
-    whole, crops = reference.all_features[0], reference.all_features[1:]
-    tokens = torch.cat([whole, _unpadded(model.config, crops, reference.image_size).flatten(1).T])
-    if len(token_indices) < len(tokens):
-        return tokens[token_indices]
-    packed: list[Tensor]
-    packed, _ = model.model.pack_image_features(
-        [reference.all_features],
-        [reference.image_size],
-        vision_feature_select_strategy="default",
-        image_newline=model.model.image_newline,
-    )
-    return packed[0]
+    def build_vision_modules(self) -> tuple[VisionModule, ...]:
+        """Return the tower and the projector, with a mask of the tokens that are not padding."""
+        (module,) = super().build_vision_modules()
+        return (replace(module, token_mask=True),)
 
+    def build_layout(self) -> AnyresLayout:
+        """Return the crops; refuse a model that disagrees with its preprocessing about them."""
+        self._refuse_other_canvases()
+        self.refuse_other_size("set size and crop_size in its preprocessor_config.json")
+        return AnyresLayout(side=self.side, patches=self.patches, canvases=self.canvases)
 
-def _unpadded(config: Any, crops: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """Put the tokens of crops ``[crops, N, D]`` together, and take the padding off: ``[D, rows, columns]``."""
-    side = config.vision_config.image_size
-    patches = side // config.vision_config.patch_size
-    rows, columns = get_anyres_image_grid_shape(image_size, config.image_grid_pinpoints, side)
-    canvas = crops.view(rows, columns, patches, patches, -1).permute(4, 0, 2, 1, 3)
-    unpadded: Tensor = unpad_image(canvas.flatten(1, 2).flatten(2, 3), image_size)
-    return unpadded
+    @property
+    def canvases(self) -> tuple[tuple[int, int], ...]:
+        """(height, width), in pixels, of what an image can be enlarged to."""
+        return tuple((int(height), int(width)) for height, width in self.config.image_grid_pinpoints)
 
+    @property
+    def sample_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Sizes that fill a canvas, and sizes that leave padding above and below, or at the sides."""
+        sizes = []
+        for index, (height, width) in enumerate(self.canvases):
+            sizes.append([(height, width), (height * 3 // 4, width), (height, width * 2 // 3)][index % 3])
+        return tuple(sizes)
 
-def _canvases(config: Any, processor: Any, side: int) -> tuple[tuple[int, int], ...]:
-    """Return height and width of what an image can be enlarged to; refuse what is not made of whole crops."""
-    canvases = tuple((int(height), int(width)) for height, width in config.image_grid_pinpoints)
-    for height, width in canvases:
-        if height < side or width < side or height % side or width % side:
+    @property
+    def arrays(self) -> Mapping[str, Tensor]:
+        """The embedding that ends every row of an image with all its tokens."""
+        return {IMAGE_NEWLINE_FILE: self.model.model.image_newline}
+
+    def reference(self, image: Image.Image) -> AnyresReference:
+        """Preprocess and encode one image with transformers; leave out crops that are nothing but padding."""
+        inputs = self.processor.image_processor(images=[image], return_tensors="pt")
+        image_size = (image.height, image.width)
+        pixel_values = inputs["pixel_values"][0].float()
+        hidden, saliency = self.encode_with_saliency(
+            lambda: self.model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[
+                self.config.vision_feature_layer
+            ]
+        )
+        features = self.model.model.multi_modal_projector(hidden[:, 1:])
+        mask = self._token_mask(features, image_size)
+        used = mask.any(dim=1)
+        return AnyresReference(
+            feeds={"pixel_values": pixel_values[used], "token_mask": mask[used]},
+            features=features[used],
+            saliency=saliency[used],
+            all_features=features,
+            image_size=image_size,
+        )
+
+    def kept_features(self, reference: VisionReference, token_indices: Tensor) -> Tensor:
+        """Return the kept features, ``[T, D]``; if all are kept, with ``image_newline`` after each row."""
+        assert isinstance(reference, AnyresReference)  # as the method above returned it
+        whole, crops = reference.all_features[0], reference.all_features[1:]
+        tokens = torch.cat([whole, self._unpadded(crops, reference.image_size).flatten(1).T])
+        if len(token_indices) < len(tokens):
+            return tokens[token_indices]
+        packed: list[Tensor]
+        packed, _ = self.model.model.pack_image_features(
+            [reference.all_features],
+            [reference.image_size],
+            vision_feature_select_strategy="default",
+            image_newline=self.model.model.image_newline,
+        )
+        return packed[0]
+
+    def _token_mask(self, features: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """Return which tokens of crops ``[crops, N, D]`` are not padding: bool ``[crops, N]``."""
+        shape = features.shape[:2]
+        places = torch.arange(features[1:].shape[:2].numel(), dtype=torch.float64).view(-1, shape[1], 1)
+        mask = torch.zeros(places.numel(), dtype=torch.bool)
+        mask[self._unpadded(places, image_size).flatten().long()] = True
+        return torch.cat([torch.ones_like(mask[: shape[1]]), mask]).view(shape)
+
+    def _unpadded(self, crops: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """Put the tokens of crops ``[crops, N, D]`` together, and remove the padding: ``[D, rows, columns]``."""
+        rows, columns = get_anyres_image_grid_shape(image_size, self.config.image_grid_pinpoints, self.side)
+        canvas = crops.view(rows, columns, self.patches, self.patches, -1).permute(4, 0, 2, 1, 3)
+        unpadded: Tensor = unpad_image(canvas.flatten(1, 2).flatten(2, 3), image_size)
+        return unpadded
+
+    def _refuse_other_canvases(self) -> None:
+        """Refuse canvases that are not made of whole crops, or not those of the image processor."""
+        side = self.side
+        for height, width in self.canvases:
+            if height < side or width < side or height % side or width % side:
+                raise UnsupportedModelError(
+                    f"this LLaVA-NeXT has {[height, width]} among its image_grid_pinpoints",
+                    expected=f"multiples of {side}, the size of its vision tower: a partial crop has no place in the "
+                    "grid",
+                )
+        theirs = tuple(tuple(size) for size in self.processor.image_processor.image_grid_pinpoints)
+        if not self.canvases or theirs != self.canvases:
             raise UnsupportedModelError(
-                f"this LLaVA-NeXT has {[height, width]} among its image_grid_pinpoints",
-                expected=f"multiples of {side}, the size of its vision tower: a partial crop has no place in the grid",
+                f"the preprocessing of this LLaVA-NeXT has image_grid_pinpoints = {theirs}",
+                expected=f"{self.canvases}, as in its config.json, and at least one",
+                fix="set the same in preprocessor_config.json and config.json",
             )
-    theirs = tuple(tuple(size) for size in processor.image_processor.image_grid_pinpoints)
-    if not canvases or theirs != canvases:
-        raise UnsupportedModelError(
-            f"the preprocessing of this LLaVA-NeXT has image_grid_pinpoints = {theirs}",
-            expected=f"{canvases}, as in its config.json, and at least one",
-            fix="set the same in preprocessor_config.json and config.json",
-        )
-    values = processor.image_processor(images=[Image.new("RGB", (64, 48))], return_tensors="np")["pixel_values"]
-    made = tuple(values[0].shape[-2:])
-    if made != (side, side):
-        raise UnsupportedModelError(
-            f"the preprocessing of this LLaVA-NeXT makes crops of {made[0]} x {made[1]} pixels",
-            expected=f"{side} x {side}, the size of its vision tower",
-            fix="set size and crop_size in its preprocessor_config.json",
-        )
-    return canvases
-
-
-def _sample_sizes(canvases: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
-    """Sizes that fill a canvas, and sizes that leave padding above and below, or at the sides."""
-    sizes = []
-    for index, (height, width) in enumerate(canvases):
-        sizes.append([(height, width), (height * 3 // 4, width), (height, width * 2 // 3)][index % 3])
-    return tuple(sizes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from functools import cached_property
 from typing import Any, Final
 
 import torch
@@ -17,20 +18,11 @@ from torch import Tensor, nn
 from transformers.vision_utils import get_vision_position_ids
 
 from promprune.errors import UnsupportedModelError
-from promprune.export.families.base import AdaptedModel, Grids, SampleInput, VisionGraph, VisionReference
+from promprune.export.families.base import Family, Grids, SampleInput, VisionModule, VisionReference
 from promprune.package.image import GridLayout, GridRecord
 from promprune.package.manifest import VISION_ENCODER
 
-__all__ = [
-    "GridVisionEncoder",
-    "adapt",
-    "adapted_with_grids",
-    "default_grids",
-    "kept_features",
-    "position_ids",
-    "reference",
-    "window_order",
-]
+__all__ = ["GridVisionEncoder", "Qwen25VL", "window_order"]
 
 # Side of the grid that is exported when none is asked for, where the image processor allows it: 576 tokens, and
 # whole windows only.
@@ -181,139 +173,128 @@ def _rotary_tables(visual: Any, rows: int, columns: int) -> tuple[Tensor, Tensor
     return tuple(rotary.recomposition_frequencies(table * scaling) for table in (angles.cos(), angles.sin()))
 
 
-def adapt(model: Any, processor: Any, grids: Grids) -> AdaptedModel:
-    """Take a ``Qwen2_5_VLForConditionalGeneration`` apart, for images of some sizes.
+class Qwen25VL(Family):
+    """Qwen2.5-VL: one vision graph for each size of images that is exported."""
 
-    Raises:
-        UnsupportedModelError: its language model attends within a sliding window, its tower nowhere to the whole
-            image, or its image processor never makes images of such a size.
-    """
-    vision = model.config.vision_config
-    full = [index for index in vision.fullatt_block_indexes if index < vision.depth]
-    if not full:
-        raise UnsupportedModelError(
-            f"this model has fullatt_block_indexes = {list(vision.fullatt_block_indexes)} in a tower of {vision.depth}",
-            expected="a block that attends to the whole image: the selection reads its attention",
+    model_type = "qwen2_5_vl"
+    model_class = "Qwen2_5_VLForConditionalGeneration"
+    position_axes = (3,)
+
+    def build_vision_modules(self) -> tuple[VisionModule, ...]:
+        """Return the tower and the projector once for each grid."""
+        self._refuse_sliding_window()
+        return tuple(self._vision_module(record) for record in self.grid_records)
+
+    def build_layout(self) -> GridLayout:
+        """Return the grids."""
+        return GridLayout(token_pixels=self.token_pixels, grids=self.grid_records)
+
+    @property
+    def sample_sizes(self) -> tuple[tuple[int, int], ...]:
+        """The sizes of the grids."""
+        return tuple((rows * self.token_pixels, columns * self.token_pixels) for rows, columns in self.grids)
+
+    @property
+    def window(self) -> int | None:
+        """Side of an attention window of the tower, in tokens; None if it has no windows."""
+        vision = self.config.vision_config
+        return int(vision.window_size // vision.patch_size // vision.spatial_merge_size)
+
+    @property
+    def full_blocks(self) -> Collection[int]:
+        """Indices of the tower's blocks that attend to the whole image, at least one."""
+        vision = self.config.vision_config
+        full = [index for index in vision.fullatt_block_indexes if index < vision.depth]
+        if not full:
+            raise UnsupportedModelError(
+                f"this model has fullatt_block_indexes = {list(vision.fullatt_block_indexes)} in a tower of "
+                f"{vision.depth}",
+                expected="a block that attends to the whole image: the selection reads its attention",
+            )
+        return full
+
+    def choose_grids(self, grids: Grids) -> Grids:
+        """Return those that were asked for, else one square grid as close as possible to ``DEFAULT_SIDE``."""
+        for rows, columns in grids:
+            self._refuse_impossible(rows, columns)
+        if grids:
+            return grids
+        size = self.processor.image_processor.size
+        least = math.ceil(math.sqrt(size["shortest_edge"]) / self.token_pixels)
+        most = math.floor(math.sqrt(size["longest_edge"]) / self.token_pixels)
+        tokens = min(max(DEFAULT_SIDE, least), most)
+        return ((tokens, tokens),)
+
+    def reference(self, image: Image.Image) -> VisionReference:
+        """Preprocess and encode one image of the size of a grid with transformers."""
+        values = self.processor.image_processor(images=[image], return_tensors="pt")
+        grid, merge = values["image_grid_thw"], self.processor.image_processor.merge_size
+        _, rows, columns = (grid[0] // torch.tensor([1, merge, merge])).tolist()
+        features = self.model.get_image_features(values["pixel_values"], grid, return_dict=True).pooler_output
+        return VisionReference(
+            graph=self.grid_records[self.grids.index((rows, columns))].graph,
+            feeds={"pixel_values": values["pixel_values"][None]},
+            features=torch.stack(list(features)),
         )
-    window = vision.window_size // vision.patch_size // vision.spatial_merge_size
-    return adapted_with_grids(model, processor, grids, window=window, full_blocks=full)
 
+    def position_ids(self, input_ids: Tensor, reference: VisionReference) -> Tensor:
+        """Place the tokens of a prompt with one whole image as transformers does: ``[3, 1, S]``."""
+        grid = next(record for record in self.grid_records if record.graph == reference.graph)
+        merge = self.config.vision_config.spatial_merge_size
+        positions: Tensor = self.model.model.get_rope_index(
+            input_ids,
+            mm_token_type_ids=(input_ids == self.image_token_id).int(),
+            image_grid_thw=torch.tensor([[1, grid.rows * merge, grid.columns * merge]]),
+        )[0]
+        return positions
 
-def adapted_with_grids(
-    model: Any, processor: Any, grids: Grids, *, window: int | None, full_blocks: Collection[int]
-) -> AdaptedModel:
-    """Take a Qwen2-VL or Qwen2.5-VL apart; see :class:`GridVisionEncoder` for ``window`` and ``full_blocks``.
+    @property
+    def token_pixels(self) -> int:
+        """Side of the square of pixels that becomes one token."""
+        return int(self.processor.image_processor.patch_size * self.processor.image_processor.merge_size)
 
-    Raises:
-        UnsupportedModelError: as in :func:`adapt`.
-    """
-    text, visual = model.config.text_config, model.model.visual
-    if "sliding_attention" in text.layer_types:
-        raise UnsupportedModelError(
-            f"this model has a sliding window of {text.sliding_window} tokens", expected="use_sliding_window off"
+    @cached_property
+    def grid_records(self) -> tuple[GridRecord, ...]:
+        """The grids, each with the name of its vision graph."""
+        names = [VISION_ENCODER, *(f"{VISION_ENCODER}_{rows}x{columns}" for rows, columns in self.grids[1:])]
+        return tuple(
+            GridRecord(graph=name, rows=rows, columns=columns)
+            for name, (rows, columns) in zip(names, self.grids, strict=True)
         )
-    side = _token_pixels(processor)
-    for rows, columns in grids:
-        _refuse_impossible(rows, columns, processor)
-    records = tuple(
-        GridRecord(
-            graph=VISION_ENCODER if number == 0 else f"{VISION_ENCODER}_{rows}x{columns}", rows=rows, columns=columns
-        )
-        for number, (rows, columns) in enumerate(grids)
-    )
-    values = visual.patch_embed.proj.weight[0].numel()
-    graphs = tuple(
-        VisionGraph(
+
+    def _vision_module(self, record: GridRecord) -> VisionModule:
+        visual, num_tokens = self.model.model.visual, record.rows * record.columns
+        patch_values = visual.patch_embed.proj.weight[0].numel()
+        sample = torch.zeros(2, num_tokens * visual.spatial_merge_size**2, patch_values)
+        return VisionModule(
             name=record.graph,
             module=GridVisionEncoder(
-                visual, rows=record.rows, columns=record.columns, window=window, full_blocks=full_blocks
+                visual, rows=record.rows, columns=record.columns, window=self.window, full_blocks=self.full_blocks
             ),
-            inputs={
-                "pixel_values": SampleInput(
-                    sample=torch.zeros(2, record.rows * record.columns * visual.spatial_merge_size**2, values),
-                    dims={0: "batch_size"},
-                )
-            },
-            num_tokens=record.rows * record.columns,
+            inputs={"pixel_values": SampleInput(sample=sample, dims={0: "batch_size"})},
+            num_tokens=num_tokens,
         )
-        for record in records
-    )
-    return AdaptedModel(
-        vision_graphs=graphs,
-        embed_tokens=model.model.language_model.embed_tokens,
-        language_model=model.model.language_model,
-        lm_head=model.lm_head,
-        text_config=text,
-        layout=GridLayout(token_pixels=side, grids=records),
-        sample_sizes=tuple((rows * side, columns * side) for rows, columns in grids),
-        image_token_id=model.config.image_token_id,
-        position_axes=(3,),
-    )
 
+    def _refuse_sliding_window(self) -> None:
+        text = self.text_config
+        if "sliding_attention" in text.layer_types:
+            raise UnsupportedModelError(
+                f"this model has a sliding window of {text.sliding_window} tokens", expected="use_sliding_window off"
+            )
 
-def default_grids(processor: Any) -> Grids:
-    """Return one square grid of ``DEFAULT_SIDE``, or the nearest that the image processor makes."""
-    size, side = processor.image_processor.size, _token_pixels(processor)
-    least = math.ceil(math.sqrt(size["shortest_edge"]) / side)
-    most = math.floor(math.sqrt(size["longest_edge"]) / side)
-    tokens = min(max(DEFAULT_SIDE, least), most)
-    return ((tokens, tokens),)
-
-
-def reference(model: Any, processor: Any, image: Image.Image, adapted: AdaptedModel) -> VisionReference:
-    """Preprocess and encode one image of the size of a grid with transformers."""
-    values = processor.image_processor(images=[image], return_tensors="pt")
-    grid, merge = values["image_grid_thw"], processor.image_processor.merge_size
-    _, rows, columns = (grid[0] // torch.tensor([1, merge, merge])).tolist()
-    features = model.get_image_features(values["pixel_values"], grid, return_dict=True).pooler_output
-    return VisionReference(
-        graph=_grid(adapted, rows=rows, columns=columns).graph,
-        feeds={"pixel_values": values["pixel_values"][None]},
-        features=torch.stack(list(features)),
-    )
-
-
-def kept_features(model: Any, reference: VisionReference, token_indices: Tensor) -> Tensor:
-    """Return the features of the kept tokens, ``[T, D]``."""
-    return reference.features[0, token_indices]
-
-
-def position_ids(model: Any, adapted: AdaptedModel, input_ids: Tensor, reference: VisionReference) -> Tensor:
-    """Place the tokens of a prompt with one whole image as transformers does: ``[3, 1, S]``."""
-    grid = _grid(adapted, graph=reference.graph)
-    merge = model.config.vision_config.spatial_merge_size
-    positions: Tensor = model.model.get_rope_index(
-        input_ids,
-        mm_token_type_ids=(input_ids == adapted.image_token_id).int(),
-        image_grid_thw=torch.tensor([[1, grid.rows * merge, grid.columns * merge]]),
-    )[0]
-    return positions
-
-
-def _grid(adapted: AdaptedModel, **wanted: Any) -> GridRecord:
-    assert isinstance(adapted.layout, GridLayout)  # as this family makes it
-    return next(
-        grid for grid in adapted.layout.grids if all(getattr(grid, name) == value for name, value in wanted.items())
-    )
-
-
-def _token_pixels(processor: Any) -> int:
-    return int(processor.image_processor.patch_size * processor.image_processor.merge_size)
-
-
-def _refuse_impossible(rows: int, columns: int, processor: Any) -> None:
-    size, side = processor.image_processor.size, _token_pixels(processor)
-    if max(rows, columns) > MAX_ASPECT_RATIO * min(rows, columns):
-        raise UnsupportedModelError(
-            f"received the image grid {rows}x{columns}",
-            expected=f"at most {MAX_ASPECT_RATIO} times as long as wide: the image processor refuses other images",
-            fix="choose another --image-grid",
-        )
-    pixels = rows * columns * side**2
-    if not size["shortest_edge"] <= pixels <= size["longest_edge"]:
-        least, most = (round(size[name] / side**2) for name in ("shortest_edge", "longest_edge"))
-        raise UnsupportedModelError(
-            f"received the image grid {rows}x{columns}, {rows * columns} tokens",
-            expected=f"{least} to {most} tokens, what the image processor of this model makes",
-            fix="choose another --image-grid, or change min_pixels or max_pixels in its preprocessor_config.json",
-        )
+    def _refuse_impossible(self, rows: int, columns: int) -> None:
+        """Refuse a grid that the model's image processor never makes."""
+        if max(rows, columns) > MAX_ASPECT_RATIO * min(rows, columns):
+            raise UnsupportedModelError(
+                f"received the image grid {rows}x{columns}",
+                expected=f"at most {MAX_ASPECT_RATIO} times as long as wide: the image processor refuses other images",
+                fix="choose another --image-grid",
+            )
+        size, pixels = self.processor.image_processor.size, self.token_pixels**2
+        if not size["shortest_edge"] <= rows * columns * pixels <= size["longest_edge"]:
+            least, most = (round(size[name] / pixels) for name in ("shortest_edge", "longest_edge"))
+            raise UnsupportedModelError(
+                f"received the image grid {rows}x{columns}, {rows * columns} tokens",
+                expected=f"{least} to {most} tokens, what the image processor of this model makes",
+                fix="choose another --image-grid, or change min_pixels or max_pixels in its preprocessor_config.json",
+            )

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from promprune.export.families.qwen2_5_vl import Qwen25VL
 
-from promprune.export.families.base import AdaptedModel, Grids
-from promprune.export.families.qwen2_5_vl import (
-    adapted_with_grids,
-    default_grids,
-    kept_features,
-    position_ids,
-    reference,
-)
-
-__all__ = ["adapt", "default_grids", "kept_features", "position_ids", "reference"]
+__all__ = ["Qwen2VL"]
 
 
-def adapt(model: Any, processor: Any, grids: Grids) -> AdaptedModel:
-    """Take a ``Qwen2VLForConditionalGeneration`` apart, for images of some sizes.
+class Qwen2VL(Qwen25VL):
+    """Qwen2-VL: no windows."""
 
-    Raises:
-        UnsupportedModelError: its language model attends within a sliding window, or its image processor never makes
-            images of such a size.
-    """
-    every_block = range(model.config.vision_config.depth)
-    return adapted_with_grids(model, processor, grids, window=None, full_blocks=every_block)
+    model_type = "qwen2_vl"
+    model_class = "Qwen2VLForConditionalGeneration"
+
+    @property
+    def window(self) -> None:
+        """There are no windows."""
+        return
+
+    @property
+    def full_blocks(self) -> range:
+        """All blocks."""
+        return range(self.config.vision_config.depth)

@@ -11,7 +11,7 @@ from torch.export import Dim
 from transformers import DynamicCache
 
 from promprune.errors import UnsupportedModelError
-from promprune.export.families.base import AdaptedModel
+from promprune.export.families.base import Family
 from promprune.export.graphs.passes.layers import Repetition, alike, with_layers
 from promprune.export.graphs.trace import graph_from_module
 
@@ -58,10 +58,10 @@ class DecoderWithCache(nn.Module):
         return logits, present
 
 
-def embed_tokens_graph(model: AdaptedModel, *, opset: int) -> ir.Model:
+def embed_tokens_graph(family: Family, *, opset: int) -> ir.Model:
     """Export ``input_ids [batch_size, sequence_length]`` -> ``inputs_embeds [batch_size, sequence_length, D]``."""
     return graph_from_module(
-        model.embed_tokens,
+        family.embed_tokens,
         (torch.zeros(2, 3, dtype=torch.int64),),
         inputs={"input_ids": {0: "batch_size", 1: "sequence_length"}},
         outputs={"inputs_embeds": {0: "batch_size", 1: "sequence_length"}},
@@ -70,35 +70,35 @@ def embed_tokens_graph(model: AdaptedModel, *, opset: int) -> ir.Model:
     )
 
 
-def decoder_graph(model: AdaptedModel, *, opset: int) -> ir.Model:
+def decoder_graph(family: Family, *, opset: int) -> ir.Model:
     """Export the decoder; see :meth:`DecoderWithCache.forward` for its inputs and outputs.
 
     Raises:
         UnsupportedModelError: it is none that one graph can serve at every length.
     """
-    text = model.text_config
+    text = family.text_config
     _refuse_unsupported(text)
-    stack, repetition = _shallow(model.language_model)
+    stack, repetition = _shallow(family.language_model)
     layers = len(stack.layers)
     batch, length, past = 2, 3, 4
-    dtype = next(model.language_model.parameters()).dtype
+    dtype = next(family.language_model.parameters()).dtype
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     shape = (batch, heads, past, head_dim)
     args = (
         torch.zeros(batch, length, text.hidden_size, dtype=dtype),
         torch.ones(batch, past + length, dtype=torch.int64),
-        torch.arange(past, past + length).repeat(*model.position_axes, batch, 1),
+        torch.arange(past, past + length).repeat(*family.position_axes, batch, 1),
         # A tensor of its own for each: torch.export takes one tensor given twice for one input.
         [(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in range(layers)],
     )
     return graph_from_module(
-        DecoderWithCache(stack, model.lm_head),
+        DecoderWithCache(stack, family.lm_head),
         args,
-        inputs=_decoder_inputs(text.num_hidden_layers, len(model.position_axes)),
+        inputs=_decoder_inputs(text.num_hidden_layers, len(family.position_axes)),
         outputs={"logits": {0: "batch_size"}, **_cache_dims(PRESENT, text.num_hidden_layers, "total_sequence_length")},
         opset=opset,
-        dynamic_shapes=_decoder_dynamic_shapes(layers, len(model.position_axes)),
+        dynamic_shapes=_decoder_dynamic_shapes(layers, len(family.position_axes)),
         repetition=repetition,
     )
 

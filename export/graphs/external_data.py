@@ -1,4 +1,4 @@
-"""Where the weights of a package lie: linked from the checkpoint, or in files of the package's own.
+"""External data of a package's graphs: weights linked from the checkpoint, or in files of the package's own.
 
 A linked file is a reflink where the file system has them, else a hard link: it costs no disk, belongs to the package,
 and stays when the checkpoint is deleted. ONNX Runtime and TensorRT refuse weights outside the model's folder, by path
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +21,7 @@ import onnx_ir as ir
 from promprune.errors import OutputError
 from promprune.export.checkpoint.weights import CheckpointTensor, LazyWeight
 
-__all__ = ["LINK_MIN_BYTES", "Placement", "link_weights"]
+__all__ = ["LINK_MIN_BYTES", "ExternalData", "link_weights"]
 
 LINK_MIN_BYTES: Final = 256 * 1024 * 1024  # smaller checkpoints are copied unless a link is asked for
 # Smaller initializers stay inside the .onnx file: shapes and constants that a graph optimizer reads.
@@ -31,20 +31,20 @@ ALIGNMENT: Final = 4096  # so that a tensor can be mapped into memory
 _FICLONE: Final = 0x40049409  # ioctl of Linux: share the blocks of another file until one of both is written
 
 
-class _Place(NamedTuple):
+class _Location(NamedTuple):
     file: str
     offset: int
 
 
 @dataclass(kw_only=True)
-class Placement:
-    """Places the weights of the graphs of one folder.
+class ExternalData:
+    """Moves the weights of the graphs in one folder into files beside them.
 
     Attributes:
-        folder: where the graphs lie.
-        links: file of the checkpoint -> its name in ``folder``; not every one need be used.
-        must_link: fail where a tensor of a linked checkpoint cannot be used as it is stored.
-        digests: SHA-256 of every file of weights that was written, by its path.
+        folder: of the graphs.
+        links: file of the checkpoint -> its name in ``folder``; some may not be used.
+        must_link: fail if a tensor of a linked checkpoint cannot be used as it is stored.
+        digests: SHA-256 of every file of weights, by its path.
     """
 
     folder: Path
@@ -52,18 +52,35 @@ class Placement:
     must_link: bool = False
     digests: dict[Path, str] = field(default_factory=dict)
     _used: set[str] = field(default_factory=set)
-    _shared: dict[Hashable, _Place] = field(default_factory=dict)
+    _shared: dict[Hashable, _Location] = field(default_factory=dict)
 
-    def place(self, model: ir.Model, name: str, *, share: bool = False) -> tuple[str, ...]:
-        """Move a graph's weights out of it: into ``name``, as far as they do not lie in a linked file.
+    @classmethod
+    def create(cls, folder: Path, checkpoint: Mapping[Path, str], *, copy: bool | None) -> Self:
+        """Create the folder, and link the files of a checkpoint into it, as :func:`link_weights` says.
+
+        Args:
+            folder: to create.
+            checkpoint: SHA-256 of every file of weights of the checkpoint, by its path.
+            copy: see :func:`link_weights`.
+
+        Raises:
+            OutputError: ``copy`` is ``False`` and a link cannot be made.
+        """
+        folder.mkdir()
+        links = link_weights(tuple(checkpoint), folder, copy=copy)
+        digests = {folder / name: checkpoint[file] for file, name in links.items()}
+        return cls(folder=folder, links=links, must_link=copy is False, digests=digests)
+
+    def move(self, model: ir.Model, name: str, *, share: bool = False) -> tuple[str, ...]:
+        """Move a graph's weights out of it: into the file ``name``, unless they are in a linked file.
 
         Args:
             model: the graph.
             name: of its own file of weights.
-            share: read weights that an earlier graph placed with ``share`` from that one's file.
+            share: use the file of an earlier graph, also moved with ``share``, for the weights that it has.
 
         Returns:
-            The names of the files that now hold them.
+            The names of the files that now hold the weights.
 
         Raises:
             OutputError: ``must_link``, and a tensor would have to be converted.
@@ -74,19 +91,11 @@ class Placement:
                 tensor = value.const_value
                 if tensor is None or tensor.nbytes < EXTERNAL_DATA_MIN_BYTES:
                     continue
-                location, offset = self._known_place(tensor, share) or _Place(name, own.append(tensor))
+                file, offset = self._known_location(tensor, share) or _Location(name, own.append(tensor))
                 if share and isinstance(tensor, LazyWeight):
-                    self._shared[tensor.identity] = _Place(location, offset)
-                files.append(location)
-                value.const_value = ir.ExternalTensor(
-                    location,
-                    offset,
-                    tensor.nbytes,
-                    tensor.dtype,
-                    shape=ir.Shape(tensor.shape.numpy()),
-                    name=str(value.name),
-                    base_dir=self.folder,
-                )
+                    self._shared[tensor.identity] = _Location(file, offset)
+                files.append(file)
+                value.const_value = self._external_tensor(tensor, str(value.name), file, offset)
         if name in files:
             self.digests[self.folder / name] = own.digest
         else:
@@ -94,21 +103,27 @@ class Placement:
         self._used.update(files)
         return tuple(sorted(set(files)))
 
+    def _external_tensor(self, tensor: ir.TensorProtocol, name: str, file: str, offset: int) -> ir.ExternalTensor:
+        shape = ir.Shape(tensor.shape.numpy())
+        return ir.ExternalTensor(
+            file, offset, tensor.nbytes, tensor.dtype, shape=shape, name=name, base_dir=self.folder
+        )
+
     def remove_unused(self) -> None:
         """Remove the links that no graph reads from."""
         for name in set(self.links.values()) - self._used:
             (self.folder / name).unlink()
 
-    def _known_place(self, tensor: ir.TensorProtocol, share: bool) -> _Place | None:
-        """Return where a tensor lies already; ``None``: it has to be written."""
-        if isinstance(tensor, CheckpointTensor) and (place := self._linked_place(tensor)):
-            return place
+    def _known_location(self, tensor: ir.TensorProtocol, share: bool) -> _Location | None:
+        """Return where a tensor is stored already; None if it has to be written."""
+        if isinstance(tensor, CheckpointTensor) and (location := self._linked_location(tensor)):
+            return location
         return self._shared.get(tensor.identity) if share and isinstance(tensor, LazyWeight) else None
 
-    def _linked_place(self, tensor: CheckpointTensor) -> _Place | None:
+    def _linked_location(self, tensor: CheckpointTensor) -> _Location | None:
         stored = tensor.stored
         if tensor.is_as_stored and stored.file in self.links:
-            return _Place(self.links[stored.file], stored.offset)
+            return _Location(self.links[stored.file], stored.offset)
         if self.must_link:
             raise OutputError(
                 f"{stored.key} in {stored.file.name} cannot be linked: it is stored as {stored.dtype}",

@@ -1,4 +1,4 @@
-"""From torch modules to ONNX graphs on disk, and between graphs."""
+"""From torch modules to ONNX graphs on disk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import logging
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 import onnx
@@ -23,12 +22,12 @@ from torch.utils._pytree import tree_map_only
 
 from promprune.export.checkpoint.meta_model import fake_mode_of
 from promprune.export.checkpoint.weights import CheckpointTensor, initializer, linked, tensor_at
-from promprune.export.graphs.external_data import Placement
+from promprune.export.graphs.external_data import ExternalData
 from promprune.export.graphs.passes.attention import simplify_attention
 from promprune.export.graphs.passes.layers import Repetition, repeat_layer
 from promprune.package.manifest import GraphRecord, TensorRecord, TokenCounts
 
-__all__ = ["append_graph", "graph_from_module", "graph_record", "save_graph"]
+__all__ = ["graph_from_module", "save_graph"]
 
 # All rules of torch.onnx but one, which looks at every pair of nodes: most of the time in a deep graph.
 _RULES: Final = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule.name != "SlicesSplit"]
@@ -87,75 +86,26 @@ def graph_from_module(
     return model
 
 
-def append_graph(first: ir.Model, second: ir.Model, *, connect: Mapping[str, str], prefix: str) -> ir.Model:
-    """Run ``second`` after ``first``, as one graph.
+def save_graph(model: ir.Model, name: str, data: ExternalData, tokens: TokenCounts | None = None) -> GraphRecord:
+    """Write a graph to ``<name>.onnx`` in the folder of its external data, and check it.
 
     Args:
-        first: changed in place; its outputs named in ``connect`` stop being outputs.
-        second: emptied; its inner names get ``prefix``.
-        connect: input of ``second`` -> output of ``first``; the other inputs of ``second`` become inputs of both.
-        prefix: for the names of ``second``'s nodes, values and initializers, its inputs and outputs excepted.
+        model: the graph; its weights are moved out of it.
+        name: of the graph in the manifest.
+        data: of the package's graphs. Vision graphs share their weights: those of several grids have the same.
+        tokens: N and T of a vision graph.
 
     Returns:
-        ``first``, with the remaining outputs of ``first`` and then those of ``second``.
-    """
-    values = {value.name: value for value in first.graph.outputs}
-    outputs = list(second.graph.outputs)
-    second.graph.outputs.clear()
-    inputs = list(second.graph.inputs)
-    second.graph.inputs.clear()
-    for value in inputs:
-        name = str(value.name)
-        if name in connect:
-            ir.convenience.replace_all_uses_with(value, values[connect[name]])
-        else:
-            first.graph.inputs.append(value)
-    for name, value in list(second.graph.initializers.items()):
-        del second.graph.initializers[name]
-        value.name = prefix + name
-        first.graph.register_initializer(value)
-    for node in list(second.graph):
-        second.graph.remove(node)
-        node.name = f"{prefix}{node.name or node.op_type}"
-        for value in node.outputs:
-            if value not in outputs:
-                value.name = f"{prefix}{value.name}"
-        first.graph.append(node)
-    taken = set(connect.values())
-    kept = [value for value in first.graph.outputs if value.name not in taken]
-    first.graph.outputs[:] = kept + outputs
-    passes.NameFixPass()(first)
-    return first
-
-
-def save_graph(model: ir.Model, path: Path, placement: Placement, *, share: bool = False) -> tuple[str, ...]:
-    """Write a graph to ``path``, check it, and place its weights beside it; see :meth:`Placement.place` for ``share``.
-
-    Returns:
-        The names of the files that hold its weights, beside ``path``.
+        The record of the graph in the manifest.
     """
     model.producer_name, model.producer_version = "promprune", ""
-    weights = placement.place(model, f"{path.name}_data", share=share)
+    weights = data.move(model, f"{name}.onnx_data", share=tokens is not None)
     proto = ir.to_proto(model)
-    path.write_bytes(proto.SerializeToString())
+    (data.folder / f"{name}.onnx").write_bytes(proto.SerializeToString())
     _check(proto)
-    return weights
-
-
-def graph_record(
-    model: ir.Model, file: str, weights: Iterable[str] = (), tokens: TokenCounts | None = None
-) -> GraphRecord:
-    """Describe a graph for the manifest.
-
-    Args:
-        model: the graph.
-        file: its path in the package.
-        weights: names of the files that hold its weights, beside it.
-        tokens: N and T of a vision graph.
-    """
     return GraphRecord(
-        file=file,
-        weights=tuple(str(PurePosixPath(file).with_name(name)) for name in weights),
+        file=f"{data.folder.name}/{name}.onnx",
+        weights=tuple(f"{data.folder.name}/{file}" for file in weights),
         inputs=tuple(_tensor_record(value) for value in model.graph.inputs),
         outputs=tuple(_tensor_record(value) for value in model.graph.outputs),
         tokens=tokens,

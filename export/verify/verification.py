@@ -33,7 +33,7 @@ from promprune.errors import PrompruneError
 from promprune.export.checkpoint.loading import Checkpoint
 from promprune.export.checkpoint.out_of_core import WEIGHTS_FOLDER, PiecewiseSession, available_memory
 from promprune.export.checkpoint.prompts import prompt_text
-from promprune.export.families import AdaptedModel, VisionGraph, VisionReference, grids_of
+from promprune.export.families import Family, VisionModule, VisionReference, grids_of
 from promprune.export.verify.config import DEFAULT_CHECK_IMAGES
 from promprune.method.config import SelectionConfig
 from promprune.method.reference import select_tokens
@@ -88,11 +88,11 @@ LIMITS: Final = {
     "bf16": Limits(relative_error=3e-2, identical_sets=0.75, overlap=0.98, equal_answers=0.75),
 }
 
-# Memory of a verification that is not streamed, in bytes for each parameter of the model: the reference in fp32, the
+# Memory of a verification that is not out of core, in bytes for each parameter of the model: the reference in fp32, the
 # weights as the package has them, and the copy that ONNX Runtime makes of them.
 BYTES_PER_PARAMETER: Final = 12
-STREAMED_IMAGES: Final = 2
-STREAMED_TOKENS: Final = 24  # of a text
+OUT_OF_CORE_IMAGES: Final = 2
+OUT_OF_CORE_TOKENS: Final = 24  # of a text
 FP16_MAX: Final = 65504.0
 FP16_WARNING: Final = 0.25  # share of FP16_MAX above which features are warned of
 
@@ -131,29 +131,29 @@ def verify_package(
         folder: the package, finished or still being made.
         manifest: its manifest, whose digests were compared or have just been made.
         checkpoint: the model it was made from, fp32.
-        num_images: images to compare on; at least one of each of the model's sample sizes or, where streamed, one for
+        num_images: images to compare on; at least one of each of the model's sample sizes or, out of core, one for
             each of its vision graphs.
 
     Returns:
         Every check with what was measured; ``passed`` when all passed that are not advisory.
     """
-    streamed = manifest.dtype == "bf16" or _bytes_needed(checkpoint) > available_memory()
-    subject = Subject.of(folder, manifest, checkpoint, streamed=streamed)
-    model, family, limits = subject.model, checkpoint.family, LIMITS[manifest.dtype]
-    count = min(num_images, STREAMED_IMAGES) if streamed else num_images
-    least = len(model.vision_graphs if streamed else model.sample_sizes)
-    samples = check_samples(max(count, least), sizes=model.sample_sizes)
+    out_of_core = manifest.dtype == "bf16" or _bytes_needed(checkpoint) > available_memory()
+    subject = Subject.of(folder, manifest, checkpoint, out_of_core=out_of_core)
+    family, limits = subject.family, LIMITS[manifest.dtype]
+    count = min(num_images, OUT_OF_CORE_IMAGES) if out_of_core else num_images
+    least = len(family.vision_modules if out_of_core else family.sample_sizes)
+    samples = check_samples(max(count, least), sizes=family.sample_sizes)
     with torch.inference_mode():
-        references = [family.reference(subject.source, checkpoint.processor, sample.image, model) for sample in samples]
+        references = [family.reference(sample.image) for sample in samples]
         checks = [*check_structure(subject), *check_vision(subject, references, limits)]
         if manifest.has_language_model:
             checks += check_language(subject, samples, limits)
-            if not streamed:
+            if not out_of_core:
                 checks += check_answers(subject, samples, references, limits)
     return VerificationRecord(
         passed=all(check.passed or check.advisory for check in checks),
         checks=tuple(checks),
-        not_verified=tuple(_not_verified(manifest, len(samples))) if streamed else (),
+        not_verified=tuple(_not_verified(manifest, len(samples))) if out_of_core else (),
         warnings=tuple(_warnings(manifest, references)),
     )
 
@@ -164,38 +164,32 @@ class Subject:
 
     Attributes:
         folder, manifest: the package.
-        checkpoint: its source.
-        source: the transformers model, fp32.
-        model: the same, taken apart.
-        streamed: whether both are run a part at a time.
+        family: its source: the transformers model in fp32.
+        out_of_core: whether both are run a part at a time.
     """
 
     folder: Path
     manifest: Manifest
-    checkpoint: Checkpoint
-    source: Any
-    model: AdaptedModel
-    streamed: bool
+    family: Family
+    out_of_core: bool
 
     @classmethod
-    def of(cls, folder: Path, manifest: Manifest, checkpoint: Checkpoint, *, streamed: bool) -> Subject:
-        """Load the source, or make it ready to be streamed."""
+    def of(cls, folder: Path, manifest: Manifest, checkpoint: Checkpoint, *, out_of_core: bool) -> Subject:
+        """Load the source, or prepare it to be loaded a part at a time."""
         # What a bf16 package computes in fp32 is to be what torch computes in fp32, on the same weights.
         rounded_to = torch.bfloat16 if manifest.dtype == "bf16" else torch.float32
-        source = checkpoint.streamed_model(rounded_to=rounded_to) if streamed else checkpoint.model
+        source = checkpoint.out_of_core_model(rounded_to=rounded_to) if out_of_core else checkpoint.model
         return cls(
             folder=folder,
             manifest=manifest,
-            checkpoint=checkpoint,
-            source=source,
-            model=checkpoint.family.adapted(source, checkpoint.processor, grids_of(manifest.image)),
-            streamed=streamed,
+            family=checkpoint.family(source, checkpoint.processor, grids_of(manifest.image)),
+            out_of_core=out_of_core,
         )
 
     def open(self, graph: str, outputs: Sequence[str] = ()) -> Runnable:
         """Open a graph of the package; ``outputs`` are inner values to return besides its own outputs."""
         path = self.folder / self.manifest.graphs[graph].file
-        return PiecewiseSession(path, outputs) if self.streamed else _session(path, outputs)
+        return PiecewiseSession(path, outputs) if self.out_of_core else _session(path, outputs)
 
 
 class Runnable(Protocol):
@@ -212,7 +206,7 @@ class Runnable(Protocol):
 
 
 def _bytes_needed(checkpoint: Checkpoint) -> int:
-    return BYTES_PER_PARAMETER * sum(int(parameter.numel()) for parameter in checkpoint.skeleton.parameters())
+    return BYTES_PER_PARAMETER * sum(int(parameter.numel()) for parameter in checkpoint.meta_model.parameters())
 
 
 def _not_verified(manifest: Manifest, num_images: int) -> Iterator[str]:
@@ -239,7 +233,7 @@ def check_structure(subject: Subject) -> Iterator[CheckRecord]:
 
 def check_vision(subject: Subject, references: Sequence[VisionReference], limits: Limits) -> Iterator[CheckRecord]:
     """Features against torch, and the selection against the float64 method on the graph's own features."""
-    graphs = subject.model.vision_graphs
+    graphs = subject.family.vision_modules
     given = {
         vision.name: [reference for reference in references if reference.graph == vision.name] for vision in graphs
     }
@@ -287,13 +281,13 @@ class VisionRun:
         return self.outputs["encoder/image_features" if self.is_pruned else "image_features"]
 
 
-def _run_vision(subject: Subject, vision: VisionGraph, references: Sequence[VisionReference]) -> Iterator[VisionRun]:
+def _run_vision(subject: Subject, vision: VisionModule, references: Sequence[VisionReference]) -> Iterator[VisionRun]:
     """Run a vision graph in ONNX Runtime and in torch, on a few images at a time where it takes several."""
     counts = subject.manifest.tokens_of(vision.name)
     session = subject.open(vision.name, CHOSEN_FROM if counts.is_pruned else ())
-    if subject.streamed and vision.is_batched:
+    if subject.out_of_core and vision.is_batched:
         references = [row for reference in references for row in _rows(reference)]
-    size = BATCH_SIZE if vision.is_batched and not subject.streamed else 1
+    size = BATCH_SIZE if vision.is_batched and not subject.out_of_core else 1
     for begin in range(0, len(references), size):
         group = references[begin : begin + size]
         feeds = {name: torch.cat([reference.feeds[name] for reference in group]) for name in group[0].feeds}
@@ -406,27 +400,27 @@ class SelectedRow:
 
 def check_language(subject: Subject, samples: Sequence[Sample], limits: Limits) -> Iterator[CheckRecord]:
     """Token embeddings, logits after prefill, and logits of decoding with the KV cache; two left-padded rows."""
-    model = subject.model
+    family = subject.family
     input_ids, attention_mask = _padded_ids(
-        subject.checkpoint,
+        family.processor.tokenizer,
         [sample.question for sample in [*samples, *samples][:2]],
-        most=STREAMED_TOKENS if subject.streamed else None,
+        most=OUT_OF_CORE_TOKENS if subject.out_of_core else None,
     )
     embeds = _run(subject.open(EMBED_TOKENS), {"input_ids": input_ids.numpy()})[0]
-    reference = model.embed_tokens(input_ids)
+    reference = family.embed_tokens(input_ids)
     error = relative_error(embeds, reference.numpy())
     yield _check("token embeddings, relative error", error, "<=", limits.relative_error)
 
-    split = input_ids.shape[1] - (1 if subject.streamed else 3)  # the last positions are decoded one by one
-    strides = _strides(model, input_ids.shape[1])
+    split = input_ids.shape[1] - (1 if subject.out_of_core else 3)  # the last positions are decoded one by one
+    strides = _strides(family, input_ids.shape[1])
     decoder = _Decoder(subject.open(DECODER), subject.manifest.graphs[DECODER], strides)
-    hidden = model.language_model(
+    hidden = family.language_model(
         inputs_embeds=reference,
         attention_mask=attention_mask,
         position_ids=_position_ids(attention_mask, strides),
         use_cache=False,
     ).last_hidden_state
-    logits = model.lm_head(hidden).numpy()
+    logits = family.lm_head(hidden).numpy()
     errors = []
     for begin, end in [(0, split), *((i, i + 1) for i in range(split, input_ids.shape[1]))]:
         got = decoder.step(embeds[:, begin:end], attention_mask[:, :end].numpy())
@@ -440,7 +434,7 @@ def check_answers(
 ) -> Iterator[CheckRecord]:
     """Greedy answers of the runtime, against transformers' ``generate`` on the same kept tokens."""
     equal, refusal = 0, ""
-    checkpoint, model = subject.checkpoint, subject.model
+    family = subject.family
     with VisionLanguagePipeline.from_package(subject.folder, provider="cpu") as pipeline:
         for sample, reference in zip(samples, references, strict=True):
             try:
@@ -449,23 +443,21 @@ def check_answers(
                 refusal = f"; {error}"
                 continue
             indices = torch.as_tensor(np.array(result.selection[0].token_indices))
-            kept = checkpoint.family.kept_features(checkpoint.model, reference, indices)
-            positions = kept_position_ids(checkpoint, model, sample.question, reference, indices)
-            equal += torch_answer(checkpoint, model, sample.question, kept, positions) == list(result.token_ids)
+            kept = family.kept_features(reference, indices)
+            positions = kept_position_ids(family, sample.question, reference, indices)
+            equal += torch_answer(family, sample.question, kept, positions) == list(result.token_ids)
     detail = f"{equal} of {len(samples)}{refusal}"
     yield _check("greedy answers equal to torch's", equal / len(samples), ">=", limits.equal_answers, detail)
 
 
-def torch_answer(
-    checkpoint: Checkpoint, model: AdaptedModel, question: str, kept: Tensor, position_ids: Tensor | None = None
-) -> list[int]:
+def torch_answer(family: Family, question: str, kept: Tensor, position_ids: Tensor | None = None) -> list[int]:
     """Answer with transformers, the placeholders filled with ``kept [placeholders, D]``; returns the new token ids."""
-    input_ids = prompt_ids(checkpoint, model, question, len(kept))
-    embeds = model.embed_tokens(input_ids).clone()
-    embeds[input_ids == model.image_token_id] = kept.to(embeds.dtype)
+    input_ids = prompt_ids(family, question, len(kept))
+    embeds = family.embed_tokens(input_ids).clone()
+    embeds[input_ids == family.image_token_id] = kept.to(embeds.dtype)
     placed = {} if position_ids is None else {"position_ids": position_ids}
-    with _plainly_greedy(checkpoint.model, checkpoint.processor.tokenizer.pad_token_id or 0):
-        generated = checkpoint.model.generate(inputs_embeds=embeds, attention_mask=torch.ones_like(input_ids), **placed)
+    with _plainly_greedy(family.model, family.processor.tokenizer.pad_token_id or 0):
+        generated = family.model.generate(inputs_embeds=embeds, attention_mask=torch.ones_like(input_ids), **placed)
     return list(generated[0].tolist())
 
 
@@ -487,24 +479,23 @@ def _plainly_greedy(model: Any, pad_token_id: int) -> Iterator[None]:
 
 
 def kept_position_ids(
-    checkpoint: Checkpoint, model: AdaptedModel, question: str, reference: VisionReference, token_indices: Tensor
+    family: Family, question: str, reference: VisionReference, token_indices: Tensor
 ) -> Tensor | None:
-    """Place a prompt with all its placeholders, and leave out those that were not kept; ``None``: it counts."""
-    place = checkpoint.family.position_ids
-    if place is None:
+    """Place a prompt with all its placeholders, and leave out those that were not kept; None if the model counts."""
+    input_ids = prompt_ids(family, question, reference.features.shape[1])
+    positions = family.position_ids(input_ids, reference)
+    if positions is None:
         return None
-    input_ids = prompt_ids(checkpoint, model, question, reference.features.shape[1])
-    stays = input_ids[0] != model.image_token_id
+    stays = input_ids[0] != family.image_token_id
     stays[(~stays).nonzero()[token_indices, 0]] = True
-    return place(checkpoint.model, model, input_ids, reference)[..., stays]
+    return positions[..., stays]
 
 
-def prompt_ids(checkpoint: Checkpoint, model: AdaptedModel, question: str, num_placeholders: int) -> Tensor:
+def prompt_ids(family: Family, question: str, num_placeholders: int) -> Tensor:
     """Tokenize one question about one image: ``[1, S]``."""
-    tokenizer = checkpoint.processor.tokenizer
-    text = prompt_text(checkpoint.processor, model.image_token_id, question)
-    token = tokenizer.convert_ids_to_tokens(model.image_token_id)
-    ids: Tensor = tokenizer(text.replace(token, token * num_placeholders), return_tensors="pt").input_ids
+    text = prompt_text(family.processor, family.image_token_id, question)
+    text = text.replace(family.image_token, family.image_token * num_placeholders)
+    ids: Tensor = family.processor.tokenizer(text, return_tensors="pt").input_ids
     return ids
 
 
@@ -538,9 +529,8 @@ class _Decoder:
         return logits
 
 
-def _padded_ids(checkpoint: Checkpoint, questions: Sequence[str], *, most: int | None) -> tuple[Tensor, Tensor]:
+def _padded_ids(tokenizer: Any, questions: Sequence[str], *, most: int | None) -> tuple[Tensor, Tensor]:
     """Tokenize two texts of different lengths, of at most ``most`` tokens, padded on the left."""
-    tokenizer = checkpoint.processor.tokenizer
     first, second = (tokenizer(text).input_ids for text in (questions[0], questions[1] + " " + questions[0]))
     if most is not None:
         first, second = first[: most * 2 // 3], second[:most]
@@ -551,15 +541,15 @@ def _padded_ids(checkpoint: Checkpoint, questions: Sequence[str], *, most: int |
     return torch.tensor(rows), torch.tensor(mask)
 
 
-def _strides(model: AdaptedModel, length: int) -> Tensor:
+def _strides(family: Family, length: int) -> Tensor:
     """How far apart neighbours are placed on each of the axes of ``position_ids``: int64, of their shape.
 
     On every axis otherwise, or two of them could be exchanged unnoticed; and as far as the context has room for, since
     the frequencies of the last ones are low.
     """
-    axes = math.prod(model.position_axes)
-    widest = max(axes, model.text_config.max_position_embeddings // length)
-    return torch.from_numpy(np.geomspace(1, widest, axes).round().astype(np.int64)).view(model.position_axes)
+    axes = math.prod(family.position_axes)
+    widest = max(axes, family.text_config.max_position_embeddings // length)
+    return torch.from_numpy(np.geomspace(1, widest, axes).round().astype(np.int64)).view(family.position_axes)
 
 
 def _position_ids(attention_mask: Tensor, strides: Tensor) -> Tensor:

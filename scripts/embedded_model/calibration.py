@@ -23,7 +23,7 @@ SALIENCY_RATIO_MAX: Final = 0.3  # docs/accuracy.md says how it was chosen
 def calibrate_folder(folder: Path) -> Calibration:
     """Write `promprune_config.json` into the folder of a trained model."""
     checkpoint = load_checkpoint(str(folder))
-    side = checkpoint.skeleton.config.vision_config.image_size
+    side = checkpoint.meta_model.config.vision_config.image_size
     entropies = image_entropies(checkpoint, calibration_scenes(IMAGES, side))
     fitted = calibrate(list(chain.from_iterable(entropies)))
     limit = {"saliency_ratio_max": SALIENCY_RATIO_MAX}

@@ -41,7 +41,7 @@ def packed_accuracy(trainer: Trainer, scenes: int) -> str:
 def saliency_auc(folder: Path, scenes: int = 100) -> float:
     """How often a patch of an object gets more CLS attention than a patch of the background."""
     model = TorchModel(load_checkpoint(str(folder)))
-    side = model.checkpoint.skeleton.config.vision_config.image_size
+    side = model.checkpoint.meta_model.config.vision_config.image_size
     shares = []
     for seed in CALIBRATION_SEEDS[:scenes]:
         scene = render_scene(seed, image_size=side)

@@ -41,7 +41,7 @@ TOWERS: Final[dict[str, Tower]] = {
 }
 
 
-def vision_encoder(model: Any, towers: Collection[str] = tuple(TOWERS)) -> nn.Module:
+def vision_encoder(model: Any, towers: Collection[str]) -> nn.Module:
     """Return the vision tower and projector of a LLaVA as the module of its vision graph.
 
     Args:

@@ -51,7 +51,7 @@ class FirstToken:
         self.encoder = vision_encoder(self.model)
         side, patch = config.vision_config.image_size, config.vision_config.patch_size
         self.num_tokens, self.crops = (side // patch) ** 2, crops
-        self.keep_tokens = ExportConfig(ratio=RATIO).keep_tokens_of(self.num_tokens)
+        self.keep_tokens = ExportConfig(ratio=RATIO).token_counts(self.num_tokens).keep_tokens
         self.small_grid = min(round(math.sqrt(crops * self.keep_tokens)), side // patch)
         small = {**config.vision_config.to_dict(), "image_size": patch * self.small_grid}
         self.small_tower = random_model(CLIPVisionModel, type(config.vision_config)(**small), sizes)
