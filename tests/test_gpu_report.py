@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -141,10 +142,37 @@ def test_a_run_killed_at_any_moment_leaves_valid_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_a_whole_run_killed_at_any_moment_leaves_valid_json(tmp_path: Path) -> None:
     moments = random.Random(13)
     finished = kill_all([moments.uniform(0, 80) for _ in range(KILLS)], tmp_path)
     assert len(set(finished)) > 2
+
+
+def python_of_the_machine() -> str:
+    """A Python 3.12, or a reason to skip."""
+    name = os.environ.get("PROMPRUNE_PYTHON", "python3.12")
+    try:
+        found = subprocess.run([name, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip(f"{name} does not run; set PROMPRUNE_PYTHON to a Python 3.12")
+    if not found.startswith("Python 3.12."):
+        pytest.skip(f"{name} is {found.strip()}, and the GPU machine has Python 3.12")
+    return name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_rehearsal_passes_with_the_versions_of_the_machine(tmp_path: Path) -> None:
+    """Downloads 0.8 GB."""
+    environment = {**os.environ, "PROMPRUNE_PYTHON": python_of_the_machine()}
+    subprocess.run([ROOT / "scripts/gpu/rehearsal_env.sh", tmp_path / "env"], env=environment, check=True)
+    command = [tmp_path / "env/bin/python", SCRIPT, "--rehearse", "--budget", "3600", "--out", tmp_path]
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT, check=True)
+    found = json.loads((tmp_path / "report.json").read_bytes())
+    versions = found["machine"]["versions"]
+    assert (versions["torch"], versions["transformers"]) == ("2.11.0", "5.17.0")
+    assert {record["status"] for record in found["stages"].values()} == {"done"}
 
 
 def options_of(out: Path) -> Any:
