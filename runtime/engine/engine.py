@@ -76,7 +76,7 @@ class Engine:
                 self._stepping.release()
 
     def step(self) -> list[Update]:
-        """Give every running request its next token: waiting ones start by a prefill, the others make a decode step.
+        """Give every running request its next token by a decode step, and waiting ones that can start by a prefill.
 
         Returns:
             The requests that got a token or failed, with their new text. Those that are ``done`` now are not returned
@@ -84,7 +84,7 @@ class Engine:
         """
         with self._stepping:
             running, started = self._scheduler.schedule()
-            updates = [*self._start(started), *self._decode(running)]
+            updates = [*self._decode(running), *self._start(started)]  # decoding first gathers, which frees rows
             self._scheduler.drop_done()
             return [(request, text) for request, text in updates if not request.cancelled]
 

@@ -60,14 +60,16 @@ class Scheduler:
             request.cancelled = request.cancelled or not request.done
 
     def schedule(self) -> tuple[list[Request], list[Request]]:
-        """Drop what is done, start what can start; return the requests that run already, and those that start."""
+        """Drop what is done, start what can start; return the requests to decode, and those to prefill.
+
+        A request whose prefill was interrupted, by a KeyboardInterrupt say, is to be prefilled again.
+        """
         with self._lock:
             self._drop_done()
-            running, started = list(self._running), []
             while self._waiting and self._fit([*self._running, self._waiting[0]]):
-                started.append(self._waiting.popleft())
-                self._running.append(started[-1])
-            return running, started
+                self._running.append(self._waiting.popleft())
+            decoding = [request for request in self._running if request.slot is not None]
+            return decoding, [request for request in self._running if request.slot is None]
 
     @property
     def has_requests(self) -> bool:
