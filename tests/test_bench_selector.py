@@ -7,33 +7,22 @@ import json
 import numpy as np
 import pytest
 
-from scripts.bench_selector import main, to_tf32
+from tests.support.command_line import run_script
+from tests.support.feature_sets import to_tf32
+
+SCRIPT = "scripts/benchmarks/bench_selector.py"
 
 
-def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, float]]:
-    report: dict[str, dict[str, float]] = json.loads(capsys.readouterr().out.splitlines()[-1])
+def report_of(*arguments: str) -> dict[str, dict[str, float]]:
+    outcome = run_script(SCRIPT, *arguments)
+    assert outcome.exit_code == 0
+    report: dict[str, dict[str, float]] = json.loads(outcome.stdout.splitlines()[-1])
     return report
 
 
-def test_agreement(capsys: pytest.CaptureFixture[str]) -> None:
-    main(
-        [
-            "agreement",
-            "--sets",
-            "5",
-            "--dtypes",
-            "float32",
-            "float16",
-            "--num-tokens",
-            "200",
-            "--hidden-size",
-            "64",
-            "--threads",
-            "1",
-            "--tf32",
-        ]
-    )
-    report = last_line(capsys)
+def test_agreement() -> None:
+    sizes = ["--sets", "5", "--num-tokens", "200", "--hidden-size", "64", "--threads", "1"]
+    report = report_of("agreement", *sizes, "--dtypes", "float32", "float16", "--tf32")
     rows = [figures for name, figures in report.items() if ", T = " in name]
     assert len(rows) == 16
     assert all(0 <= row["identical_percent"] <= 100 for row in rows)
@@ -41,10 +30,9 @@ def test_agreement(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("clock", ["wall", "processor"])
-def test_speed(clock: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_speed(clock: str) -> None:
     sizes = ["--num-tokens", "64", "--hidden-size", "32", "--keep-tokens", "9"]
-    main(["speed", *sizes, "--threads", "1", "--rounds", "1", "--repeats", "2", "--clock", clock])
-    report = last_line(capsys)
+    report = report_of("speed", *sizes, "--threads", "1", "--rounds", "1", "--repeats", "2", "--clock", clock)
     for size in (1, 5):
         loop, eager = (report[f"{name}, B = {size}"] for name in ("graph, loop", "authors, eager PyTorch"))
         assert loop["ratio"] == pytest.approx(loop["best_ms"] / eager["best_ms"])

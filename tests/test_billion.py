@@ -15,7 +15,7 @@ from promprune.export.checkpoint.loading import load_checkpoint
 from promprune.export.config import ExportConfig
 from promprune.export.verify.verification import LIMITS, check_samples, verify_package
 from promprune.runtime import VisionLanguagePipeline
-from scripts.make_random_llava import config_of, save
+from tests.support.random_llava import config_of, save
 
 IMAGES = 4
 LAYERS = 11  # 1.02 billion parameters

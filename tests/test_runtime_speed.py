@@ -18,46 +18,16 @@ import numpy as np
 import pytest
 import skimage
 import torch
-from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-from transformers import LlavaProcessor as Processor
 
 from promprune.export import export_package
 from promprune.export.config import ExportConfig
 from promprune.runtime import VisionLanguagePipeline
-from tests.support.tiny_models import CHAT_TEMPLATE, SPECIAL_TOKENS, byte_tokenizer
-from tests.test_runtime_hugging_face import Reference, messages_of
+from tests.support.hugging_face import Reference, messages_of
+from tests.support.random_llava import SCALED_TEXT, SCALED_VISION, save_scaled_llava
 
 PHOTOGRAPH = Path(skimage.__file__).parent / "data" / "astronaut.png"
 QUESTION = "What is this?"
 THREADS, NEW_TOKENS, RUNS, PAUSE_S = 2, 17, 9, 0.05
-VISION = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4}
-TEXT = {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 8, "num_attention_heads": 16}
-
-
-def save_scaled_llava(folder: Path) -> Path:
-    torch.manual_seed(0)
-    vision = CLIPVisionConfig(image_size=336, patch_size=14, projection_dim=256, **VISION)
-    text = LlamaConfig(
-        vocab_size=len(SPECIAL_TOKENS) + 256,
-        num_key_value_heads=TEXT["num_attention_heads"],
-        max_position_embeddings=2048,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        **TEXT,
-    )
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=3)
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
-    images = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
-    Processor(
-        image_processor=images,
-        tokenizer=byte_tokenizer(),
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        chat_template=CHAT_TEMPLATE,
-        num_additional_image_tokens=1,
-    ).save_pretrained(folder)
-    return folder
 
 
 def measured(actions: dict[str, Callable[[int], Any]]) -> dict[str, dict[str, float]]:
@@ -114,7 +84,7 @@ def test_at_least_as_fast_as_hugging_face(tmp_path: Path) -> None:
         assert ours(NEW_TOKENS) == theirs(NEW_TOKENS)
         actions |= {f"promprune {ratio}": ours, f"Hugging Face {ratio}": theirs}
     figures = measured(actions)
-    shapes = {"vision": VISION, "text": TEXT, "threads": THREADS, "new_tokens": NEW_TOKENS, "runs": RUNS}
+    shapes = {"vision": SCALED_VISION, "text": SCALED_TEXT, "threads": THREADS, "new_tokens": NEW_TOKENS, "runs": RUNS}
     print(json.dumps({**shapes, **figures}))
     for ratio in (0.12, 1.0):
         our, their = figures[f"promprune {ratio}"], figures[f"Hugging Face {ratio}"]

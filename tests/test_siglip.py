@@ -18,8 +18,8 @@ from promprune.export.families.llava import Llava
 from promprune.method.reference import select_tokens
 from promprune.runtime import VisionLanguagePipeline, draw_kept_tokens
 from promprune.runtime.images.preprocess import ImagePreprocessor
+from tests.support.hugging_face import PHOTOGRAPHS, QUESTIONS, Reference, messages_of
 from tests.support.tiny_models import PATCH_SIZE, SIGLIP_IMAGE_SIZE, save_tiny_siglip_llava
-from tests.test_runtime_hugging_face import PHOTOGRAPHS, QUESTIONS, Reference, messages_of
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Spectral entropy from matrix products: the numbers, fitted once by scripts/fit_entropy_polynomial.py.
+"""Spectral entropy from matrix products: the numbers, fitted once by scripts/figures/fit_entropy_polynomial.py.
 
 Neither ONNX nor TensorRT has an eigensolver. For a symmetric matrix X whose spectrum lies in [0, 1] let
 

@@ -19,7 +19,7 @@ def llava_config(sizes: Sizes) -> LlavaConfig:
         from tests.support.tiny_models import llava_config as tiny_config
 
         return tiny_config()
-    from scripts.make_random_llava import config_of
+    from tests.support.random_llava import config_of
 
     config: LlavaConfig = config_of(sizes.language_model)
     return config

@@ -1,12 +1,16 @@
-"""Running a command of the project inside the test's own process, which is much faster than starting one."""
+"""Run commands and scripts of the project inside the test's own process, which is much faster than starting one."""
 
 from __future__ import annotations
 
 import io
+import runpy
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from unittest.mock import patch
+
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -32,3 +36,13 @@ def run(main: Callable[[], None], *arguments: str) -> Outcome:
         else:
             raise AssertionError("the command returned without an exit code")
     return Outcome(exit_code, stdout.getvalue(), stderr.getvalue())
+
+
+def run_script(script: str, *arguments: str) -> Outcome:
+    """Run a Python file of the repository as ``python FILE ARGUMENTS...`` would."""
+
+    def main() -> None:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+        raise SystemExit(0)
+
+    return run(main, *arguments)

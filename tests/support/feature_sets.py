@@ -80,3 +80,9 @@ def _finish(rng: np.random.Generator, x: NDArray[np.float64], common: float) -> 
     shared = rng.standard_normal(x.shape[1])
     x = x / np.sqrt((x**2).sum(1).mean()) + common * shared / np.linalg.norm(shared)
     return (x * rng.lognormal(0, 0.3, (len(x), 1)) * 10).astype(np.float32)
+
+
+def to_tf32(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Round to the 10 bits of mantissa that TF32 multiplies with."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    return ((bits + 0xFFF + (bits >> 13 & 1)) & np.uint32(0xFFFFE000)).view(np.float32)

@@ -126,7 +126,7 @@ def _measure_large(record: Record, sizes: Sizes, folder: Path) -> None:
     """Measure ViT-L/14-336 with a 1.1B language model in fp16, random weights made here; the CPU does not answer it."""
     if sizes.device != "cuda":
         return
-    from scripts.make_random_llava import config_of, save
+    from tests.support.random_llava import config_of, save
 
     save(folder / "1b", config_of("1b"), "float16", 0)
     for ratio in (0.12, 1.0):

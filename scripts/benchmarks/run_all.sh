@@ -1,9 +1,9 @@
 #!/bin/sh
 # Every measurement in docs/benchmarks.md but that of the peer, which needs an environment of its own, in a folder:
-#     scripts/run scripts/benchmarks.sh FOLDER
+#     scripts/run scripts/benchmarks/run_all.sh FOLDER
 # Needs 10 GB of memory and 30 GB of disk; leave the machine alone meanwhile.
 set -eu
-root=$(cd "$(dirname "$0")/.." && pwd)
+root=$(cd "$(dirname "$0")/../.." && pwd)
 mkdir -p "$1" && cd "$1"
 
 # Measure a model at both ratios, beside PyTorch, in two runs of so many rounds, and compare the runs.
@@ -18,18 +18,18 @@ measure_twice() { # MODEL ROUNDS
 }
 
 # LLaVA-1.5's vision tower and a language model of 1.1 billion parameters
-python "$root/scripts/make_random_llava.py" llava-1b --size 1b
+python "$root/scripts/benchmarks/make_random_llava.py" llava-1b --size 1b
 measure_twice llava-1b 6
-python "$root/scripts/plot_report.py" llava-1b-run-1/report.json stages llava-1b-stages.png
+python "$root/scripts/figures/plot_report.py" llava-1b-run-1/report.json stages llava-1b-stages.png
 
 # The same proportions at a sixtieth of the size
 PYTHONPATH=$root python -c 'from pathlib import Path
-from tests.test_runtime_speed import save_scaled_llava
+from tests.support.random_llava import save_scaled_llava
 save_scaled_llava(Path("llava-60th"))'
 measure_twice llava-60th 10
 
 # The selection at the width of LLaVA-1.5-7B: its vision half, and one layer of its language model
-python "$root/scripts/make_random_llava.py" llava-7b-1layer --size 7b --layers 1
+python "$root/scripts/benchmarks/make_random_llava.py" llava-7b-1layer --size 7b --layers 1
 promprune-export llava-7b-1layer --ratio 0.12 --no-verify -o d4096-0.12
 promprune-bench d4096-0.12 --model llava-7b-1layer --baseline authors --provider cpu \
     --rounds 12 --warmup 2 --new-tokens 1 --cold-starts 0 -o d4096
@@ -38,4 +38,4 @@ promprune-bench d4096-0.12 --model llava-7b-1layer --baseline authors --provider
 promprune-bench --cache cache --ratios 1.0,0.5,0.25,0.12 --baseline hf,authors,random,saliency,coverage \
     --provider cpu --rounds 20 --warmup 2 --batch 1,4 --concurrency 1,2 -o embedded
 
-python "$root/scripts/count_flops.py"
+python "$root/scripts/benchmarks/count_flops.py"

@@ -1,6 +1,6 @@
 """Write a Qwen2.5-VL of 104 million random parameters that OpenVINO's converter reads too, and a square image.
 
-    python scripts/make_random_qwen.py random-qwen
+    python scripts/benchmarks/make_random_qwen.py random-qwen
 
 The image gives 576 visual tokens. The configuration has the keys of transformers 5 and of transformers 4, which
 optimum-intel needs.
@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.support.tiny_models import QWEN_SPECIAL_TOKENS, save_tiny_qwen
 

@@ -1,6 +1,6 @@
 """Fit the polynomial of promprune/entropy_table.py, and print it with its error bound.
 
-    python scripts/fit_entropy_polynomial.py --products 9
+    python scripts/figures/fit_entropy_polynomial.py --products 9
 
 One linear program: the c_ij that make the largest |error| / (x + x0) on [0, 1] least, exact at x = 0 so that
 missing rank costs nothing, with every |c_ij| max |V_i V_j| at most 20 so that float32 does not cancel the gain away.

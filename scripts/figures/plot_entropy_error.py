@@ -1,6 +1,6 @@
 """Draw docs/entropy-error.png: error of the spectral entropy against the number of matrix products.
 
-python scripts/plot_entropy_error.py
+python scripts/figures/plot_entropy_error.py
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from numpy.typing import NDArray
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from promprune.method.entropy_table import ENTROPY_TABLE, EntropyTable  # noqa: E402
-from scripts.fit_entropy_polynomial import error_bound, evaluate, fit  # noqa: E402
+from scripts.figures.fit_entropy_polynomial import error_bound, evaluate, fit  # noqa: E402
 from tests.support.feature_sets import feature_set  # noqa: E402
 
 N, D, SETS = 576, 1024, 100

@@ -1,7 +1,7 @@
 """What half precision costs PyTorch itself, beside what the verification of a package measures.
 
-    python scripts/measure_precision.py                 # tiny random models of every family, some of them deep
-    python scripts/measure_precision.py CHECKPOINT...
+    python scripts/benchmarks/measure_precision.py    # tiny random models of every family, some of them deep
+    python scripts/benchmarks/measure_precision.py CHECKPOINT...
 
 For each model and dtype: the error of transformers' own model in that dtype, and of the exported package, both against
 transformers in fp32 (for bf16 with weights rounded to bf16, as the verification compares), as largest difference over
@@ -23,7 +23,7 @@ import transformers
 from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from promprune.export import export_package
 from promprune.export.checkpoint.loading import Checkpoint, load_checkpoint

@@ -1,10 +1,10 @@
 """Export LLaVA-1.5 and LLaVA-NeXT at 7B, and measure memory and time.
 
-    python scripts/show_scale.py --work /a/disk/with/15/GB
+    python scripts/benchmarks/show_scale.py --work /a/disk/with/15/GB
 
-Writes a checkpoint of each (random weights in fp16, shards of 5 GB; ``make_random_llava.py``), drops it from the page
-cache, and exports it with ``promprune-export --ratio 0.12 --dtype fp16``, verification included, in a process of its
-own. Exits with 1 where an export takes more memory or time than the project promises.
+Writes a checkpoint of each (random weights in fp16, shards of 5 GB; ``tests/support/random_llava.py``), drops it from
+the page cache, and exports it with ``promprune-export --ratio 0.12 --dtype fp16``, verification included, in a
+process of its own. Exits with 1 if an export takes more memory or time than the project promises.
 
 ``resident`` is the most that the process ever had resident, as the kernel counts it: its own memory, and the pages of
 files that it has mapped. ``own`` is the first part alone, looked at every 20 ms.
@@ -24,10 +24,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from promprune.runtime.bench.machine import describe_machine, load_average
-from scripts.make_random_llava import FAMILIES, TEXTS, config_of, save
+from tests.support.random_llava import FAMILIES, TEXTS, config_of, save
 
 MAX_RESIDENT_BYTES = 1_500_000_000
 MAX_SECONDS = 300.0

@@ -1,7 +1,4 @@
-"""Write a LLaVA of real proportions with random weights, for benchmarks: its speed is that of a trained one.
-
-    python scripts/make_random_llava.py random-llava-1b --size 1b
-    python scripts/make_random_llava.py random-llava-next-7b --size 7b --family llava_next --dtype float16
+"""LLaVAs of real proportions with random weights: their speed is that of a trained one.
 
 The vision tower is CLIP ViT-L/14-336 in every size (303 million parameters, 576 visual tokens). The tokenizer has
 single bytes only, so a text is as many tokens as it has letters. Files, shards and keys are those of the checkpoints
@@ -10,10 +7,8 @@ on the hub. One tensor at a time is in memory.
 
 from __future__ import annotations
 
-import argparse
 import json
 import struct
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,10 +29,8 @@ from transformers import (
     LlavaProcessor,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from promprune.dtypes import BY_NUMPY
-from tests.support.tiny_models import CHAT_TEMPLATE, byte_tokenizer
+from tests.support.tiny_models import CHAT_TEMPLATE, SPECIAL_TOKENS, byte_tokenizer
 
 VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 TEXTS: dict[str, dict[str, int]] = {
@@ -48,6 +41,8 @@ FAMILIES: dict[str, tuple[Any, Any]] = {
     "llava": (LlavaConfig, LlavaForConditionalGeneration),
     "llava_next": (LlavaNextConfig, LlavaNextForConditionalGeneration),
 }
+SCALED_VISION = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4}
+SCALED_TEXT = {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 8, "num_attention_heads": 16}
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 SHARD_BYTES = 5_000_000_000
 STD = 0.02
@@ -137,19 +132,20 @@ def write_shard(path: Path, parameters: Mapping[str, Tensor], norms: Sequence[st
             stream.write(values.to(parameter.dtype).view(torch.uint8).numpy().data)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--size", choices=sorted(TEXTS), default="1b", help="of the language model (%(default)s)")
-    parser.add_argument("--family", choices=sorted(FAMILIES), default="llava")
-    parser.add_argument("--layers", type=int, help="of the language model, if not all: for the vision half alone")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--std", type=float, default=STD, help="standard deviation of the weights (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    changes = {} if given.layers is None else {"num_hidden_layers": given.layers}
-    save(given.out, config_of(given.size, given.family, **changes), given.dtype, given.seed, std=given.std)
-
-
-if __name__ == "__main__":
-    main()
+def save_scaled_llava(folder: Path) -> Path:
+    """Write a LLaVA of LLaVA-1.5-7B's proportions at about a sixtieth of its size; 576 visual tokens per image."""
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(image_size=336, patch_size=14, projection_dim=256, **SCALED_VISION)
+    text = LlamaConfig(
+        vocab_size=len(SPECIAL_TOKENS) + 256,
+        num_key_value_heads=SCALED_TEXT["num_attention_heads"],
+        max_position_embeddings=2048,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **SCALED_TEXT,
+    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=3)
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    processor_of().save_pretrained(folder)
+    return folder

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from embedded_model.evaluation import saliency_auc
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-EMBEDDED = Path(__file__).resolve().parents[1] / "promprune" / "embedded" / "model"
+from scripts.embedded_model.evaluation import saliency_auc
+
+EMBEDDED = Path(__file__).resolve().parents[2] / "promprune" / "embedded" / "model"
 
 
 def main() -> None:

@@ -1,4 +1,7 @@
-"""Write one plot of a benchmark report as a picture: `python scripts/plot_report.py REPORT.json stages OUT.png`."""
+"""Write one plot of a benchmark report as a picture.
+
+python scripts/figures/plot_report.py REPORT.json stages OUT.png
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from promprune.runtime.bench.page import figures
 from promprune.runtime.bench.report import read_report

@@ -1,6 +1,6 @@
 """The FLOPs of LLaVA-1.5-7B and LLaVA-NeXT-7B up to the first token, counted from exported graphs.
 
-    python scripts/count_flops.py
+    python scripts/benchmarks/count_flops.py
 
 The layers of the language model are alike, so its graph is exported with one and with two of them, of the real
 width, and the difference is added for every further one. Random weights do; 3 GB of memory are needed. The last line
@@ -18,14 +18,14 @@ import onnx_ir as ir
 import torch
 from transformers import LlavaForConditionalGeneration
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from promprune.export.families.llava import Llava
 from promprune.export.graphs.decoder import decoder_graph
 from promprune.export.graphs.selector import build_selector
 from promprune.export.graphs.vision import encoder_graph
 from promprune.export.roofline.work import count_work
-from scripts.make_random_llava import TEXTS, config_of, processor_of
+from tests.support.random_llava import TEXTS, config_of, processor_of
 
 OPSET = 20
 # Crops of an image, visual tokens of each, and how many of the image's are kept: 12 % and the paper's 320.

@@ -1,4 +1,4 @@
-"""Train the embedded model from nothing: `python scripts/train_embedded_model.py`.
+"""Train the embedded model from nothing: `python scripts/embedded_model/train.py`.
 
 The run is seeded, prints its progress, and goes on from its last checkpoint when started again. At the end the
 checkpoint folder is written and calibrated on unlabelled images; `promprune-eval` measures its accuracy.
@@ -7,15 +7,19 @@ checkpoint folder is written and calibrated on unlabelled images; `promprune-eva
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
-from embedded_model.architecture import new_model, new_tokenizer, save_model
-from embedded_model.calibration import calibrate_folder
-from embedded_model.evaluation import packed_accuracy
-from embedded_model.training import Probes, Schedule, make_trainer, train_language, train_vision
 
-EMBEDDED = Path(__file__).resolve().parents[1] / "promprune" / "embedded" / "model"
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from scripts.embedded_model.architecture import new_model, new_tokenizer, save_model
+from scripts.embedded_model.calibration import calibrate_folder
+from scripts.embedded_model.evaluation import packed_accuracy
+from scripts.embedded_model.training import Probes, Schedule, make_trainer, train_language, train_vision
+
+EMBEDDED = Path(__file__).resolve().parents[2] / "promprune" / "embedded" / "model"
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """How well the selector graph agrees with the float64 reference, and how fast it is.
 
-    python scripts/bench_selector.py agreement --sets 500
-    python scripts/bench_selector.py agreement --sets 500 --hidden-size 1024 --dtypes float32 float16
-    python scripts/bench_selector.py speed
+    python scripts/benchmarks/bench_selector.py agreement --sets 500
+    python scripts/benchmarks/bench_selector.py agreement --sets 500 --hidden-size 1024 --dtypes float32 float16
+    python scripts/benchmarks/bench_selector.py speed
 
 ``speed`` compares with the method as its authors run it (eager PyTorch, an eigensolver, a Python loop); all
 contenders take turns in one process, and the ratio is between the fastest runs of each. The last line on stdout is
@@ -27,14 +27,14 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from promprune.export.baselines.authors_method import authors_select
 from promprune.export.graphs.selector import build_selector
 from promprune.method.batched import prune_tokens
 from promprune.method.config import LOOP_FORMS, SelectionConfig
 from promprune.method.reference import select_tokens
-from tests.support.feature_sets import KINDS, feature_set
+from tests.support.feature_sets import KINDS, feature_set, to_tf32
 
 BUDGETS = (64, 69, 128, 192)
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
@@ -68,12 +68,6 @@ class Agreement:
             "largest_difference_of_count": self.furthest,
             "sets_with_duplicates": self.duplicates,
         }
-
-
-def to_tf32(x: Any) -> Any:
-    """Round to the 10 bits of mantissa that TF32 multiplies with."""
-    bits = np.ascontiguousarray(x).view(np.uint32)
-    return ((bits + 0xFFF + (bits >> 13 & 1)) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def agreement(sets: int, n: int, d: int, threads: int, dtypes: Sequence[str], tf32: bool) -> dict[str, Any]:
