@@ -7,7 +7,7 @@ cd "$(dirname "$0")/../.."
 
 store=${PROMPRUNE_PARTS:-/tmp/promprune-parts}
 mkdir -p "$store"
-cp scripts/gpu/parts/*/* "$store/"
+for folder in scripts/gpu/parts/*/; do cp "$folder"* "$store/"; done
 ls "$store"
 
 site=$store/site

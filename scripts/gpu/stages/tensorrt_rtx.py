@@ -6,10 +6,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from promprune.export import export_package
-from promprune.export.config import ExportConfig
-from promprune.export.engine.build import build_engines
-from promprune.package.engines import EngineConfig
 from scripts.gpu.record import Record
 from scripts.gpu.sizes import Sizes
 
@@ -49,6 +45,11 @@ def one_layer(trt: Any) -> dict[str, Any]:
 
 
 def _embedded() -> dict[str, Any]:
+    from promprune.export import export_package
+    from promprune.export.config import ExportConfig
+    from promprune.export.engine.build import build_engines
+    from promprune.package.engines import EngineConfig
+
     with tempfile.TemporaryDirectory() as scratch:
         package = export_package(ExportConfig(output=Path(scratch) / "package", verify=False)).output
         (built,) = build_engines(package, EngineConfig(backend="tensorrt-rtx"))
