@@ -19,7 +19,7 @@ from transformers import AutoProcessor
 
 from promprune.embedded import scenes
 from promprune.export import ExportResult, export_package
-from promprune.export.checkpoint.loading import TORCH_DTYPES
+from promprune.export.checkpoint.weights import torch_dtype
 from promprune.export.config import ExportConfig
 from promprune.runtime import VisionLanguagePipeline
 from tests.support.tiny_models import save_tiny_llava
@@ -68,7 +68,7 @@ def test_the_embedded_model_answers_alike(embedded_export: ExportResult, tmp_pat
 @pytest.mark.parametrize("ratio", [0.25, 1.0])
 def test_a_random_llava_answers_alike(tmp_path: Path, dtype: Any, ratio: float) -> None:
     """At ratio 1.0 the weights are linked, for which the checkpoint must have the package's dtype."""
-    checkpoint = save_tiny_llava(tmp_path / "tiny-llava", dtype=TORCH_DTYPES[dtype])
+    checkpoint = save_tiny_llava(tmp_path / "tiny-llava", dtype=torch_dtype(dtype))
     config = ExportConfig(
         model=str(checkpoint),
         ratio=ratio,
