@@ -15,7 +15,8 @@ from typing import Any, Self, TypeAlias
 
 from promprune.checks import config_from_options
 from promprune.errors import PackageError
-from promprune.package.manifest import DECODER, EMBED_TOKENS, read_manifest
+from promprune.package.manifest import DECODER, EMBED_TOKENS
+from promprune.package.package import read_package
 from promprune.runtime.chat import Chat
 from promprune.runtime.engine.cache import CachedPrefix
 from promprune.runtime.engine.config import DEFAULT_NEW_TOKENS, GenerationConfig
@@ -81,13 +82,13 @@ class VisionLanguagePipeline:
             ConfigError: an option is unknown or out of range.
         """
         config = config_from_options(RuntimeConfig, options)
-        folder = Path(path)
-        manifest = read_manifest(folder, check_weights=config.check_weights)
+        package = read_package(Path(path), check_weights=config.check_weights)
+        folder, manifest = package.folder, package.manifest
         expect_same_width(manifest)
         prompts = PromptBuilder.from_package(folder, manifest)  # before the graphs, which take longer
         eos = eos_token_ids_of(read_json(folder / "generation_config.json"))
-        language_model = open_language_model(folder, manifest, config)
-        return cls(ImageEncoder.open(folder, manifest, config), prompts, language_model, eos)
+        language_model = open_language_model(package, config)
+        return cls(ImageEncoder.open(package, config), prompts, language_model, eos)
 
     def with_vision_of(self, path: str | Path, **options: Any) -> Self:
         """Load another package of the same language model (of another ratio, say) without a second copy of the latter.
@@ -104,15 +105,15 @@ class VisionLanguagePipeline:
             BackendError: its vision encoder cannot be loaded.
         """
         config = config_from_options(RuntimeConfig, options)
-        folder = Path(path)
-        manifest = read_manifest(folder, check_weights=config.check_weights)
+        package = read_package(Path(path), check_weights=config.check_weights)
+        folder, manifest = package.folder, package.manifest
         if not same_language_model(manifest, self.manifest):
             raise PackageError(
                 f"{folder} has another language model", expected="the same files as the package that is loaded"
             )
         expect_same_width(manifest)
         prompts = PromptBuilder.from_package(folder, manifest)
-        encoder = ImageEncoder.open(folder, manifest, config)
+        encoder = ImageEncoder.open(package, config)
         return type(self)(encoder, prompts, self.language_model, self._eos_token_ids)
 
     def generate(self, images: Images = (), prompt: Prompt = "", **options: Any) -> Result:

@@ -21,7 +21,8 @@ from promprune.export import ExportResult, export_package
 from promprune.export.config import ExportConfig
 from promprune.package.manifest import GraphRecord, TensorRecord, read_manifest
 from promprune.runtime import VisionLanguagePipeline, image_embeds_part
-from promprune.runtime.sessions import SessionOptions, open_session
+from promprune.runtime.sessions import open_file
+from promprune.runtime.sessions.config import RuntimeConfig
 from tests.support.fake_package import rewrite_manifest
 
 PICTURE = Image.effect_mandelbrot((90, 70), (-2, -1, 1, 1), 40).convert("RGB")
@@ -96,7 +97,7 @@ def pipeline(edged: Path, request: pytest.FixtureRequest) -> Any:
 
 
 def test_tensors_of_a_session_are_bfloat16(edged: Path) -> None:
-    with open_session(edged / "onnx/embed_tokens.onnx", SessionOptions(provider="cpu")) as session:
+    with open_file(edged / "onnx/embed_tokens.onnx", RuntimeConfig(provider="cpu")) as session:
         outputs = session.run({"input_ids": np.array([[1, 5]])})["inputs_embeds"]
         kept = session.run_keeping({"input_ids": np.array([[1, 5]])}, keep=["inputs_embeds"])["inputs_embeds"]
     assert outputs.dtype.name == kept.dtype == "bfloat16"

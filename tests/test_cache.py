@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from promprune.package.manifest import TensorRecord
 from promprune.runtime.engine import cache as module
 from promprune.runtime.engine.cache import CachedPrefix, KVCache, KVCacheManager, Slot, padded_tokens
-from promprune.runtime.sessions import DeviceTensor, Session, TensorSpec, Value
+from promprune.runtime.sessions import DeviceTensor, Session, Value
 
 HEADS, SIZE = 2, 3
 NAMES = ("past_key_values.0.key", "past_key_values.0.value")
@@ -37,12 +38,14 @@ class Appending(Session):
         past = ("batch", HEADS, "past", SIZE)
         present = ("batch", HEADS, "total", SIZE)
         self.inputs = {
-            "inputs_embeds": TensorSpec("inputs_embeds", "float32", ("batch", "sequence", HEADS * SIZE)),
-            "attention_mask": TensorSpec("attention_mask", "int64", ("batch", "total")),
-            **{name: TensorSpec(name, "float32", past) for name in NAMES},
+            "inputs_embeds": TensorRecord(
+                name="inputs_embeds", dtype="float32", shape=("batch", "sequence", HEADS * SIZE)
+            ),
+            "attention_mask": TensorRecord(name="attention_mask", dtype="int64", shape=("batch", "total")),
+            **{name: TensorRecord(name=name, dtype="float32", shape=past) for name in NAMES},
         }
         outputs = [name.replace("past_key_values", "present") for name in NAMES]
-        self.outputs = {name: TensorSpec(name, "float32", present) for name in outputs}
+        self.outputs = {name: TensorRecord(name=name, dtype="float32", shape=present) for name in outputs}
         self.masks: list[np.ndarray] = []
 
     def _run(self, inputs: Mapping[str, Value], keep: Collection[str]) -> dict[str, DeviceTensor]:

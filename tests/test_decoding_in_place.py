@@ -17,7 +17,8 @@ from promprune.runtime.engine import cache as module
 from promprune.runtime.engine.cache import KVCache
 from promprune.runtime.engine.decoder import Decoder
 from promprune.runtime.engine.loading import steps_in_place
-from promprune.runtime.sessions import Session, SessionOptions, open_session
+from promprune.runtime.sessions import Session, open_file
+from promprune.runtime.sessions.config import RuntimeConfig
 from promprune.runtime.sessions.onnxruntime import OnnxRuntimeSession
 from tests.support.fake_package import HIDDEN, FakeModel, write_fake_package
 
@@ -33,7 +34,7 @@ EXPORTS = {
 @pytest.fixture
 def session(tmp_path: Path) -> Any:
     write_fake_package(tmp_path / "package")
-    with open_session(tmp_path / "package" / "onnx" / "decoder_model_merged.onnx", SessionOptions()) as session:
+    with open_file(tmp_path / "package" / "onnx" / "decoder_model_merged.onnx", RuntimeConfig()) as session:
         yield session
 
 
@@ -59,7 +60,7 @@ def test_logits_are_those_of_a_cache_that_grows(model: str, request: pytest.Fixt
     export: ExportResult = request.getfixturevalue(EXPORTS[model])
     random = np.random.default_rng(0)
     path = export.output / "onnx" / "decoder_model_merged.onnx"
-    with open_session(path, SessionOptions(provider="cpu")) as session:
+    with open_file(path, RuntimeConfig(provider="cpu")) as session:
         plain, fixed = Decoder(session), Decoder(session, in_place=True)
         expected_cache, cache = plain.caches.empty(2), fixed.caches.empty(2)
         lengths = lengths_of(session)

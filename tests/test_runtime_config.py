@@ -82,7 +82,7 @@ def test_unknown_backends_and_providers_are_refused_before_the_package_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
 ) -> None:
     refused(RuntimeConfig, name, value)
-    monkeypatch.setattr(pipeline, "read_manifest", lambda *_, **__: pytest.fail("it was read"))
+    monkeypatch.setattr(pipeline, "read_package", lambda *_, **__: pytest.fail("it was read"))
     with pytest.raises(ConfigError, match=name):
         VisionLanguagePipeline.from_package(tmp_path, **{name: value})
 

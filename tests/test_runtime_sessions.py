@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
@@ -15,12 +16,13 @@ import pytest
 
 from promprune.errors import BackendError, ConfigError, PackageError
 from promprune.package.manifest import GraphRecord, TensorRecord
-from promprune.runtime.sessions import BACKENDS, SessionOptions, open_session, providers
+from promprune.package.package import Package
+from promprune.runtime.sessions import open_file, open_session, providers
 from promprune.runtime.sessions.config import Provider, RuntimeConfig
 from promprune.runtime.sessions.providers import AUTO, PROVIDERS, why_not
 from tests.support.fake_package import make_graph
 
-CPU = SessionOptions(provider="cpu", num_threads=1)
+CPU = RuntimeConfig(provider="cpu", num_threads=1)
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def ones(rows: int, columns: int = 3, dtype: Any = np.float32) -> np.ndarray:
 
 
 def test_named_arrays_in_named_arrays_out(path: Path) -> None:
-    with open_session(path, CPU) as session:
+    with open_file(path, CPU) as session:
         assert session.device == "CPU"
         assert str(session.inputs["a"]) == "float32[n, 3]"
         outputs = session.run({"b": ones(2), "a": 2 * ones(2)})
@@ -63,12 +65,12 @@ def test_named_arrays_in_named_arrays_out(path: Path) -> None:
     ],
 )
 def test_inputs_are_checked_before_anything_runs(path: Path, inputs: dict, message: str) -> None:
-    with open_session(path, CPU) as session, pytest.raises(BackendError, match=message):
+    with open_file(path, CPU) as session, pytest.raises(BackendError, match=message):
         session.run(inputs)
 
 
 def test_what_is_kept_can_be_fed_again(path: Path) -> None:
-    with open_session(path, CPU) as session:
+    with open_file(path, CPU) as session:
         kept = session.run_keeping({"a": ones(1), "b": ones(1)}, keep=["together"])
         assert (kept["together"].shape, kept["together"].dtype, kept["together"].nbytes) == ((2, 3), "float32", 24)
         again = session.run_keeping({"a": kept["together"], "b": kept["together"]}, keep=["together"])
@@ -77,14 +79,14 @@ def test_what_is_kept_can_be_fed_again(path: Path) -> None:
 
 
 def test_empty_and_strided_arrays(path: Path) -> None:
-    with open_session(path, CPU) as session:
+    with open_file(path, CPU) as session:
         assert session.run({"a": ones(0), "b": ones(0)})["together"].shape == (0, 3)
         columns = np.arange(12, dtype=np.float32).reshape(3, 4).T[:2]
         np.testing.assert_array_equal(session.run({"a": columns, "b": columns})["sum"], 2 * columns)
 
 
 def test_a_closed_session_says_so(path: Path) -> None:
-    with open_session(path, CPU) as session:
+    with open_file(path, CPU) as session:
         pass
     with pytest.raises(BackendError, match="was closed"):
         session.run({"a": ones(1), "b": ones(1)})
@@ -94,7 +96,7 @@ def test_files_that_are_no_graph(tmp_path: Path) -> None:
     (tmp_path / "x.onnx").write_bytes(b"no graph")
     for name, message in (("x.onnx", "cannot be loaded"), ("y.onnx", "does not exist")):
         with pytest.raises(BackendError, match=message) as caught:
-            open_session(tmp_path / name, CPU)
+            open_file(tmp_path / name, CPU)
         assert "\n" not in str(caught.value)
 
 
@@ -103,7 +105,7 @@ def test_a_failing_graph_is_typed(tmp_path: Path) -> None:
         {"i": ("int64", ["n"])}, {"row": ("float32", ["n", 3])}, {"t": ones(2)}, ("Gather", "t i", "row")
     )
     onnx.save(graph, tmp_path / "gather.onnx")
-    with open_session(tmp_path / "gather.onnx", CPU) as session:
+    with open_file(tmp_path / "gather.onnx", CPU) as session:
         with pytest.raises(BackendError, match=r"gather\.onnx failed while running") as caught:
             session.run({"i": np.array([5])})
         assert "\n" not in str(caught.value)
@@ -122,6 +124,10 @@ def records(**changes: TensorRecord) -> GraphRecord:
     return GraphRecord(file="graph.onnx", inputs=tuple(values[:2]), outputs=tuple(values[2:]))
 
 
+def manifest_of(record: GraphRecord) -> Any:
+    return SimpleNamespace(graphs={"graph": record})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -133,16 +139,10 @@ def records(**changes: TensorRecord) -> GraphRecord:
     ],
 )
 def test_graphs_are_compared_with_their_records(path: Path, changes: dict, message: str) -> None:
-    with open_session(path, CPU) as session:
-        session.check_against(records(), path)
-        with pytest.raises(PackageError, match=message):
-            session.check_against(records(**changes), path)
-
-
-def test_an_unknown_backend() -> None:
-    with pytest.raises(ConfigError, match="onnxruntime"):
-        open_session(Path("x.onnx"), CPU, backend="abacus")
-    assert "onnxruntime" in BACKENDS
+    packages = [Package(path.parent, manifest_of(record)) for record in (records(), records(**changes))]
+    open_session(packages[0], "graph", CPU).close()
+    with pytest.raises(PackageError, match=message):
+        open_session(packages[1], "graph", CPU)
 
 
 # CUDA that does not load
@@ -150,15 +150,15 @@ def test_an_unknown_backend() -> None:
 
 def test_without_a_driver_auto_takes_the_cpu_and_cuda_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(providers, "_why_no_driver", lambda: "no NVIDIA driver")
-    with open_session(path, SessionOptions(provider="auto")) as session:
+    with open_file(path, RuntimeConfig(provider="auto")) as session:
         assert session.device == "CPU"
     with pytest.raises(BackendError, match=r"no NVIDIA driver.*--provider cpu"):
-        open_session(path, SessionOptions(provider="cuda"))
+        open_file(path, RuntimeConfig(provider="cuda"))
 
 
 def test_what_was_chosen_and_why_nothing_else(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(providers, "_why_no_driver", lambda: "no NVIDIA driver")
-    with open_session(path, SessionOptions(provider="auto")) as session:
+    with open_file(path, RuntimeConfig(provider="auto")) as session:
         notes = session.notes
     assert notes[0] == "provider cpu: the first that loads"
     assert notes[1].startswith("not tensorrt: ")
@@ -166,7 +166,7 @@ def test_what_was_chosen_and_why_nothing_else(path: Path, monkeypatch: pytest.Mo
     assert any(
         note in notes for note in ("not cuda: no NVIDIA driver", "not cuda: this ONNX Runtime is built without it")
     )
-    with open_session(path, CPU) as session:
+    with open_file(path, CPU) as session:
         assert session.notes[0] == "provider cpu: asked for"
 
 
@@ -181,7 +181,7 @@ def test_why_the_gpu_does_not_do_is_said_where_the_cpu_fails_too(path: Path, mon
     monkeypatch.setattr(providers, "_why_no_driver", lambda: None)
     monkeypatch.setattr(providers.ort, "get_available_providers", lambda: [p.ort_name for p in PROVIDERS.values()])
     with pytest.raises(BackendError, match=r"NOT_IMPLEMENTED : MatMul\(13\); not cuda: CUDA out of memory\)"):
-        open_session(path, SessionOptions(provider=AUTO))
+        open_file(path, RuntimeConfig(provider=AUTO))
 
 
 def test_a_gpu_that_does_not_start_is_passed_over(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,11 +196,11 @@ def test_a_gpu_that_does_not_start_is_passed_over(path: Path, monkeypatch: pytes
     monkeypatch.setattr(onnxruntime, "InferenceSession", make)
     monkeypatch.setattr(providers, "_why_no_driver", lambda: None)
     monkeypatch.setattr(providers.ort, "get_available_providers", lambda: [p.ort_name for p in PROVIDERS.values()])
-    with open_session(path, SessionOptions(provider=AUTO)) as session:
+    with open_file(path, RuntimeConfig(provider=AUTO)) as session:
         assert session.device == "CPU"
         assert "not cuda: CUDA failure 100: no CUDA-capable device is detected" in session.notes
     with pytest.raises(BackendError, match=r"cannot be loaded by ONNX Runtime .*no CUDA-capable device"):
-        open_session(path, SessionOptions(provider="cuda"))
+        open_file(path, RuntimeConfig(provider="cuda"))
 
 
 @pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx", "cuda"])
@@ -211,8 +211,8 @@ def test_a_provider_that_was_asked_for_is_had_or_refused(
     with pytest.raises(
         BackendError, match=rf"received provider '{name}', which cannot be used here \(.+\); expected an"
     ):
-        open_session(path, SessionOptions(provider=name))
-    assert not (path.parent.parent / "engines").exists()
+        open_file(path, RuntimeConfig(provider=name))
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_the_table_of_providers_is_what_the_settings_allow() -> None:
@@ -222,12 +222,12 @@ def test_the_table_of_providers_is_what_the_settings_allow() -> None:
 def test_tf32_is_off_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only CUDA has an option for it; the others take it from the environment."""
     monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
-    path = tmp_path / "package" / "onnx" / "g.onnx"
-    assert PROVIDERS["cuda"].options(path) == {"use_tf32": "0"}
+    assert PROVIDERS["cuda"].options(tmp_path / "engines") == {"use_tf32": "0"}
     assert "NVIDIA_TF32_OVERRIDE" not in os.environ
-    options = PROVIDERS["tensorrt"].options(path)
+    assert PROVIDERS["tensorrt"].options(None) == {}
+    options = PROVIDERS["tensorrt"].options(tmp_path / "engines")
     assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
-    folder = tmp_path / "package" / "engines" / "onnxruntime-tensorrt"
+    folder = tmp_path / "engines" / "onnxruntime-tensorrt"
     assert options["trt_engine_cache_path"] == str(folder)
     assert folder.is_dir()
 
@@ -241,12 +241,13 @@ def test_cuda_libraries_that_do_not_load_are_quiet(path: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
         "from promprune.errors import BackendError\n"
-        "from promprune.runtime.sessions import SessionOptions, onnxruntime as backend, providers\n"
+        "from promprune.runtime.sessions import open_file, providers\n"
+        "from promprune.runtime.sessions.config import RuntimeConfig\n"
         "providers._why_no_driver = lambda: None\n"
-        "print(backend.open_session(Path(sys.argv[1]), SessionOptions(provider='auto')).device)\n"
-        "try: backend.open_session(Path(sys.argv[1]), SessionOptions(provider='cuda'))\n"
+        "print(open_file(Path(sys.argv[1]), RuntimeConfig(provider='auto')).device)\n"
+        "try: open_file(Path(sys.argv[1]), RuntimeConfig(provider='cuda'))\n"
         "except BackendError as error: print('do not load' in str(error))\n"
-        "try: backend.open_session(Path(sys.argv[1]), SessionOptions(provider='tensorrt'))\n"
+        "try: open_file(Path(sys.argv[1]), RuntimeConfig(provider='tensorrt'))\n"
         "except BackendError as error: print('do not load' in str(error))\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
@@ -256,7 +257,7 @@ def test_cuda_libraries_that_do_not_load_are_quiet(path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(why_not("cuda") is not None, reason=f"no CUDA here: {why_not('cuda')}")
 def test_cuda_keeps_tensors_on_the_device(path: Path) -> None:
-    with open_session(path, SessionOptions(provider="cuda")) as session:
+    with open_file(path, RuntimeConfig(provider="cuda")) as session:
         assert session.device == "CUDA"
         kept = session.run_keeping({"a": ones(1), "b": ones(1)}, keep=["together"])
         again = session.run_keeping({"a": kept["together"], "b": kept["together"]}, keep=[])
@@ -276,7 +277,7 @@ def test_settings_of_engines_need_engines(options: dict[str, Any], message: str)
 
 def test_whoever_watches_a_session_sees_the_inputs_of_every_run(path: Path) -> None:
     seen: list[list[str]] = []
-    with open_session(path, CPU) as session:
+    with open_file(path, CPU) as session:
         session.on_run = lambda inputs: seen.append(sorted(inputs))
         session.run({"a": ones(1), "b": ones(1)})
         session.run_keeping({"a": ones(1), "b": ones(1)}, keep=[])

@@ -37,12 +37,15 @@ from promprune.package.engines import (
     writing_engines,
 )
 from promprune.package.manifest import DECODER, TensorRecord, read_manifest, sha256_of_file
+from promprune.package.package import read_package
 from promprune.runtime import VisionLanguagePipeline
 from promprune.runtime.engine import cache as cache_module
 from promprune.runtime.engine.cache import KVCache
 from promprune.runtime.engine.decoder import Decoder
 from promprune.runtime.images.encoded import EncodedImage
-from promprune.runtime.sessions import Rows, SessionOptions, open_session
+from promprune.runtime.sessions import Rows, Session, open_file, open_session
+from promprune.runtime.sessions.config import RuntimeConfig
+from promprune.runtime.sessions.onnxruntime import tensor_record
 from promprune.runtime.sessions.tensorrt import cuda as cuda_module
 from promprune.runtime.sessions.tensorrt import session as module
 from promprune.runtime.sessions.tensorrt.cuda import CudaDevice
@@ -61,9 +64,8 @@ class FakeEngine:
     def __init__(self, device: FakeDevice, path: str) -> None:
         self.device = device
         self.session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-        names = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(bool)": "bool"}
-        nodes = (*self.session.get_inputs(), *self.session.get_outputs())
-        self.dtypes = {node.name: names[node.type] for node in nodes}
+        self.inputs = tuple(tensor_record(node, Path(path)) for node in self.session.get_inputs())
+        self.outputs = tuple(tensor_record(node, Path(path)) for node in self.session.get_outputs())
 
     def context(self, *, recorded: bool = False) -> FakeContext:
         self.device.calls["recorded context" if recorded else "context"] += 1
@@ -77,7 +79,8 @@ class FakeContext:
     """Remembers the profile of every change of shapes."""
 
     def __init__(self, engine: FakeEngine) -> None:
-        self.device, self.session, self.dtypes = engine.device, engine.session, engine.dtypes
+        self.device, self.session = engine.device, engine.session
+        self.dtypes = {tensor.name: tensor.dtype for tensor in (*engine.inputs, *engine.outputs)}
         self.shapes: dict[str, tuple[int, ...]] = {}
 
     def prepare(self, profile: int, inputs: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
@@ -240,16 +243,22 @@ def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
 
 
 def opened(package: Path, name: str) -> TensorRtSession:
-    session = open_session(package / "onnx" / f"{name}.onnx", SessionOptions(), backend="tensorrt")
+    return open_engine(package, name)
+
+
+def open_engine(package: Path, name: str, **options: Any) -> TensorRtSession:
+    session = open_session(read_package(package), name, RuntimeConfig(backend="tensorrt", **options))
     assert isinstance(session, TensorRtSession)
     return session
 
 
+def in_onnx_runtime(package: Path, name: str) -> Session:
+    return open_file(package / "onnx" / f"{name}.onnx", RuntimeConfig(provider="cpu"))
+
+
 def test_a_session_answers_as_onnx_runtime_does(built: Path, device: FakeDevice) -> None:
     pixels = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
-    path = built / "onnx" / "vision_encoder.onnx"
-    with opened(built, "vision_encoder") as session, open_session(path, SessionOptions()) as reference:
-        session.check_against(read_manifest(built).graphs["vision_encoder"], path)
+    with opened(built, "vision_encoder") as session, in_onnx_runtime(built, "vision_encoder") as reference:
         found, expected = session.run({"pixel_values": pixels}), reference.run({"pixel_values": pixels})
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -263,10 +272,7 @@ def test_a_decoder_generates_as_with_onnx_runtime_and_its_cache_stays_on_the_dev
 ) -> None:
     random = np.random.default_rng(1)
     parts = [random.normal(size=(2, length, HIDDEN)).astype(np.float32) for length in (7, 1, 1, 3, 1)]
-    with (
-        opened(built, DECODER) as session,
-        open_session(built / "onnx" / f"{DECODER}.onnx", SessionOptions()) as reference,
-    ):
+    with opened(built, DECODER) as session, in_onnx_runtime(built, DECODER) as reference:
         decoder, wanted = Decoder(session), Decoder(reference)
         cache, expected_cache = decoder.caches.empty(2), wanted.caches.empty(2)
         for part in parts:
@@ -368,11 +374,9 @@ def images_of(seed: int, batch: int = 1) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("captures", [True, False], ids=["recorded here", "recorded by the engine"])
 def test_a_graph_of_static_shapes_is_replayed(built: Path, device: FakeDevice, captures: bool) -> None:
     device.captures = captures
-    path = built / "onnx" / "vision_encoder.onnx"
-    options = SessionOptions(cuda_graphs=True)
     with (
-        open_session(path, options, backend="tensorrt") as session,
-        open_session(path, SessionOptions()) as reference,
+        open_engine(built, "vision_encoder", cuda_graphs=True) as session,
+        in_onnx_runtime(built, "vision_encoder") as reference,
     ):
         allocated = []
         for seed, batch in enumerate((1, 1, 2, 1, 2, 1)):
@@ -390,8 +394,7 @@ def test_a_graph_of_static_shapes_is_replayed(built: Path, device: FakeDevice, c
 
 def test_results_of_a_replay_are_not_overwritten_by_the_next(built: Path, device: FakeDevice) -> None:
     del device
-    path = built / "onnx" / "vision_encoder.onnx"
-    with open_session(path, SessionOptions(cuda_graphs=True), backend="tensorrt") as session:
+    with open_engine(built, "vision_encoder", cuda_graphs=True) as session:
         first = session.run(images_of(0))["image_features"]
         copy = first.copy()
         session.run(images_of(1))
@@ -400,8 +403,7 @@ def test_results_of_a_replay_are_not_overwritten_by_the_next(built: Path, device
 
 def test_what_cannot_be_recorded_runs_without_and_says_so(built: Path, device: FakeDevice) -> None:
     device.refuses_capture = True
-    path = built / "onnx" / "vision_encoder.onnx"
-    with open_session(path, SessionOptions(cuda_graphs=True), backend="tensorrt") as session:
+    with open_engine(built, "vision_encoder", cuda_graphs=True) as session:
         outputs = [session.run(images_of(0))["image_features"] for _ in range(3)]
         assert "vision_encoder.engine runs without a CUDA graph: cudaStreamEndCapture failed" in session.notes[-1]
     np.testing.assert_array_equal(outputs[0], outputs[2])
@@ -413,10 +415,7 @@ def small_room(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def open_stepping(package: Path) -> TensorRtSession:
-    options = SessionOptions(cuda_graphs=True)
-    session = open_session(package / "onnx" / f"{DECODER}.onnx", options, backend="tensorrt")
-    assert isinstance(session, TensorRtSession)
-    return session
+    return open_engine(package, DECODER, cuda_graphs=True)
 
 
 def check_steps(decoder: Decoder, seed: int, *, steps: int, batch: int = 1) -> KVCache:
@@ -567,7 +566,7 @@ def encoded_outputs(package: Path, image: Image.Image) -> dict[str, np.ndarray]:
 def test_rows_are_joined_as_on_the_host(built: Path, device: FakeDevice) -> None:
     random = np.random.default_rng(5)
     table = FakeModel().weights["embed"]
-    reference = open_session(built / "onnx" / "embed_tokens.onnx", SessionOptions())
+    reference = in_onnx_runtime(built, "embed_tokens")
     with opened(built, "embed_tokens") as session, reference:
         ids = random.integers(0, len(table), (1, 7))
         kept = session.run_keeping({"input_ids": ids}, keep=["inputs_embeds"])["inputs_embeds"]
@@ -601,7 +600,7 @@ def test_the_time_of_every_layer(built: Path, device: FakeDevice) -> None:
 
 
 def test_compiled_kernels_are_looked_for_beside_the_engine(built: Path, device: FakeDevice) -> None:
-    open_session(built / "onnx" / f"{DECODER}.onnx", SessionOptions(), backend="tensorrt").close()
+    opened(built, DECODER).close()
     folder = engine_folder(built, "tensorrt-rtx", TARGET)
     assert device.loadings[-1].runtime_cache == folder / f"{DECODER}.runtime-cache"
     assert device.calls["close"] == 1
@@ -692,7 +691,7 @@ def test_a_closed_session_is_refused(built: Path, device: FakeDevice) -> None:
 def test_the_cpu_is_refused(built: Path, device: FakeDevice) -> None:
     del device
     with pytest.raises(BackendError, match="received provider 'cpu' for the backend tensorrt"):
-        open_session(built / "onnx" / f"{DECODER}.onnx", SessionOptions(provider="cpu"), backend="tensorrt")
+        open_engine(built, DECODER, provider="cpu")
 
 
 def test_a_machine_without_a_driver_is_one_clear_line(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -738,9 +737,9 @@ def test_engines_tuned_on_the_gpu_itself_come_first(tmp_path: Path, device: Fake
     del device
     write_fake_package(tmp_path / "package")
     add_engines(tmp_path / "package")
-    assert find_engines(tmp_path / "package", TARGET)[0] == "tensorrt-rtx"
+    assert find_engines(read_package(tmp_path / "package"), TARGET)[0] == "tensorrt-rtx"
     add_engines(tmp_path / "package", backend="tensorrt")
-    assert find_engines(tmp_path / "package", TARGET)[0] == "tensorrt"
+    assert find_engines(read_package(tmp_path / "package"), TARGET)[0] == "tensorrt"
 
 
 @pytest.fixture
@@ -779,7 +778,7 @@ def test_the_other_engines_are_taken_where_the_first_cannot_be_used(
     both_built: Path, device: FakeDevice, damage: Any, reason: str
 ) -> None:
     damage(both_built)
-    found = find_engines(both_built, TARGET)
+    found = find_engines(read_package(both_built), TARGET)
     assert (found.backend, found.folder) == ("tensorrt-rtx", engine_folder(both_built, "tensorrt-rtx", TARGET))
     with opened(both_built, DECODER) as session:
         assert reason in session.notes[1]
@@ -797,12 +796,12 @@ def test_the_other_engines_are_taken_where_a_module_is_not_installed(
         return TOOL
 
     monkeypatch.setattr(module, "import_module", missing)
-    found = find_engines(both_built, TARGET)
+    found = find_engines(read_package(both_built), TARGET)
     assert found.backend == "tensorrt-rtx"
     assert found.notes == ("not tensorrt: running engines needs tensorrt, which is not installed",)
     shutil.rmtree(engine_folder(both_built, "tensorrt-rtx", TARGET))
     with pytest.raises(MissingDependencyError):
-        find_engines(both_built, TARGET)
+        find_engines(read_package(both_built), TARGET)
 
 
 def test_every_reason_is_named_where_no_engines_can_be_used(both_built: Path, device: FakeDevice) -> None:
@@ -810,7 +809,7 @@ def test_every_reason_is_named_where_no_engines_can_be_used(both_built: Path, de
     spoil(both_built, "tensorrt")
     add_engines(both_built, tool_version="1.6")
     with pytest.raises(PackageError) as caught:
-        find_engines(both_built, TARGET)
+        find_engines(read_package(both_built), TARGET)
     for part in (
         "tensorrt: decoder_model_merged.engine is missing",
         "tensorrt-rtx: the engines in",
@@ -823,19 +822,16 @@ def test_a_damaged_package_is_no_reason_to_build_engines(both_built: Path, devic
     del device
     (both_built / "tokenizer.json").unlink()
     with pytest.raises(PackageError, match=r"^tokenizer.json is missing from"):
-        find_engines(both_built, TARGET)
+        opened(both_built, DECODER)
 
 
-def test_engines_are_looked_for_once(both_built: Path, device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_looking_for_engines_reads_nothing_else_of_the_package(both_built: Path, device: FakeDevice) -> None:
     del device
-    read: list[Path] = []
-    monkeypatch.setattr(module, "read_manifest", lambda package: read.append(package) or read_manifest(package))
-    for _ in range(2):
-        with VisionLanguagePipeline.from_package(both_built, backend="tensorrt"):
-            assert read == [both_built]
-    add_engines(both_built, backend="tensorrt")
-    with opened(both_built, DECODER):
-        assert read == [both_built] * 2
+    package = read_package(both_built)
+    for path in both_built.rglob("*"):
+        if path.is_file() and not path.is_relative_to(both_built / "engines"):
+            path.unlink()
+    assert find_engines(package, TARGET).backend == "tensorrt"
 
 
 def test_an_engine_that_was_changed_is_refused(both_built: Path, device: FakeDevice) -> None:
@@ -852,7 +848,7 @@ def test_an_engine_with_other_tensors_than_its_record_is_refused(
 ) -> None:
     folder = engine_folder(built, "tensorrt-rtx", TARGET)
     wrong = msgspec.structs.replace(find_record(built, DECODER), outputs=outputs)
-    with pytest.raises(BackendError, match=r"has the tensors .* as its record says; run promprune-build"):
+    with pytest.raises(BackendError, match=r".engine has output .* as its record says; run promprune-build"):
         TensorRtSession(folder, wrong, device, TOOL)
 
 
@@ -998,6 +994,7 @@ def test_the_thin_layer_calls_what_the_real_module_has() -> None:
             "get_tensor_dtype",
             "get_tensor_mode",
             "get_tensor_name",
+            "get_tensor_shape",
             "num_io_tensors",
         ],
         trt.IExecutionContext: [
@@ -1011,7 +1008,7 @@ def test_the_thin_layer_calls_what_the_real_module_has() -> None:
             "set_optimization_profile_async",
             "set_tensor_address",
         ],
-        trt.TensorIOMode: ["OUTPUT"],
+        trt.TensorIOMode: ["INPUT", "OUTPUT"],
         trt.ExecutionContextAllocationStrategy: ["USER_MANAGED"],
         trt.IRuntimeConfig: [
             "create_runtime_cache",

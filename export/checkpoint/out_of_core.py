@@ -18,20 +18,21 @@ from typing import Any, Final
 import ml_dtypes
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from onnx import external_data_helper
 from torch import nn
 
+from promprune.dtypes import BY_NUMPY
 from promprune.export.checkpoint.weights import linked
+from promprune.runtime.sessions.config import RuntimeConfig
+from promprune.runtime.sessions.onnxruntime import inference_session
 
-__all__ = ["WEIGHTS_FOLDER", "PiecewiseSession", "available_memory", "load_weights_on_call"]
+__all__ = ["PiecewiseSession", "available_memory", "load_weights_on_call"]
 
 Array = NDArray[Any]
 
 # ORT's name for where the weights of a graph lie that is not read from a file.
-WEIGHTS_FOLDER: Final = "session.model_external_initializers_file_folder_path"
 PIECE_BYTES: Final = 64 * 1024 * 1024  # of weights in one session
 KEPT_BYTES: Final = 1024 * 1024  # a module with less than this in weights keeps them
 
@@ -123,20 +124,12 @@ class PiecewiseSession:
             dtype = onnx.helper.np_dtype_to_tensor_dtype(feeds[name].dtype)
             graph.input.append(onnx.helper.make_tensor_value_info(name, dtype, [None] * feeds[name].ndim))
         graph.output.extend(onnx.ValueInfoProto(name=name) for name in leaving)
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        # As little memory as possible: no copies made in advance, and none kept.
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.enable_cpu_mem_arena = False
-        options.enable_mem_pattern = False
-        options.add_session_config_entry(WEIGHTS_FOLDER, os.fspath(self._folder))
-        options.add_session_config_entry("session.disable_prepacking", "1")
         if self._widen:
             _widen_nodes(graph)
         model = onnx.ModelProto(
             ir_version=self._model.ir_version, opset_import=self._model.opset_import, graph=graph
         ).SerializeToString()
-        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = inference_session(model, RuntimeConfig(provider="cpu"), weights=self._folder, low_memory=True).session
         outputs = session.run(list(leaving), feeds)
         return {name: np.asarray(value) for name, value in zip(leaving, outputs, strict=True)}
 
@@ -312,4 +305,4 @@ def _argument(value: onnx.ValueInfoProto) -> Argument:
     tensor = value.type.tensor_type
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
     shape = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
-    return Argument(value.name, f"tensor({dtype.name})", shape)
+    return Argument(value.name, BY_NUMPY[dtype.name].onnxruntime, shape)

@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from promprune.errors import BackendError, PackageError
+from promprune.errors import BackendError
 from promprune.export.engine.failures import build_error
 from promprune.export.engine.progress import Report, holding_signals, make_monitor
 from promprune.export.engine.toolkit import Toolkit
 from promprune.files import replace_file
+from promprune.package.agree import check_graph
 from promprune.package.engines import EngineConfig, ProfileRecord
 from promprune.package.manifest import GraphRecord, TensorRecord
-from promprune.runtime.sessions.tensorrt.modules import dtype_of, log_of, trimmed
+from promprune.runtime.sessions.tensorrt.modules import log_of, tensor_record, trimmed
 
 __all__ = ["engine_from_onnx"]
 
@@ -59,7 +60,8 @@ def engine_from_onnx(
         network = builder.create_network(_network_flags(trt))
         _parse(trt, network, log, path)
         if graph is not None:
-            _check_tensors(network, graph, path)
+            inputs, outputs = _tensors(network)
+            check_graph(path, inputs, outputs, graph)
         _allow_decomposition(trt, network)
         settings = builder.create_builder_config()
         _configure(toolkit, settings, target, config)
@@ -103,38 +105,12 @@ def _parse(trt: Any, network: Any, log: Any, path: Path) -> None:
     )
 
 
-def _check_tensors(network: Any, graph: GraphRecord, path: Path) -> None:
-    """Compare the parsed network's inputs and outputs with the manifest: names, dtypes and fixed dimensions."""
-    for kind, records, count, get in (
-        ("input", graph.inputs, network.num_inputs, network.get_input),
-        ("output", graph.outputs, network.num_outputs, network.get_output),
-    ):
-        found = {tensor.name: tensor for tensor in map(get, range(count))}
-        for name in sorted(found.keys() | {record.name for record in records}):
-            record = next((record for record in records if record.name == name), None)
-            if name not in found or record is None or not _same_tensor(found[name], record):
-                raise PackageError(
-                    f"{path} has {kind} {name}: {_described(found.get(name))}",
-                    expected=f"{_stated(record)}, as the manifest says",
-                    fix="export the package again",
-                )
-
-
-def _same_tensor(tensor: Any, record: TensorRecord) -> bool:
-    shape = tuple(tensor.shape)
-    return (
-        dtype_of(tensor.dtype) == record.dtype
-        and len(shape) == len(record.shape)
-        and all(size in (-1, dim) for size, dim in zip(shape, record.shape, strict=True))
-    )
-
-
-def _described(tensor: Any) -> str:
-    return "none" if tensor is None else f"{dtype_of(tensor.dtype)}{list(tensor.shape)}"
-
-
-def _stated(record: TensorRecord | None) -> str:
-    return "none" if record is None else f"{record.dtype}[{', '.join(map(str, record.shape))}]"
+def _tensors(network: Any) -> tuple[list[TensorRecord], list[TensorRecord]]:
+    """Return the inputs and the outputs of a parsed network."""
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    outputs = [network.get_output(index) for index in range(network.num_outputs)]
+    read = [[tensor_record(tensor.name, tensor.dtype, tensor.shape) for tensor in some] for some in (inputs, outputs)]
+    return read[0], read[1]
 
 
 def _allow_decomposition(trt: Any, network: Any) -> None:

@@ -14,7 +14,8 @@ from onnx import helper, numpy_helper
 
 from promprune.errors import BackendError
 from promprune.runtime.bench.report import Ceilings
-from promprune.runtime.sessions import Session, SessionOptions, Value, open_session
+from promprune.runtime.sessions import Session, Value, open_file
+from promprune.runtime.sessions.config import RuntimeConfig
 
 __all__ = ["CeilingProbe", "open_ceiling_probe"]
 
@@ -40,11 +41,11 @@ class CeilingProbe:
 
     def __init__(self, dtypes: Iterable[str], *, device: str, threads: int) -> None:
         self._device = device
-        options = SessionOptions(provider=device.lower(), num_threads=threads)
+        config = RuntimeConfig(provider="cuda" if device == "CUDA" else "cpu", num_threads=threads)
         rows = _MEMORY_BYTES[device] // (4 * _ROW)
         self._sessions = {
-            _COPY: _one_operator("Neg", ["rows", _ROW], None, options),
-            _READ: _one_operator("ReduceSum", ["rows", _ROW], np.array([1]), options),
+            _COPY: _one_operator("Neg", ["rows", _ROW], None, config),
+            _READ: _one_operator("ReduceSum", ["rows", _ROW], np.array([1]), config),
         }
         self._inputs: dict[str, Value] = {_COPY: np.ones((rows, _ROW), np.float32)}
         for dtype in dtypes:
@@ -52,7 +53,7 @@ class CeilingProbe:
             side = _PRODUCT_SIDE[device]
             factor = np.random.default_rng(0).normal(size=(side, side)) / np.sqrt(side)
             self._inputs[dtype] = factor.astype("float32" if dtype == "fp32" else "float16")  # bf16 is as fast as fp16
-            self._sessions[dtype] = _one_operator("MatMul", ["rows", side], self._inputs[dtype], options)
+            self._sessions[dtype] = _one_operator("MatMul", ["rows", side], self._inputs[dtype], config)
         self._best_s = dict.fromkeys(self._sessions, float("inf"))
 
     def run(self) -> None:
@@ -93,7 +94,7 @@ def open_ceiling_probe(dtypes: Iterable[str], *, device: str, threads: int) -> C
         return None
 
 
-def _one_operator(operator: str, shape: list[str | int], constant: Any, options: SessionOptions) -> Session:
+def _one_operator(operator: str, shape: list[str | int], constant: Any, config: RuntimeConfig) -> Session:
     """Load a graph of one operator, y = operator(x, constant); x has the constant's dtype where that is a factor."""
     dtype = constant.dtype if operator == "MatMul" else np.dtype("float32")
     constants = [] if constant is None else [numpy_helper.from_array(constant, "w")]
@@ -104,4 +105,4 @@ def _one_operator(operator: str, shape: list[str | int], constant: Any, options:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / f"{operator}.onnx"
         onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), str(path))
-        return open_session(path, options)
+        return open_file(path, config)

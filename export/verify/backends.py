@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Final
 
 import onnxruntime as ort
 import polygraphy.config
@@ -18,7 +18,8 @@ from polygraphy.backend.onnxrt import OnnxrtRunner
 from promprune.errors import BackendError
 from promprune.export.engine import engine_from_onnx, load_toolkit
 from promprune.package.engines import CURRENT, EngineBackend, EngineConfig, ProfileRecord
-from promprune.runtime.sessions.providers import PROVIDERS, refused, why_not
+from promprune.runtime.sessions.config import Provider, RuntimeConfig
+from promprune.runtime.sessions.onnxruntime import inference_session
 from promprune.runtime.sessions.tensorrt.modules import trimmed
 
 __all__ = ["RUNNERS", "RunnerMaker", "Subject", "failure"]
@@ -45,27 +46,17 @@ RunnerMaker = Callable[[str, Subject], BaseRunner]
 _SHOWN: Final = 3  # lines of an error that are reported
 
 
-def _onnxruntime(provider: str) -> RunnerMaker:
+def _onnxruntime(provider: Provider) -> RunnerMaker:
     def make(name: str, subject: Subject) -> BaseRunner:
-        reason = why_not(provider)
-        if reason is not None:
-            raise refused(provider, reason)
         return OnnxrtRunner(partial(_session, provider, subject), name=name)
 
     return make
 
 
-def _session(provider: str, subject: Subject) -> ort.InferenceSession:
-    settings = ort.SessionOptions()
+def _session(provider: Provider, subject: Subject) -> ort.InferenceSession:
     # ONNX Runtime does not follow links; a graph from memory may have its weights anywhere.
-    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(subject.folder))
-    settings.log_severity_level = 4  # fatal; errors come as exceptions
-    names = [provider, *PROVIDERS[provider].falls_back_to]
-    providers: list[Any] = [(PROVIDERS[name].ort_name, PROVIDERS[name].options(subject.file)) for name in names]
-    session = ort.InferenceSession(subject.file.read_bytes(), settings, providers=providers)
-    if PROVIDERS[provider].ort_name not in session.get_providers():
-        raise refused(provider, "its libraries do not load")
-    return session
+    content, config = subject.file.read_bytes(), RuntimeConfig(provider=provider)
+    return inference_session(content, config, name=subject.file.name, weights=subject.folder).session
 
 
 def _tensorrt(backend: EngineBackend) -> RunnerMaker:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,6 @@ from typing import Any, Final, Literal, Protocol
 import msgspec
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -31,12 +29,13 @@ from transformers import GenerationConfig
 from promprune.embedded import scenes
 from promprune.errors import PrompruneError
 from promprune.export.checkpoint.loading import Checkpoint
-from promprune.export.checkpoint.out_of_core import WEIGHTS_FOLDER, PiecewiseSession, available_memory
+from promprune.export.checkpoint.out_of_core import PiecewiseSession, available_memory
 from promprune.export.checkpoint.prompts import prompt_text
 from promprune.export.families import Family, VisionModule, VisionReference, grids_of
 from promprune.export.verify.config import DEFAULT_CHECK_IMAGES
 from promprune.method.config import SelectionConfig
 from promprune.method.reference import select_tokens
+from promprune.package.agree import differences
 from promprune.package.manifest import (
     DECODER,
     EMBED_TOKENS,
@@ -48,6 +47,8 @@ from promprune.package.manifest import (
     VerificationRecord,
 )
 from promprune.runtime import VisionLanguagePipeline
+from promprune.runtime.sessions.config import RuntimeConfig
+from promprune.runtime.sessions.onnxruntime import inference_session, tensor_record
 
 __all__ = ["LIMITS", "Limits", "Sample", "check_samples", "verify_package"]
 
@@ -227,7 +228,11 @@ def check_structure(subject: Subject) -> Iterator[CheckRecord]:
     """Names, dtypes and shapes of every graph, as ONNX Runtime sees them, against the manifest."""
     different = []
     for name, record in subject.manifest.graphs.items():
-        different += [f"{name}: {difference}" for difference in _differences(record, subject.open(name))]
+        session, path = subject.open(name), subject.folder / record.file
+        inputs, outputs = (
+            [tensor_record(node, path) for node in nodes] for nodes in (session.get_inputs(), session.get_outputs())
+        )
+        different += [f"{name}: {difference}" for difference in differences(inputs, outputs, record, exact=True)]
     yield _check("names, dtypes and shapes that differ", len(different), "==", 0, "; ".join(different))
 
 
@@ -567,37 +572,18 @@ def _is_valid(indices: Array, counts: TokenCounts) -> bool:
     return distinct and bool((indices >= 0).all() and (indices < counts.num_tokens).all())
 
 
-def _session(path: Path, outputs: Sequence[str] = ()) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry(WEIGHTS_FOLDER, os.fspath(path.parent))
+def _session(path: Path, outputs: Sequence[str] = ()) -> Runnable:
     model = onnx.load(path, load_external_data=False)
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    config = RuntimeConfig(provider="cpu")
+    session: Runnable = inference_session(
+        model.SerializeToString(), config, name=str(path), weights=path.parent
+    ).session
+    return session
 
 
 def _run(session: Runnable, feeds: dict[str, Array]) -> list[Array]:
     return [np.asarray(value) for value in session.run(None, feeds)]
-
-
-def _differences(record: GraphRecord, session: Runnable) -> Iterator[str]:
-    for kind, wanted, found in (
-        ("input", record.inputs, session.get_inputs()),
-        ("output", record.outputs, session.get_outputs()),
-    ):
-        expected = [(value.name, value.dtype, list(value.shape)) for value in wanted]
-        actual = [(value.name, _numpy_dtype(value.type), list(value.shape)) for value in found]
-        yield from (
-            f"{kind} {have} is not {want}" for want, have in zip(expected, actual, strict=False) if want != have
-        )
-        if len(expected) != len(actual):
-            yield f"{len(actual)} {kind}s, not {len(expected)}"
-
-
-def _numpy_dtype(onnx_type: str) -> str:
-    names = {"float": "float32", "double": "float64", "float16": "float16"}
-    inner = onnx_type.removeprefix("tensor(").removesuffix(")")
-    return names.get(inner, inner)
 
 
 def _check(

@@ -108,6 +108,9 @@ class TensorRecord(Record, frozen=True):
     dtype: str  # numpy's name
     shape: tuple[int | str, ...]
 
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
+
 
 class TokenCounts(Record, frozen=True):
     """The visual tokens of one image, or of one crop of it, in one vision graph."""

@@ -18,7 +18,7 @@ from promprune.runtime.bench.report import ColdStart, Contender, GraphWork, Kind
 from promprune.runtime.engine.loading import same_language_model
 from promprune.runtime.engine.result import Result
 from promprune.runtime.images import PreparedImage
-from promprune.runtime.sessions import Session, SessionOptions, Value, open_session
+from promprune.runtime.sessions import Session, Value, open_file
 from promprune.runtime.sessions.config import RuntimeConfig
 
 __all__ = [
@@ -294,12 +294,11 @@ class _SelectionApart:
         if config.backend != CUT_BACKEND:
             return None
         path = folder / pipeline.manifest.graphs[prepared.graph].file
-        options = SessionOptions(provider=config.provider, num_threads=config.num_threads)
         with tempfile.TemporaryDirectory() as scratch:
             parts = plugin("work").write_parts(path, Path(scratch))
             if parts is None:
                 return None
-            before, after = (open_session(part, options) for part in parts)
+            before, after = (open_file(part, config) for part in parts)
         made = before.run_keeping(prepared.feeds, keep=set(before.outputs))
         if pipeline.device != "CPU":
             return cls(after, {name: made[name] for name in after.inputs}, before)

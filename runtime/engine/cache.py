@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from promprune.errors import PackageError
-from promprune.runtime.sessions import Array, Session, TensorSpec, Value
+from promprune.package.manifest import TensorRecord
+from promprune.runtime.sessions import Array, Session, Value
 
 __all__ = ["CachedPrefix", "KVCache", "KVCacheManager", "Slot", "fixed_size", "padded_tokens", "to_host"]
 
@@ -238,7 +239,7 @@ class KVCacheManager:
         return replace(cache, tensors=tensors, written=_Written(cache.length))
 
 
-def fixed_size(spec: TensorSpec, axis: int) -> int:
+def fixed_size(spec: TensorRecord, axis: int) -> int:
     """Return the size of an axis.
 
     Raises:

@@ -9,39 +9,42 @@ from typing import Any
 
 from promprune.errors import PackageError
 from promprune.package.manifest import DECODER, EMBED_TOKENS, VISION_ENCODER, Manifest, TensorRecord
+from promprune.package.package import Package
 from promprune.runtime.engine.decoder import Decoder
 from promprune.runtime.engine.language_model import LanguageModel
 from promprune.runtime.engine.prompt import read_json
 from promprune.runtime.images.base import expect
-from promprune.runtime.sessions import Session, open_graph
+from promprune.runtime.sessions import Session, open_session
 from promprune.runtime.sessions.config import RuntimeConfig
 
 __all__ = ["expect_same_width", "open_language_model", "same_language_model", "steps_in_place"]
 
 
-def open_language_model(folder: Path, manifest: Manifest, config: RuntimeConfig) -> LanguageModel:
+def open_language_model(package: Package, config: RuntimeConfig) -> LanguageModel:
     """Load ``embed_tokens`` and the decoder.
 
     Raises:
         PackageError: they are not what the manifest says, or do not fit each other.
         BackendError: one of them, or the provider that was asked for, cannot be loaded.
     """
-    if not manifest.has_language_model:
+    if not package.manifest.has_language_model:
         raise PackageError(
-            f"{folder} has no language model: it was exported with --vision-only",
+            f"{package.folder} has no language model: it was exported with --vision-only",
             expected="a package with a language model",
             fix="use ImageEncoder for its visual tokens, or export without --vision-only",
         )
     # One Gather: threads of its own would only get in the decoder's way.
-    embed = open_graph(folder, manifest, EMBED_TOKENS, replace(config, num_threads=1))
-    decoder = open_graph(folder, manifest, DECODER, config)
+    embed = open_session(package, EMBED_TOKENS, replace(config, num_threads=1))
+    decoder = open_session(package, DECODER, config)
     expect("embed_tokens' inputs", {*embed.inputs}, {"input_ids"})
     expect("embed_tokens' outputs", {*embed.outputs}, {"inputs_embeds"})
     if "inputs_embeds" in decoder.inputs:
         made, wanted = embed.outputs["inputs_embeds"], decoder.inputs["inputs_embeds"]
         expect("embed_tokens' size", made.shape[-1], wanted.shape[-1])
         expect("embed_tokens' dtype", made.dtype, wanted.dtype)
-    return LanguageModel(embed, Decoder(decoder, config.prefill_chunk, in_place=steps_in_place(folder, decoder)))
+    return LanguageModel(
+        embed, Decoder(decoder, config.prefill_chunk, in_place=steps_in_place(package.folder, decoder))
+    )
 
 
 def expect_same_width(manifest: Manifest) -> None:

@@ -6,11 +6,10 @@ To add a layout: write its record in :mod:`promprune.package.manifest`, a file b
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Final
 
 from promprune.package.image import AnyresLayout, CropLayout, GridLayout
-from promprune.package.manifest import Manifest
+from promprune.package.package import Package
 from promprune.runtime.images.anyres import Anyres
 from promprune.runtime.images.base import ImageLayout, PreparedImage
 from promprune.runtime.images.crop import Crop
@@ -25,10 +24,10 @@ LAYOUTS: Final[dict[type, type[ImageLayout]]] = {
 }
 
 
-def layout_of(folder: Path, manifest: Manifest) -> ImageLayout:
+def layout_of(package: Package) -> ImageLayout:
     """Return the layout of a package.
 
     Raises:
         PackageError: its files are unusable, or do not fit the manifest.
     """
-    return LAYOUTS[type(manifest.image.layout)](folder, manifest)
+    return LAYOUTS[type(package.manifest.image.layout)](package)

@@ -21,11 +21,12 @@ import numpy.typing as npt
 
 from promprune.errors import BackendError, PackageError
 from promprune.package.image import IMAGE_NEWLINE_FILE, AnyresLayout
-from promprune.package.manifest import Manifest
+from promprune.package.manifest import GraphRecord
+from promprune.package.package import Package
 from promprune.runtime.images.anyres_geometry import AnyresPreprocessor, Placement, place
-from promprune.runtime.images.base import ImageLayout, PreparedImage, expect, expect_graph, selected_tokens
+from promprune.runtime.images.base import ImageLayout, PreparedImage, expect, expected_graph, selected_tokens
 from promprune.runtime.images.encoded import EncodedImage, TokenGrid, TokenSelection
-from promprune.runtime.sessions import Array, Session
+from promprune.runtime.sessions import Array
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -57,8 +58,9 @@ class Anyres(ImageLayout):
         preprocessor: from pictures to crops.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        layout = manifest.image.layout
+    def __init__(self, package: Package) -> None:
+        folder, manifest, layout = package.folder, package.manifest, package.manifest.image.layout
+        self._package = package
         assert isinstance(layout, AnyresLayout)  # as the table says
         for height, width in layout.canvases:
             expect("canvases that are no multiple of a crop", (height % layout.side, width % layout.side), (0, 0))
@@ -69,13 +71,14 @@ class Anyres(ImageLayout):
         self._config = manifest.selection.config
         self._newline = _read_newline(folder / IMAGE_NEWLINE_FILE)
 
-    def check(self, graph: str, session: Session) -> None:
-        """Compare the vision graph with the preprocessing and the selection."""
-        sizes: dict[str, tuple[int, ...]] = {"pixel_values": (3, self._layout.side, self._layout.side)}
+    def expected(self, graph: str) -> GraphRecord:
+        """Return the tensors that fit the preprocessing, the selection and ``image_newline``."""
+        inputs: dict[str, tuple[str, tuple[int, ...]]] = {
+            "pixel_values": ("float32", (3, self._layout.side, self._layout.side))
+        }
         if self._counts.is_pruned:
-            sizes["token_mask"] = (self._counts.num_tokens,)
-        expect_graph(session, self._counts, sizes)
-        expect("size of image_newline", (*self._newline.shape,), session.outputs["image_features"].shape[-1:])
+            inputs["token_mask"] = ("bool", (self._counts.num_tokens,))
+        return expected_graph(self._package, graph, width=len(self._newline), **inputs)
 
     def view(self, image: Image) -> Image:
         """Return the whole crop, and at its right what the other crops show besides padding."""

@@ -5,29 +5,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from promprune.errors import BackendError, PackageError
-from promprune.package.manifest import VISION_ENCODER, Manifest, TokenCounts
+from promprune.package.agree import UNKNOWN
+from promprune.package.manifest import VISION_ENCODER, GraphRecord, TensorRecord, TokenCounts
+from promprune.package.package import Package
 from promprune.runtime.images.encoded import EncodedImage, TokenSelection
-from promprune.runtime.sessions import Array, Session
+from promprune.runtime.sessions import Array
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ImageLayout", "PreparedImage", "SelectedTokens", "expect", "expect_graph", "selected_tokens"]
-
-# Outputs of a graph with selection: dtype, and size of each row; None: T.
-_REPORT: Final[Mapping[str, tuple[str, int | None]]] = {
-    "token_indices": ("int64", None),
-    "saliency_mask": ("bool", None),
-    "saliency_count": ("int64", 1),
-    "spectral_entropy": ("float32", 1),
-}
+__all__ = ["ImageLayout", "PreparedImage", "SelectedTokens", "expect", "expected_graph", "selected_tokens"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,8 +46,7 @@ class ImageLayout(ABC):
     Safe to use from several threads at once.
 
     Args:
-        folder: the package.
-        manifest: what it says of itself.
+        package: whose images these are.
 
     Attributes:
         graphs: names of the vision graphs in the manifest.
@@ -63,7 +55,7 @@ class ImageLayout(ABC):
     graphs: tuple[str, ...] = (VISION_ENCODER,)
 
     @abstractmethod
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, package: Package) -> None:
         """Read what the layout needs of the package.
 
         Raises:
@@ -71,12 +63,8 @@ class ImageLayout(ABC):
         """
 
     @abstractmethod
-    def check(self, graph: str, session: Session) -> None:
-        """Compare a loaded vision graph with what this layout feeds it and reads from it.
-
-        Raises:
-            PackageError: they do not fit.
-        """
+    def expected(self, graph: str) -> GraphRecord:
+        """Return the inputs that this layout feeds a vision graph, and the outputs that it reads from it."""
 
     @abstractmethod
     def view(self, image: Image) -> Image:
@@ -148,26 +136,32 @@ def selected_tokens(outputs: Mapping[str, Array], row: int, counts: TokenCounts)
     return SelectedTokens(features, indices, mask, entropy)
 
 
-def expect_graph(session: Session, counts: TokenCounts, inputs: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare the names and sizes of a vision graph with its N and T and its inputs.
+def expected_graph(
+    package: Package, graph: str, *, width: int | str = UNKNOWN, **inputs: tuple[str, tuple[int, ...]]
+) -> GraphRecord:
+    """Return the tensors that a vision graph should have, given its N and T.
 
     Args:
-        session: the loaded graph.
-        counts: N and T of the graph.
-        inputs: fixed sizes of every input after its first dimension.
-
-    Raises:
-        PackageError: they differ.
+        package: that the graph is of.
+        graph: its name.
+        width: of a visual token.
+        **inputs: dtype of every input, and its sizes after the first dimension.
     """
-    report = _REPORT if counts.is_pruned else {}
-    expect("the vision encoder's inputs", {*session.inputs}, {*inputs})
-    expect("the vision encoder's outputs", {*session.outputs}, {"image_features", *report})
-    for name, sizes in inputs.items():
-        expect(name, session.inputs[name].shape[1:], sizes)
-    expect("image_features", session.outputs["image_features"].shape[1:2], (counts.keep_tokens,))
-    for name, (dtype, size) in report.items():
-        found = session.outputs[name]
-        expect(name, (found.dtype, found.shape[1:]), (dtype, (size or counts.keep_tokens,)))
+    record, counts = package.manifest.graphs[graph], package.manifest.tokens_of(graph)
+    dtype = next((output.dtype for output in record.outputs if output.name == "image_features"), "float32")
+    outputs: dict[str, tuple[str, tuple[int | str, ...]]] = {"image_features": (dtype, (counts.keep_tokens, width))}
+    if counts.is_pruned:
+        outputs["token_indices"] = ("int64", (counts.keep_tokens,))
+        outputs["saliency_mask"] = ("bool", (counts.keep_tokens,))
+        outputs["saliency_count"] = ("int64", (1,))
+        outputs["spectral_entropy"] = ("float32", (1,))
+    return GraphRecord(file=record.file, inputs=_records(inputs), outputs=_records(outputs))
+
+
+def _records(tensors: Mapping[str, tuple[str, tuple[int | str, ...]]]) -> tuple[TensorRecord, ...]:
+    return tuple(
+        TensorRecord(name=name, dtype=dtype, shape=(UNKNOWN, *sizes)) for name, (dtype, sizes) in tensors.items()
+    )
 
 
 def expect(what: str, found: object, expected: object) -> None:

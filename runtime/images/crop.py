@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from promprune.package.image import CropLayout
-from promprune.package.manifest import Manifest
-from promprune.runtime.images.base import ImageLayout, PreparedImage, expect, expect_graph, selected_tokens
+from promprune.package.manifest import GraphRecord
+from promprune.package.package import Package
+from promprune.runtime.images.base import ImageLayout, PreparedImage, expect, expected_graph, selected_tokens
 from promprune.runtime.images.encoded import EncodedImage, TokenGrid, TokenSelection
 from promprune.runtime.images.preprocess import ImagePreprocessor
-from promprune.runtime.sessions import Array, Session
+from promprune.runtime.sessions import Array
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,11 +27,12 @@ class Crop(ImageLayout):
         preprocessor: from pictures to ``pixel_values``.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        layout = manifest.image.layout
+    def __init__(self, package: Package) -> None:
+        manifest, layout = package.manifest, package.manifest.image.layout
+        self._package = package
         assert isinstance(layout, CropLayout)  # as the table says
         self.preprocessor = ImagePreprocessor.from_file(
-            folder / "preprocessor_config.json", height=layout.height, width=layout.width
+            package.folder / "preprocessor_config.json", height=layout.height, width=layout.width
         )
         self._counts = manifest.tokens_of()
         self._policy = manifest.selection.config.policy
@@ -45,10 +46,10 @@ class Crop(ImageLayout):
         )
         expect("patches", self._grid.num_tokens, self._counts.num_tokens)
 
-    def check(self, graph: str, session: Session) -> None:
-        """Compare the vision graph with the preprocessing and the selection."""
-        sizes = {"pixel_values": (3, self.preprocessor.height, self.preprocessor.width)}
-        expect_graph(session, self._counts, sizes)
+    def expected(self, graph: str) -> GraphRecord:
+        """Return the tensors that fit the preprocessing and the selection."""
+        pixels = (3, self.preprocessor.height, self.preprocessor.width)
+        return expected_graph(self._package, graph, pixel_values=("float32", pixels))
 
     def view(self, image: Image) -> Image:
         """Return the part of the crop that patches are made of."""

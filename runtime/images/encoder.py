@@ -15,11 +15,13 @@ import numpy.typing as npt
 
 from promprune.checks import config_from_options
 from promprune.errors import ConfigError
-from promprune.package.manifest import Manifest, read_manifest
+from promprune.package.agree import check_graph
+from promprune.package.manifest import Manifest
+from promprune.package.package import Package, read_package
 from promprune.runtime.images import ImageLayout, PreparedImage, layout_of
 from promprune.runtime.images.encoded import EncodedImage
 from promprune.runtime.images.preprocess import load_image
-from promprune.runtime.sessions import Session, open_graph
+from promprune.runtime.sessions import Session, open_session
 from promprune.runtime.sessions.config import RuntimeConfig
 
 if TYPE_CHECKING:
@@ -65,22 +67,22 @@ class ImageEncoder:
         Args and errors: as in :meth:`VisionLanguagePipeline.from_package`.
         """
         config = config_from_options(RuntimeConfig, options)
-        folder = Path(path)
-        return cls.open(folder, read_manifest(folder, check_weights=config.check_weights), config)
+        return cls.open(read_package(Path(path), check_weights=config.check_weights), config)
 
     @classmethod
-    def open(cls, folder: Path, manifest: Manifest, config: RuntimeConfig) -> Self:
-        """Load the vision graphs of a package whose manifest was read.
+    def open(cls, package: Package, config: RuntimeConfig) -> Self:
+        """Load the vision graphs of a package.
 
         Raises:
             PackageError: they are not what the manifest says.
             BackendError: one of them, or the provider that was asked for, cannot be loaded.
         """
-        layout = layout_of(folder, manifest)
-        sessions = {name: open_graph(folder, manifest, name, config) for name in layout.graphs}
+        layout = layout_of(package)
+        sessions = {name: open_session(package, name, config) for name in layout.graphs}
         for name, session in sessions.items():
-            layout.check(name, session)
-        return cls(manifest, layout, sessions, config)
+            file, expected = package.graph_file(name), layout.expected(name)
+            check_graph(file, session.inputs.values(), session.outputs.values(), expected, source="its preprocessing")
+        return cls(package.manifest, layout, sessions, config)
 
     def encode_image(self, image: ImageSource) -> EncodedImage:
         """Return the kept visual tokens of one image.

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from promprune.package.image import GridLayout, GridRecord
-from promprune.package.manifest import Manifest
-from promprune.runtime.images.base import ImageLayout, PreparedImage, expect, expect_graph, selected_tokens
+from promprune.package.manifest import GraphRecord
+from promprune.package.package import Package
+from promprune.runtime.images.base import ImageLayout, PreparedImage, expect, expected_graph, selected_tokens
 from promprune.runtime.images.encoded import EncodedImage, TokenGrid, TokenSelection
 from promprune.runtime.images.patches import PatchPreprocessor, closest_shape
 from promprune.runtime.images.positions import grid_positions
-from promprune.runtime.sessions import Array, Session
+from promprune.runtime.sessions import Array
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,10 +28,11 @@ class Grids(ImageLayout):
         preprocessor: from pictures to patches.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        layout = manifest.image.layout
+    def __init__(self, package: Package) -> None:
+        manifest, layout = package.manifest, package.manifest.image.layout
+        self._package = package
         assert isinstance(layout, GridLayout)  # as the table says
-        path = folder / "preprocessor_config.json"
+        path = package.folder / "preprocessor_config.json"
         self.preprocessor = PatchPreprocessor.from_file(path)
         expect(f"pixels of a token in {path}", self.preprocessor.token_pixels, layout.token_pixels)
         self.graphs = layout.vision_graphs
@@ -41,10 +42,10 @@ class Grids(ImageLayout):
             expect(f"tokens of {grid.graph}", self._counts[grid.graph].num_tokens, grid.rows * grid.columns)
         self._policy = manifest.selection.config.policy
 
-    def check(self, graph: str, session: Session) -> None:
-        """Compare a vision graph with its grid and its N and T."""
+    def expected(self, graph: str) -> GraphRecord:
+        """Return the tensors that fit a grid and its selection."""
         patches = self._counts[graph].num_tokens * self.preprocessor.group
-        expect_graph(session, self._counts[graph], {"pixel_values": (patches, self.preprocessor.patch_values)})
+        return expected_graph(self._package, graph, pixel_values=("float32", (patches, self.preprocessor.patch_values)))
 
     def view(self, image: Image) -> Image:
         """Return the image in the size of its grid."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Protocol, Self
 
@@ -13,10 +12,10 @@ import ml_dtypes  # noqa: F401 - gives numpy its "bfloat16"
 import numpy as np
 import numpy.typing as npt
 
-from promprune.errors import BackendError, PackageError
-from promprune.package.manifest import GraphRecord, TensorRecord
+from promprune.errors import BackendError
+from promprune.package.manifest import TensorRecord
 
-__all__ = ["Array", "DeviceTensor", "Rows", "Session", "SessionOptions", "TensorSpec", "Value"]
+__all__ = ["Array", "DeviceTensor", "Rows", "Session", "Value"]
 
 Array = npt.NDArray[Any]
 
@@ -63,33 +62,6 @@ class Rows:
     at: int
 
 
-@dataclass(frozen=True)
-class TensorSpec:
-    """One input or output of a graph; a dimension is a number, or the name of a dynamic one."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-    def __str__(self) -> str:
-        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SessionOptions:
-    """What opening a session needs to know.
-
-    Attributes:
-        provider: ``"auto"``, or a name in :data:`promprune.runtime.sessions.providers.PROVIDERS`.
-        num_threads: CPU threads of one operator; ``None``: as many as this process may use.
-        cuda_graphs: of engines: replay runs whose shapes come again, decoding steps among them, as CUDA graphs.
-    """
-
-    provider: str = "auto"
-    num_threads: int | None = None
-    cuda_graphs: bool = False
-
-
 class Session(ABC):
     """One graph, loaded on one device. Safe to run from several threads at once.
 
@@ -104,8 +76,8 @@ class Session(ABC):
     """
 
     name: str
-    inputs: Mapping[str, TensorSpec]
-    outputs: Mapping[str, TensorSpec]
+    inputs: Mapping[str, TensorRecord]
+    outputs: Mapping[str, TensorRecord]
     device: str
     notes: tuple[str, ...] = ()
     limits: Mapping[str, int] = MappingProxyType({})
@@ -195,30 +167,6 @@ class Session(ABC):
     ) -> None:
         self.close()
 
-    def check_against(self, record: GraphRecord, file: Path) -> None:
-        """Compare the graph with what the manifest says of it.
-
-        Raises:
-            PackageError: a name, dtype or fixed dimension differs.
-        """
-        for kind, specs, records in (
-            ("input", self.inputs, record.inputs),
-            ("output", self.outputs, record.outputs),
-        ):
-            found = {name: str(spec) for name, spec in specs.items()}
-            stated = {tensor.name: str(_spec_of(tensor)) for tensor in records}
-            for name in sorted(found.keys() | stated.keys()):
-                if (
-                    name not in found
-                    or name not in stated
-                    or not _agree(specs[name], _spec_of_name(records, name), strict=kind == "input")
-                ):
-                    raise PackageError(
-                        f"{file} has {kind} {name}: {found.get(name, 'none')}",
-                        expected=f"{stated.get(name, 'none')}, as the manifest says",
-                        fix="export the package again",
-                    )
-
     def _check_rows(self, size: int, parts: Sequence[Rows]) -> None:
         """Refuse rows of another size, which would be read as more rows, or fewer."""
         for part in parts:
@@ -255,27 +203,5 @@ def _fits(shape: tuple[int, ...], expected: tuple[int | str, ...], sizes: dict[s
     for size, dimension in zip(shape, expected, strict=True):
         wanted = sizes.setdefault(dimension, size) if isinstance(dimension, str) else dimension
         if size != wanted:
-            return False
-    return True
-
-
-def _spec_of(record: TensorRecord) -> TensorSpec:
-    return TensorSpec(record.name, record.dtype, record.shape)
-
-
-def _spec_of_name(records: tuple[TensorRecord, ...], name: str) -> TensorSpec:
-    return next(_spec_of(record) for record in records if record.name == name)
-
-
-def _agree(found: TensorSpec, stated: TensorSpec, *, strict: bool) -> bool:
-    """Same dtype, rank and fixed dimensions; names of dynamic dimensions may differ.
-
-    Unless ``strict``, one side may know a dimension that the other does not: backends infer more than a file says.
-    """
-    if found.dtype != stated.dtype or len(found.shape) != len(stated.shape):
-        return False
-    for a, b in zip(found.shape, stated.shape, strict=True):
-        dynamic = isinstance(a, str) + isinstance(b, str)
-        if a != b and dynamic < (2 if strict else 1):
             return False
     return True

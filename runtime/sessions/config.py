@@ -13,7 +13,7 @@ __all__ = ["BACKENDS", "Provider", "RuntimeConfig"]
 
 Provider = Literal["auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx"]
 
-# Backend -> module with ``open_session(path, options) -> Session``; imported on first use.
+# Backend -> module with ``open_session(package, graph, config) -> Session``; imported on first use.
 BACKENDS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "onnxruntime": "promprune.runtime.sessions.onnxruntime",

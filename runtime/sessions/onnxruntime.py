@@ -15,10 +15,13 @@ import onnxruntime as ort
 
 from promprune.dtypes import BY_NAME, BY_ONNXRUNTIME
 from promprune.errors import BackendError, first_line
-from promprune.runtime.sessions.base import Array, DeviceTensor, Session, SessionOptions, TensorSpec, Value
+from promprune.package.manifest import TensorRecord
+from promprune.package.package import Package
+from promprune.runtime.sessions.base import Array, DeviceTensor, Session, Value
+from promprune.runtime.sessions.config import RuntimeConfig
 from promprune.runtime.sessions.providers import AUTO, CPU, PROVIDERS, refused, why_not
 
-__all__ = ["OnnxRuntimeSession", "open_session"]
+__all__ = ["Loaded", "OnnxRuntimeSession", "inference_session", "open_session", "tensor_record"]
 
 _FATAL: Final = 4  # ORT's severity above which nothing it does is logged: every error reaches us as an exception
 _WARNING: Final = 2  # ORT's own default
@@ -26,33 +29,34 @@ _NO_LIBRARIES: Final = "its libraries do not load"
 _BFLOAT16: Final = BY_NAME["bf16"].onnx  # ORT knows no dtype of numpy for it
 
 
-def open_session(path: Path, options: SessionOptions) -> OnnxRuntimeSession:
-    """Load an ONNX file.
+def open_session(package: Package, graph: str, config: RuntimeConfig) -> OnnxRuntimeSession:
+    """Load one graph of a package; engines that a provider makes are kept in the package.
 
     Raises:
         BackendError: the file is no graph ORT can run, or a provider was asked for that cannot be loaded.
     """
-    return OnnxRuntimeSession(path, options)
+    return OnnxRuntimeSession(package.graph_file(graph), config, engines=package.folder / "engines")
 
 
 class OnnxRuntimeSession(Session):
     """An ONNX graph in ONNX Runtime.
 
     Args:
-        path: the ``.onnx`` file; external weights lie beside it.
-        options: provider and threads. With ``"auto"``, ``device`` says which provider was really got.
+        path: the ``.onnx`` file; external weights are beside it.
+        config: provider and threads. With ``"auto"``, ``device`` says which provider was really got.
+        engines: folder for engines that a provider may keep; None: it keeps none.
 
     Raises:
         BackendError: the graph, or the provider that was asked for, cannot be loaded.
     """
 
-    def __init__(self, path: Path, options: SessionOptions) -> None:
+    def __init__(self, path: Path, config: RuntimeConfig, *, engines: Path | None = None) -> None:
         self.name = path.name
-        loaded = _load(path, options)
+        loaded = inference_session(path, config, engines=engines)
         self._session: ort.InferenceSession | None = loaded.session
         self.device, self.notes = PROVIDERS[loaded.provider].device, loaded.notes
-        self.inputs = {node.name: _spec(node, path) for node in self._session.get_inputs()}
-        self.outputs = {node.name: _spec(node, path) for node in self._session.get_outputs()}
+        self.inputs = {node.name: tensor_record(node, path) for node in self._session.get_inputs()}
+        self.outputs = {node.name: tensor_record(node, path) for node in self._session.get_outputs()}
 
     def _run(self, inputs: Mapping[str, Value], keep: Collection[str]) -> dict[str, DeviceTensor]:
         session = self._session
@@ -112,23 +116,70 @@ def _ort_value(value: Value) -> ort.OrtValue:
     return ort.OrtValue.ortvalue_from_numpy(array)
 
 
-class _Loaded(NamedTuple):
+class Loaded(NamedTuple):
+    """A session of ONNX Runtime's own, the provider that it got, and why that one, one line each."""
+
     session: ort.InferenceSession
     provider: str
     notes: tuple[str, ...]
 
 
-def _load(path: Path, options: SessionOptions) -> _Loaded:
-    """Load a graph with the provider that was asked for, or with the first that really loads."""
-    if not path.is_file():
-        raise BackendError(f"{path} does not exist", fix="copy the package again, or export it again")
+def inference_session(
+    model: Path | bytes,
+    config: RuntimeConfig,
+    *,
+    name: str = "the graph",
+    weights: Path | None = None,
+    engines: Path | None = None,
+    low_memory: bool = False,
+) -> Loaded:
+    """Load a graph with the provider that was asked for, or with the first that really loads.
+
+    Args:
+        model: an ``.onnx`` file, or the content of one.
+        config: provider and threads.
+        name: of the graph, for messages, if ``model`` is no file.
+        weights: folder of the external weights of a graph that is no file.
+        engines: folder for engines that a provider may keep; None: it keeps none.
+        low_memory: make no copies in advance and keep none, at the price of time.
+
+    Raises:
+        BackendError: the graph, or the provider that was asked for, cannot be loaded.
+    """
+    if isinstance(model, Path):
+        name = str(model)
+        if not model.is_file():
+            raise BackendError(f"{model} does not exist", fix="copy the package again, or export it again")
+    settings = _settings(config, weights, low_memory=low_memory)
     obstacles: dict[str, str] = {}
-    for name in _candidates(options.provider):
-        session, obstacle = _session(path, options, name, obstacles)
+    for provider in _candidates(config.provider):
+        try:
+            session, obstacle = _load(model, settings, provider, engines)
+        except Exception as error:  # as above: no common tree
+            if provider == CPU or config.provider != AUTO:
+                before = "".join(f"; not {other}: {reason}" for other, reason in obstacles.items())
+                raise _failure(f"{name} cannot be loaded by ONNX Runtime", error, before) from error
+            session, obstacle = None, first_line(error)
         if session is not None:
-            return _Loaded(session, name, _notes(name, options.provider, obstacles))
-        obstacles[name] = obstacle
-    raise refused(options.provider, obstacles[options.provider])
+            return Loaded(session, provider, _notes(provider, config.provider, obstacles))
+        obstacles[provider] = obstacle
+    raise refused(config.provider, obstacles[config.provider])
+
+
+def _settings(config: RuntimeConfig, weights: Path | None, *, low_memory: bool) -> ort.SessionOptions:
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = config.num_threads or _usable_cpus()
+    # Threads that spin between operators take the processor from everybody else, and from our other sessions.
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    settings.log_severity_level = _FATAL
+    if weights is not None:
+        settings.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(weights))
+    if low_memory:
+        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        settings.enable_cpu_mem_arena = False
+        settings.enable_mem_pattern = False
+        settings.add_session_config_entry("session.disable_prepacking", "1")
+    return settings
 
 
 def _candidates(provider: str) -> list[str]:
@@ -146,36 +197,23 @@ def _notes(chosen: str, asked: str, obstacles: Mapping[str, str]) -> tuple[str, 
     return tuple(notes)
 
 
-def _session(
-    path: Path, options: SessionOptions, name: str, obstacles: Mapping[str, str]
+def _load(
+    model: Path | bytes, settings: ort.SessionOptions, provider: str, engines: Path | None
 ) -> tuple[ort.InferenceSession | None, str]:
-    """Load with one provider, and what it falls back to; ``None``, and the reason, where it cannot be had.
-
-    ``obstacles`` says why not with the providers that were tried before.
-
-    Raises:
-        BackendError: it can, but fails; with ``"auto"``, that of a GPU is a reason to go on to the next one.
-    """
-    if reason := why_not(name):
+    """Load with one provider, and what it falls back to; None, and the reason, if it cannot be had."""
+    if reason := why_not(provider):
         return None, reason
-    settings = ort.SessionOptions()
-    settings.intra_op_num_threads = options.num_threads or _usable_cpus()
-    # Threads that spin between operators take the processor from everybody else, and from our other sessions.
-    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    settings.log_severity_level = _FATAL
-    names = [name, *PROVIDERS[name].falls_back_to]
-    wanted = [(PROVIDERS[n].ort_name, PROVIDERS[n].options(path)) for n in names]
+    names = [provider, *PROVIDERS[provider].falls_back_to]
+    wanted = [(PROVIDERS[name].ort_name, PROVIDERS[name].options(engines)) for name in names]
+    source = os.fspath(model) if isinstance(model, Path) else model
     try:
-        with _quiet() if name != CPU else contextlib.nullcontext():
-            session = ort.InferenceSession(os.fspath(path), settings, providers=wanted, enable_fallback=0)
+        with _quiet() if provider != CPU else contextlib.nullcontext():
+            session = ort.InferenceSession(source, settings, providers=wanted, enable_fallback=0)
     except Exception as error:  # as above: no common tree
-        if name != CPU and "please install" in str(error).lower():
+        if provider != CPU and "please install" in str(error).lower():
             return None, _NO_LIBRARIES
-        if name != CPU and options.provider == AUTO:
-            return None, first_line(error)
-        before = "".join(f"; not {other}: {reason}" for other, reason in obstacles.items())
-        raise _failure(f"{path} cannot be loaded by ONNX Runtime", error, before) from error
-    got = PROVIDERS[name].ort_name in session.get_providers()
+        raise
+    got = PROVIDERS[provider].ort_name in session.get_providers()
     return (session, "") if got else (None, _NO_LIBRARIES)
 
 
@@ -196,7 +234,12 @@ def _usable_cpus() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def _spec(node: Any, path: Path) -> TensorSpec:
+def tensor_record(node: Any, path: Path) -> TensorRecord:
+    """Return what ONNX Runtime says of an input or output, under numpy's name of its dtype.
+
+    Raises:
+        BackendError: no session takes its dtype.
+    """
     if node.type not in BY_ONNXRUNTIME:
         raise BackendError(
             f"{path} has {node.name} of type {node.type}",
@@ -204,7 +247,7 @@ def _spec(node: Any, path: Path) -> TensorSpec:
             fix="export with --dtype fp32 or --dtype fp16",
         )
     shape = tuple(size if isinstance(size, int) else str(size) for size in node.shape)
-    return TensorSpec(node.name, BY_ONNXRUNTIME[node.type].numpy, shape)
+    return TensorRecord(name=node.name, dtype=BY_ONNXRUNTIME[node.type].numpy, shape=shape)
 
 
 def _failure(what: str, error: Exception, before: str = "") -> BackendError:

@@ -22,20 +22,22 @@ AUTO: Final = "auto"
 CPU: Final = "cpu"
 
 
-def _cpu(path: Path) -> dict[str, str]:
-    del path
+def _cpu(engines: Path | None) -> dict[str, str]:
+    del engines
     return {}
 
 
-def _cuda(path: Path) -> dict[str, str]:
-    del path
+def _cuda(engines: Path | None) -> dict[str, str]:
+    del engines
     return {"use_tf32": "0"}  # the Gram product of the selection loses its order in TF32
 
 
-def _tensorrt(path: Path) -> dict[str, str]:
-    """Engines are kept in the package; TF32 can only be switched off for the whole process."""
+def _tensorrt(engines: Path | None) -> dict[str, str]:
+    """TF32 can only be switched off for the whole process."""
     os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
-    folder = _cache_folder(path, "onnxruntime-tensorrt")
+    if engines is None:
+        return {}
+    folder = _cache_folder(engines / "onnxruntime-tensorrt")
     return {
         "trt_engine_cache_enable": "1",
         "trt_engine_cache_path": folder,
@@ -44,16 +46,15 @@ def _tensorrt(path: Path) -> dict[str, str]:
     }
 
 
-def _tensorrt_rtx(path: Path) -> dict[str, str]:
+def _tensorrt_rtx(engines: Path | None) -> dict[str, str]:
     os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
-    return {"nv_runtime_cache_path": _cache_folder(path, "onnxruntime-tensorrt-rtx")}
+    return {} if engines is None else {"nv_runtime_cache_path": _cache_folder(engines / "onnxruntime-tensorrt-rtx")}
 
 
-def _cache_folder(path: Path, name: str) -> str:
-    folder = path.absolute().parent.parent / "engines" / name
+def _cache_folder(folder: Path) -> str:
     with contextlib.suppress(OSError):  # a package that cannot be written is run without a cache
         folder.mkdir(parents=True, exist_ok=True)
-    return str(folder)
+    return str(folder.absolute())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ class ExecutionProvider:
         device: where it computes: ``"CPU"`` or ``"CUDA"``.
         falls_back_to: providers, as in :data:`PROVIDERS`, that run what it cannot.
         automatic: whether ``"auto"`` takes it where it loads.
-        options: of the provider, for the graph at a path.
+        options: of the provider, given the folder for engines that it may keep; None: it keeps none.
         needs: what must be there, in words.
         fix: how to get it.
     """
@@ -74,7 +75,7 @@ class ExecutionProvider:
     device: str
     falls_back_to: tuple[str, ...] = ()
     automatic: bool = False
-    options: Callable[[Path], dict[str, str]] = _cpu
+    options: Callable[[Path | None], dict[str, str]] = _cpu
     needs: str = ""
     fix: str = ""
 

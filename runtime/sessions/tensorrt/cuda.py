@@ -12,9 +12,10 @@ from typing import Any
 from promprune.errors import BackendError, MissingDependencyError
 from promprune.files import replace_file
 from promprune.package.engines import EngineBackend
+from promprune.package.manifest import TensorRecord
 from promprune.runtime.sessions.base import Array
 from promprune.runtime.sessions.tensorrt.device import DeviceEngine, DeviceGraph, EngineLoading, Pitched, Shapes
-from promprune.runtime.sessions.tensorrt.modules import dtype_of, log_of, trimmed
+from promprune.runtime.sessions.tensorrt.modules import log_of, tensor_record, trimmed
 
 __all__ = ["CudaDevice", "import_module"]
 
@@ -140,8 +141,10 @@ class _CudaEngine:
         self._cache_file = loading.runtime_cache
         self._cache = self._runtime_cache() if hasattr(trt, "IRuntimeCache") else None
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
-        self.dtypes = {name: dtype_of(self._engine.get_tensor_dtype(name)) for name in names}
-        self.outputs = [n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT]
+        self.inputs, self.outputs = (
+            tuple(self._tensor(name) for name in names if self._engine.get_tensor_mode(name) == mode)
+            for mode in (trt.TensorIOMode.INPUT, trt.TensorIOMode.OUTPUT)
+        )
         self._scratch_bytes = max(int(self._engine.device_memory_size_v2), 1)
         self._scratch = device.allocate(self._scratch_bytes)
         weakref.finalize(self, device.free, self._scratch).atexit = False
@@ -165,6 +168,9 @@ class _CudaEngine:
     def records_itself(self) -> bool:
         """Whether TensorRT records runs that come again."""
         return self._cache is not None
+
+    def _tensor(self, name: str) -> TensorRecord:
+        return tensor_record(name, self._engine.get_tensor_dtype(name), self._engine.get_tensor_shape(name))
 
     def _runtime_cache(self) -> Any:
         """Return the kernels that TensorRT for RTX compiled before, as far as there are any."""
@@ -206,7 +212,7 @@ class _CudaContext:
             self._profile = profile
         if not all(context.set_input_shape(name, shape) for name, shape in inputs.items()) or context.infer_shapes():
             raise self._engine.error(f"the engine refuses the shapes {dict(inputs)}")
-        return {name: tuple(context.get_tensor_shape(name)) for name in self._engine.outputs}
+        return {tensor.name: tuple(context.get_tensor_shape(tensor.name)) for tensor in self._engine.outputs}
 
     def enqueue(self, addresses: Mapping[str, int]) -> None:
         """Run at these addresses; see :class:`DeviceContext`."""

@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 
+from promprune.package.manifest import TensorRecord
 from promprune.runtime.sessions.base import Array
 
 __all__ = [
@@ -76,8 +77,12 @@ class DeviceEngine(Protocol):
     """One engine on the device."""
 
     @property
-    def dtypes(self) -> Mapping[str, str]:
-        """Numpy's name of the element type of every input and output."""
+    def inputs(self) -> tuple[TensorRecord, ...]:
+        """Its inputs."""
+
+    @property
+    def outputs(self) -> tuple[TensorRecord, ...]:
+        """Its outputs."""
 
     def context(self, *, recorded: bool = False) -> DeviceContext:
         """Return a new way of running it, to be recorded or not."""

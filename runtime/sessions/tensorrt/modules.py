@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from promprune.dtypes import BY_TENSORRT
+from promprune.package.agree import UNKNOWN
 from promprune.package.engines import EngineBackend
+from promprune.package.manifest import TensorRecord
 
-__all__ = ["ENGINE_MODULES", "dtype_of", "log_of", "trimmed"]
+__all__ = ["ENGINE_MODULES", "log_of", "tensor_record", "trimmed"]
 
 ENGINE_MODULES: Final[Mapping[EngineBackend, str]] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _KEPT_ERRORS: Final = 64
@@ -39,9 +41,11 @@ def _make_log(ILogger: Any) -> Any:
     return Log()
 
 
-def dtype_of(kind: Any) -> str:
-    """Return numpy's name of a TensorRT dtype, or TensorRT's own if no graph has it."""
-    return BY_TENSORRT[kind.name].numpy if kind.name in BY_TENSORRT else str(kind.name)
+def tensor_record(name: str, dtype: Any, dims: Any) -> TensorRecord:
+    """Return a tensor of a network or an engine as a record; a dtype that no graph has keeps TensorRT's name."""
+    found = BY_TENSORRT.get(dtype.name)
+    shape = tuple(UNKNOWN if size < 0 else int(size) for size in dims)
+    return TensorRecord(name=name, dtype=found.numpy if found else dtype.name, shape=shape)
 
 
 def trimmed(message: object) -> str:

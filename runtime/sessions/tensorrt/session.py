@@ -18,9 +18,9 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from promprune.errors import BackendError, PackageError, PrompruneError
+from promprune.package.agree import differences
 from promprune.package.engines import (
     ENGINE_BACKENDS,
-    ENGINE_FILE,
     EngineBackend,
     EngineConfig,
     EngineManifest,
@@ -33,8 +33,9 @@ from promprune.package.engines import (
     read_engines,
     read_plan,
 )
-from promprune.package.manifest import MANIFEST_FILE, Manifest, read_manifest
-from promprune.runtime.sessions.base import Array, DeviceTensor, Rows, Session, SessionOptions, TensorSpec, Value
+from promprune.package.package import Package
+from promprune.runtime.sessions.base import Array, DeviceTensor, Rows, Session, Value
+from promprune.runtime.sessions.config import RuntimeConfig
 from promprune.runtime.sessions.tensorrt.cuda import CudaDevice, import_module
 from promprune.runtime.sessions.tensorrt.device import (
     BufferPool,
@@ -50,36 +51,29 @@ from promprune.runtime.sessions.tensorrt.modules import ENGINE_MODULES
 
 __all__ = ["FoundEngines", "TensorRtSession", "choose_profile", "find_engines", "open_session"]
 
-_KNOWN_PACKAGES: Final = 8  # whose engines need not be looked for again
 _MOST_GRAPHS: Final = 16  # shapes of one engine that keep buffers and a CUDA graph of their own
 _BATCH: Final = "batch_size"
 _PAST: Final = "past_sequence_length"
 
 
-def open_session(path: Path, options: SessionOptions) -> TensorRtSession:
+def open_session(package: Package, graph: str, config: RuntimeConfig) -> TensorRtSession:
     """Load the engine of one graph of a package, on the first CUDA device.
-
-    Args:
-        path: the graph's ONNX file in the package; the engine is looked up beside it.
-        options: ``provider`` must be ``"auto"`` or ``"cuda"``.
 
     Raises:
         PackageError: no engines for this GPU, or they are stale; the message is the command that builds them.
-        BackendError: no driver, or the engine does not load.
+        BackendError: no driver, the engine does not load, or ``config.provider`` is neither ``"auto"`` nor ``"cuda"``.
         MissingDependencyError: TensorRT or the CUDA bindings are not installed.
     """
-    if options.provider not in ("auto", "cuda"):
+    if config.provider not in ("auto", "cuda"):
         raise BackendError(
-            f"received provider {options.provider!r} for the backend tensorrt",
+            f"received provider {config.provider!r} for the backend tensorrt",
             expected="auto or cuda",
             fix="leave --provider out, or use --backend onnxruntime with it",
         )
-    backend, folder, manifest, notes = find_engines(path.parent.parent, current_target())
-    if path.stem not in manifest.engines:
-        raise PackageError(f"{folder} has no engine of {path.stem}", fix="run promprune-build with --rebuild")
-    record = manifest.engines[path.stem]
+    backend, folder, manifest, notes = find_engines(package, current_target())
+    record = manifest.engines[graph]
     loading = EngineLoading(
-        runtime_cache=folder / f"{path.stem}.runtime-cache", cuda_graphs=options.cuda_graphs and _repeats(record)
+        runtime_cache=folder / f"{graph}.runtime-cache", cuda_graphs=config.cuda_graphs and _repeats(record)
     )
     trt = import_module(backend, ENGINE_MODULES[backend])
     session = TensorRtSession(folder, record, _shared_device(), trt, loading)
@@ -96,47 +90,29 @@ class FoundEngines(NamedTuple):
     notes: tuple[str, ...]
 
 
-def find_engines(package: Path, target: str) -> FoundEngines:
+def find_engines(package: Package, target: str) -> FoundEngines:
     """Return the engines of a package for one target.
 
-    Where both backends have built some, TensorRT's are taken if they can be used: they were tuned on the GPU itself.
-    Every graph of a package asks for them: they are looked for again only when a manifest has changed.
+    If both backends have built some, TensorRT's are taken if they can be used: they were tuned on the GPU itself.
 
     Raises:
         PackageError: there are none, or they are damaged, stale or foreign; the message says why, of every backend.
         MissingDependencyError, BackendError: the module of the only backend that has built some does not load.
     """
-    manifests = [engine_folder(package, backend, target) / ENGINE_FILE for backend in ENGINE_BACKENDS]
-    return _find_engines(package, target, tuple(_stamp(path) for path in (package / MANIFEST_FILE, *manifests)))
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    """Return what is another when a file was written again; empty where it is not there."""
-    try:
-        status = path.stat()
-    except OSError:
-        return ()
-    return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-@functools.lru_cache(_KNOWN_PACKAGES)
-def _find_engines(package: Path, target: str, stamps: tuple[tuple[int, ...], ...]) -> FoundEngines:
-    del stamps  # they tell one state of the package from another
-    manifest = read_manifest(package)
     refusals: dict[EngineBackend, PrompruneError] = {}
     backend: EngineBackend
     for backend in ENGINE_BACKENDS:
-        folder = engine_folder(package, backend, target)
+        folder = engine_folder(package.folder, backend, target)
         if not folder.exists():
             continue
         try:
-            engines = _usable_engines(package, manifest, backend, target)
+            engines = _usable_engines(package, backend, target)
         except PrompruneError as error:
             refusals[backend] = error
         else:
             notes = tuple(f"not {name}: {reason}" for name, reason in refusals.items())
             return FoundEngines(backend, folder, engines, notes)
-    raise _refusal(package, target, refusals)
+    raise _refusal(package.folder, target, refusals)
 
 
 def _refusal(package: Path, target: str, refusals: Mapping[EngineBackend, PrompruneError]) -> PrompruneError:
@@ -154,20 +130,20 @@ def _refusal(package: Path, target: str, refusals: Mapping[EngineBackend, Prompr
     return PackageError(f"none of the engines of {package} for {target} can be used; {reasons}")
 
 
-def _usable_engines(package: Path, manifest: Manifest, backend: EngineBackend, target: str) -> EngineManifest:
+def _usable_engines(package: Package, backend: EngineBackend, target: str) -> EngineManifest:
     """Read the engines that one backend has built for all graphs of a package, and refuse what cannot run here."""
-    folder = engine_folder(package, backend, target)
+    folder = engine_folder(package.folder, backend, target)
     engines = read_engines(folder)
     version = str(import_module(backend, ENGINE_MODULES[backend]).__version__)
-    wanted = identity_of(manifest, EngineConfig(backend=backend), tool_version=version, target=target)
+    wanted = identity_of(package.manifest, EngineConfig(backend=backend), tool_version=version, target=target)
     reason = difference(engines.identity, wanted, options=False)
-    for name in sorted(manifest.graphs.keys() - engines.engines.keys()):
+    for name in sorted(package.manifest.graphs.keys() - engines.engines.keys()):
         reason = reason or f"without one of {name}"
     if reason is not None:
         raise PackageError(
             f"the engines in {folder} cannot be used ({reason})",
             expected="engines of this package, tool and GPU",
-            fix=f"promprune-build {package} --backend {backend} --target {target} --rebuild",
+            fix=f"promprune-build {package.folder} --backend {backend} --target {target} --rebuild",
         )
     return engines
 
@@ -228,8 +204,8 @@ class TensorRtSession(Session):
     ) -> None:
         self.name = record.file
         self.device = "CUDA"
-        self.inputs = {tensor.name: TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor in record.inputs}
-        self.outputs = {tensor.name: TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor in record.outputs}
+        self.inputs = {tensor.name: tensor for tensor in record.inputs}
+        self.outputs = {tensor.name: tensor for tensor in record.outputs}
         self.notes = (f"engines of {trt.__name__} {trt.__version__} from {folder}",)
         self._record = record
         self._device = device
@@ -239,11 +215,10 @@ class TensorRtSession(Session):
         self._static = loading.cuda_graphs and _is_static(record)
         self._replays: dict[tuple[int, ...], _Replay] = {}
         engine = device.load(read_plan(folder, record), trt, loading)
-        stated = {name: spec.dtype for name, spec in {**self.inputs, **self.outputs}.items()}
-        if dict(engine.dtypes) != stated:
+        for differing in differences(engine.inputs, engine.outputs, record):
             raise BackendError(
-                f"{folder / record.file} has the tensors {dict(engine.dtypes)}",
-                expected=f"{stated}, as its record says",
+                f"{folder / record.file} has {differing.tensor}: {differing.found}",
+                expected=f"{differing.expected}, as its record says",
                 fix="run promprune-build with --rebuild",
             )
         self._opened: _Opened | None = _Opened(engine, engine.context())
