@@ -34,7 +34,8 @@ class Appending(Session):
 
     name, device = "appending", "CPU"
 
-    def __init__(self) -> None:
+    def __init__(self, copies_on_device: bool = False) -> None:
+        self.copies_on_device = copies_on_device
         past = ("batch", HEADS, "past", SIZE)
         present = ("batch", HEADS, "total", SIZE)
         self.inputs = {
@@ -83,14 +84,17 @@ def check(slots: Mapping[int, Slot], expected: Mapping[int, np.ndarray]) -> None
         assert slot.length == len(expected[number])
 
 
+@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("in_place", [False, True])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
-def test_rows_hold_their_own_tokens_whatever_joins_and_leaves(in_place: bool, data: st.DataObject) -> None:
+def test_rows_hold_their_own_tokens_whatever_joins_and_leaves(
+    in_place: bool, on_device: bool, data: st.DataObject
+) -> None:
     """A walk of prefills, steps, leaving and joining; one step may be taken twice, as by a turn that is repeated."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_CAPACITY_STEP", 4)
-        random, manager = np.random.default_rng(0), KVCacheManager(Appending(), in_place=in_place)
+        random, manager = np.random.default_rng(0), KVCacheManager(Appending(on_device), in_place=in_place)
         expected: dict[int, np.ndarray] = {}
         slots: dict[int, Slot] = {}
         for _ in range(data.draw(st.integers(1, 8))):

@@ -21,7 +21,7 @@ from promprune.errors import BackendError, ConfigError, ImageError, PackageError
 from promprune.package.manifest import read_manifest
 from promprune.runtime import EncodedImage, ImageEncoder, VisionLanguagePipeline, draw_kept_tokens
 from promprune.runtime.engine.decoder import Decoder
-from promprune.runtime.engine.language_model import feature_rows
+from promprune.runtime.engine.language_model import copy_features
 from promprune.runtime.engine.sampling import TokenChooser
 from promprune.runtime.images.encoded import TokenSelection
 from tests.support.fake_package import (
@@ -565,7 +565,7 @@ def test_features_go_to_the_places_of_their_image_stretch_by_stretch() -> None:
     features = [np.zeros((4, 2)), np.zeros((3, 2))]
     images = [EncodedImage(array, TokenSelection((), np.arange(len(array)))) for array in features]
     places = np.array([-2, -1, 0, 3, 4, 5, 6])
-    rows = list(feature_rows(images, places, begin=10))
+    rows = list(copy_features(images, places, begin=10))
     assert [(part.start, part.count, part.at) for part in rows] == [(2, 1, 10), (3, 1, 13), (0, 3, 14)]
     assert [part.source is features[0] for part in rows] == [True, True, False]
-    assert list(feature_rows([], np.zeros(0, np.int64), begin=0)) == []
+    assert list(copy_features([], np.zeros(0, np.int64), begin=0)) == []

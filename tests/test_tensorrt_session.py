@@ -43,7 +43,7 @@ from promprune.runtime.engine import cache as cache_module
 from promprune.runtime.engine.cache import KVCache
 from promprune.runtime.engine.decoder import Decoder
 from promprune.runtime.images.encoded import EncodedImage
-from promprune.runtime.sessions import Rows, Session, open_file, open_session
+from promprune.runtime.sessions import RowCopy, Session, open_file, open_session
 from promprune.runtime.sessions.config import RuntimeConfig
 from promprune.runtime.sessions.onnxruntime import tensor_record
 from promprune.runtime.sessions.tensorrt import cuda as cuda_module
@@ -536,6 +536,31 @@ def test_a_whole_pipeline_runs_on_graphs(built: Path, device: FakeDevice) -> Non
     assert [loading.cuda_graphs for loading in device.loadings] == [False, True, True]  # embedding, decoder, vision
 
 
+@pytest.mark.usefixtures("small_room")
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_rows_join_and_leave_a_batch_on_the_device(built: Path, device: FakeDevice, cuda_graphs: bool) -> None:
+    """Only logits come down; every answer is the one that the request gets alone."""
+    asked = {"a": 3, "and a longer one": 6, "bc": 2}
+    with VisionLanguagePipeline.from_package(built, provider="cpu") as pipeline:
+        expected = [
+            pipeline.generate((), text, max_new_tokens=n, ignore_eos=True).token_ids for text, n in asked.items()
+        ]
+    with VisionLanguagePipeline.from_package(built, backend="tensorrt", cuda_graphs=cuda_graphs) as pipeline:
+        engine = pipeline.engine(max_batch=2)
+        requests = [pipeline.request((), text, max_new_tokens=n, ignore_eos=True) for text, n in asked.items()]
+        device.downloaded = 0
+        for request in requests:
+            engine.add(request)
+            engine.step()
+        while engine.has_requests:
+            engine.step()
+    assert [request.result().token_ids for request in requests] == expected
+    assert device.downloaded == sum(asked.values()) * FakeModel().vocabulary * 4
+    del pipeline, engine
+    gc.collect()
+    assert device.memory == {}
+
+
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 def test_features_and_embeddings_stay_on_the_device(built: Path, device: FakeDevice, cuda_graphs: bool) -> None:
     """Up go pixels, token numbers, masks and positions; down come the features, once, for whoever wants them."""
@@ -563,7 +588,7 @@ def encoded_outputs(package: Path, image: Image.Image) -> dict[str, np.ndarray]:
         return pipeline.sessions["vision_encoder"].run(prepared.feeds)
 
 
-def test_rows_are_joined_as_on_the_host(built: Path, device: FakeDevice) -> None:
+def test_rows_are_copied_as_on_the_host(built: Path, device: FakeDevice) -> None:
     random = np.random.default_rng(5)
     table = FakeModel().weights["embed"]
     reference = in_onnx_runtime(built, "embed_tokens")
@@ -571,9 +596,9 @@ def test_rows_are_joined_as_on_the_host(built: Path, device: FakeDevice) -> None
         ids = random.integers(0, len(table), (1, 7))
         kept = session.run_keeping({"input_ids": ids}, keep=["inputs_embeds"])["inputs_embeds"]
         half = random.normal(size=(3, HIDDEN)).astype(np.float16)
-        parts = [Rows(kept, 1, 5, 2), Rows(half, 1, 2, 4), Rows(table, 9, 1, 11), Rows(kept, 6, 1, 0)]
+        parts = [RowCopy(kept, 1, 5, 2), RowCopy(half, 1, 2, 4), RowCopy(table, 9, 1, 11), RowCopy(kept, 6, 1, 0)]
         device.downloaded = 0
-        joined = session.joined((2, 6, HIDDEN), "float32", parts)
+        copied = session.copy_rows((2, 6, HIDDEN), "float32", parts)
         assert device.downloaded == 0
         expected = np.zeros((12, HIDDEN), np.float32)
         expected[2:7], expected[4:6], expected[11], expected[0] = (
@@ -582,13 +607,13 @@ def test_rows_are_joined_as_on_the_host(built: Path, device: FakeDevice) -> None
             table[9],
             table[ids[0, 6]],
         )
-        np.testing.assert_array_equal(joined.numpy(), expected.reshape(2, 6, HIDDEN))  # type: ignore[union-attr]
+        np.testing.assert_array_equal(copied.numpy(), expected.reshape(2, 6, HIDDEN))  # type: ignore[union-attr]
         np.testing.assert_array_equal(
-            reference.joined((2, 6, HIDDEN), "float32", parts), expected.reshape(2, 6, HIDDEN)
+            reference.copy_rows((2, 6, HIDDEN), "float32", parts), expected.reshape(2, 6, HIDDEN)
         )
         for either in (session, reference):
             with pytest.raises(BackendError, match=f"rows of {HIDDEN} numbers; expected {HIDDEN // 2}"):
-                either.joined((2, 6, HIDDEN // 2), "float32", parts)
+                either.copy_rows((2, 6, HIDDEN // 2), "float32", parts)
 
 
 def test_the_time_of_every_layer(built: Path, device: FakeDevice) -> None:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from promprune.errors import PackageError
 from promprune.package.manifest import TensorRecord
-from promprune.runtime.sessions import Array, Session, Value
+from promprune.runtime.sessions import Array, RowCopy, Session, Value
 
 __all__ = ["CachedPrefix", "KVCache", "KVCacheManager", "Slot", "fixed_size", "padded_tokens", "to_host"]
 
@@ -199,27 +199,45 @@ class KVCacheManager:
     def gather(self, slots: Sequence[Slot]) -> KVCache:
         """Return one cache of these rows, in their order, without padding that all of them have in common.
 
-        Rows that are a whole cache already are returned as they are; others are copied, through the host.
+        If the rows are a whole cache already, it is returned as it is. Otherwise they are copied, on the session's
+        device if it can, else through the host.
         """
         first = slots[0].cache
         if [slot.row for slot in slots] == list(range(first.batch)) and all(slot.cache is first for slot in slots):
             return first
-        begins, length = [slot.begin for slot in slots], max(slot.length for slot in slots)
+        length = max(slot.length for slot in slots)
         mask = np.zeros((len(slots), length), np.int64)
-        for row, (slot, begin) in enumerate(zip(slots, begins, strict=True)):
-            mask[row, length - slot.length :] = slot.cache.mask[slot.row, begin:]
-        tensors = {name: self._gather_tensor(name, slots, begins, length) for name in self._past}
+        for row, slot in enumerate(slots):
+            mask[row, length - slot.length :] = slot.cache.mask[slot.row, slot.begin :]
+        gather = self._gather_on_device if self._session.copies_on_device else self._gather_on_host
+        tensors = {name: gather(name, slots, length) for name in self._past}
         delta = np.array([slot.cache.rope_delta[slot.row] for slot in slots])
         return KVCache(tensors, mask, delta, _Written(length))
 
-    def _gather_tensor(self, name: str, slots: Sequence[Slot], begins: Sequence[int], length: int) -> Array:
+    def _gather_on_host(self, name: str, slots: Sequence[Slot], length: int) -> Value:
         spec = self._past[name]
         gathered = np.zeros((len(slots), fixed_size(spec, 1), length, fixed_size(spec, 3)), spec.dtype)
         sources = {id(slot.cache): to_host(slot.cache.tensors[name]) for slot in slots}
-        for row, (slot, begin) in enumerate(zip(slots, begins, strict=True)):
-            source = sources[id(slot.cache)][slot.row, :, begin : slot.cache.length]
-            gathered[row, :, length - source.shape[1] :] = source
+        for row, slot in enumerate(slots):
+            source = sources[id(slot.cache)][slot.row, :, slot.begin : slot.cache.length]
+            gathered[row, :, length - slot.length :] = source
         return gathered
+
+    def _gather_on_device(self, name: str, slots: Sequence[Slot], length: int) -> Value:
+        """Copy head by head: the positions of one head are adjacent."""
+        spec = self._past[name]
+        heads = fixed_size(spec, 1)
+        copies = [
+            RowCopy(
+                slot.cache.tensors[name],
+                start=(slot.row * heads + head) * slot.cache.capacity + slot.begin,
+                count=slot.length,
+                at=(row * heads + head + 1) * length - slot.length,
+            )
+            for row, slot in enumerate(slots)
+            for head in range(heads)
+        ]
+        return self._session.copy_rows((len(slots), heads, length, fixed_size(spec, 3)), spec.dtype, copies)
 
     def _reserve(self, cache: KVCache) -> KVCache | None:
         """Return a cache with capacity for one more position that no other cache uses; None if there can be none."""
@@ -235,7 +253,7 @@ class KVCacheManager:
         return cache if cache.capacity == cache.length else self._resize(cache, cache.length)
 
     def _resize(self, cache: KVCache, capacity: int) -> KVCache:
-        tensors = {n: self._session.resized(tensor, cache.length, capacity) for n, tensor in cache.tensors.items()}
+        tensors = {n: self._session.resize(tensor, cache.length, capacity) for n, tensor in cache.tensors.items()}
         return replace(cache, tensors=tensors, written=_Written(cache.length))
 
 

@@ -14,7 +14,7 @@ from promprune.runtime.engine.decoder import Decoder
 from promprune.runtime.engine.prompt import TokenIds
 from promprune.runtime.images.encoded import EncodedImage
 from promprune.runtime.images.positions import ImagePositions, PromptPositions, prompt_positions
-from promprune.runtime.sessions import Rows, Session, Value
+from promprune.runtime.sessions import RowCopy, Session, Value
 
 __all__ = ["LanguageModel", "PromptTokens", "SplicedPrompts"]
 
@@ -70,15 +70,15 @@ class LanguageModel:
         """
         longest = max(len(prompt.token_ids) for prompt in prompts) - begin
         mask = np.zeros((len(prompts), longest), np.int64)
-        copies: list[Rows] = []
+        copies: list[RowCopy] = []
         for row, prompt in enumerate(prompts):
             new = prompt.token_ids[begin:]
             start = (row + 1) * longest - len(new)
-            copies.append(Rows(self._embed(new[None]), 0, len(new), start))
-            copies += feature_rows(prompt.images, np.flatnonzero(prompt.is_image) - begin, start)
+            copies.append(RowCopy(self._embed(new[None]), 0, len(new), start))
+            copies += copy_features(prompt.images, np.flatnonzero(prompt.is_image) - begin, start)
             mask[row, longest - len(new) :] = 1
         shape = (len(prompts), longest, self.decoder.hidden_size)
-        embeds = self.decoder.session.joined(shape, self.decoder.embeds_dtype.name, copies)
+        embeds = self.decoder.session.copy_rows(shape, self.decoder.embeds_dtype.name, copies)
         return SplicedPrompts(embeds, mask, self._positions(prompts, begin))
 
     def prefill(
@@ -133,7 +133,7 @@ class LanguageModel:
         return prompt_positions([prompt.is_image for prompt in prompts], images, begin=begin)
 
 
-def feature_rows(images: Sequence[EncodedImage], places: npt.NDArray[np.int64], begin: int) -> Iterator[Rows]:
+def copy_features(images: Sequence[EncodedImage], places: npt.NDArray[np.int64], begin: int) -> Iterator[RowCopy]:
     """Yield the copies that bring image features to their placeholders, one per run of adjacent placeholders.
 
     Args:
@@ -149,7 +149,7 @@ def feature_rows(images: Sequence[EncodedImage], places: npt.NDArray[np.int64], 
         for run in np.split(np.arange(len(own)), np.flatnonzero(np.diff(own) != 1) + 1):
             new = run[own[run] >= 0]
             if len(new):
-                yield Rows(source, int(new[0]), len(new), begin + int(own[new[0]]))
+                yield RowCopy(source, int(new[0]), len(new), begin + int(own[new[0]]))
 
 
 def _positions_of(image: EncodedImage) -> ImagePositions:

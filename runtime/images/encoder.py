@@ -138,7 +138,7 @@ class ImageEncoder:
 
     def _run(self, image: PreparedImage) -> EncodedImage:
         session = self.sessions[image.graph]
-        if not session.joins:
+        if not session.copies_on_device:
             return self.layout.pack(session.run(image.feeds), image)
         outputs = session.run_keeping(image.feeds, keep=["image_features"])
         features = outputs["image_features"]

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from promprune.errors import BackendError
 from promprune.package.manifest import TensorRecord
 
-__all__ = ["Array", "DeviceTensor", "Rows", "Session", "Value"]
+__all__ = ["Array", "DeviceTensor", "RowCopy", "Session", "Value"]
 
 Array = npt.NDArray[Any]
 
@@ -46,14 +46,14 @@ Value = Array | DeviceTensor
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
-    """Some rows of a tensor, and their place in another; both are seen as rows along their last axis.
+class RowCopy:
+    """A copy of some rows of a tensor into another; a row is along the last axis.
 
     Attributes:
-        source: the tensor.
-        start: the first of its rows.
-        count: how many.
-        at: the place of the first, in the other tensor.
+        source: the tensor to copy from.
+        start: its first row to copy.
+        count: number of rows.
+        at: row of the other tensor to copy the first one to.
     """
 
     source: Value
@@ -70,7 +70,7 @@ class Session(ABC):
         device: where it runs, as a short word: ``"CPU"``, ``"CUDA"``.
         notes: why it runs there and so, in words.
         limits: the largest sizes of dynamic dimensions, by name, as far as the backend has any.
-        joins: whether :meth:`joined` takes tensors on the device as they are.
+        copies_on_device: whether :meth:`copy_rows` copies tensors on the device without the host.
         repeats: whether runs are recorded and replayed, so that steps of one shape are worth padding for.
         on_run: called with the inputs of every run before it begins.
     """
@@ -82,7 +82,7 @@ class Session(ABC):
     notes: tuple[str, ...] = ()
     limits: Mapping[str, int] = MappingProxyType({})
     repeats: bool = False
-    joins: bool = False
+    copies_on_device: bool = False
     on_run: Callable[[Mapping[str, Value]], None] | None = None
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -105,25 +105,25 @@ class Session(ABC):
         self._begin(inputs)
         return self._run(inputs, keep=keep)
 
-    def joined(self, shape: tuple[int, ...], dtype: str, parts: Sequence[Rows]) -> Value:
-        """Return a tensor of zeros with rows of other tensors in it, later ones over earlier; where this computes.
+    def copy_rows(self, shape: tuple[int, ...], dtype: str, copies: Sequence[RowCopy]) -> Value:
+        """Return a tensor of zeros with rows of other tensors copied into it, in order; on the session's device.
 
         Raises:
             BackendError: rows of another size.
         """
-        self._check_rows(shape[-1], parts)
+        self._check_rows(shape[-1], copies)
         whole = np.zeros(shape, dtype)
         rows = whole.reshape(-1, shape[-1])
-        for part in parts:
+        for part in copies:
             array = part.source if isinstance(part.source, np.ndarray) else part.source.numpy()
             found = array.reshape(-1, shape[-1])[part.start : part.start + part.count]
             rows[part.at : part.at + part.count] = found
         return whole
 
-    def resized(self, tensor: Value, length: int, capacity: int) -> Value:
+    def resize(self, tensor: Value, length: int, capacity: int) -> Value:
         """Return a copy of a tensor [a, b, size, d] as [a, b, capacity, d]: the first ``length`` entries, then zeros.
 
-        It lies where the backend computes, and :meth:`run_in_place` may write to it.
+        It is on the session's device, and :meth:`run_in_place` may write to it.
         """
         array = tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
         copy = np.zeros((*array.shape[:2], capacity, array.shape[3]), array.dtype)
@@ -131,12 +131,12 @@ class Session(ABC):
         return copy
 
     def run_in_place(self, inputs: Mapping[str, Value], grown: Mapping[str, str], at: int) -> dict[str, DeviceTensor]:
-        """Like :meth:`run_keeping`, with outputs that are inputs and more behind them; the more goes into the inputs.
+        """Like :meth:`run_keeping`, for outputs that append to inputs: what they append is written into the inputs.
 
         Args:
-            inputs: those that are written to must come from :meth:`resized`.
-            grown: output [a, b, size + new, d] -> the input [a, b, size, d] that it continues.
-            at: where the ``new`` entries are put in that input.
+            inputs: those that are written to must come from :meth:`resize`.
+            grown: output [a, b, size + new, d] -> the input [a, b, size, d] that it appends to.
+            at: index along the third axis of that input to write the ``new`` entries to.
 
         Returns:
             The other outputs, on the host.
@@ -167,9 +167,9 @@ class Session(ABC):
     ) -> None:
         self.close()
 
-    def _check_rows(self, size: int, parts: Sequence[Rows]) -> None:
+    def _check_rows(self, size: int, copies: Sequence[RowCopy]) -> None:
         """Refuse rows of another size, which would be read as more rows, or fewer."""
-        for part in parts:
+        for part in copies:
             if part.source.shape[-1] != size:
                 raise BackendError(f"{self.name} received rows of {part.source.shape[-1]} numbers", expected=str(size))
 

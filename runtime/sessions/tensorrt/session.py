@@ -34,7 +34,7 @@ from promprune.package.engines import (
     read_plan,
 )
 from promprune.package.package import Package
-from promprune.runtime.sessions.base import Array, DeviceTensor, Rows, Session, Value
+from promprune.runtime.sessions.base import Array, DeviceTensor, RowCopy, Session, Value
 from promprune.runtime.sessions.config import RuntimeConfig
 from promprune.runtime.sessions.tensorrt.cuda import CudaDevice, import_module
 from promprune.runtime.sessions.tensorrt.device import (
@@ -197,7 +197,7 @@ class TensorRtSession(Session):
         BackendError: it does not load, or has other inputs and outputs than its record.
     """
 
-    joins = True
+    copies_on_device = True
 
     def __init__(
         self, folder: Path, record: EngineRecord, device: Device, trt: Any, loading: EngineLoading | None = None
@@ -243,20 +243,20 @@ class TensorRtSession(Session):
                     times.setdefault(layer, []).append(milliseconds)
         return {layer: statistics.median(found) for layer, found in times.items()}
 
-    def joined(self, shape: tuple[int, ...], dtype: str, parts: Sequence[Rows]) -> Value:
-        """Return a tensor with rows of others in it, on the device; see :meth:`Session.joined`."""
-        self._check_rows(shape[-1], parts)
+    def copy_rows(self, shape: tuple[int, ...], dtype: str, copies: Sequence[RowCopy]) -> Value:
+        """Return a tensor with rows of others in it, on the device; see :meth:`Session.copy_rows`."""
+        self._check_rows(shape[-1], copies)
         whole = DeviceArray(self._device, shape, dtype)
         whole.clear()
         rows = DeviceArray(self._device, (math.prod(shape[:-1]), shape[-1]), dtype, memory=whole)
-        sources = [self._on_device(_as(dtype, part.source)) for part in parts]
-        for part, source in zip(parts, sources, strict=True):
+        sources = [self._on_device(_as(dtype, part.source)) for part in copies]
+        for part, source in zip(copies, sources, strict=True):
             rows.paste(source, axis=0, start=part.start, at=part.at, count=part.count)
         self._device.synchronize()
         return whole
 
-    def resized(self, tensor: Value, length: int, capacity: int) -> Value:
-        """Return a copy of a tensor, with room; see :meth:`Session.resized`."""
+    def resize(self, tensor: Value, length: int, capacity: int) -> Value:
+        """Return a copy of a tensor with another capacity; see :meth:`Session.resize`."""
         source = self._on_device(tensor)
         shape = (*source.shape[:2], capacity, *source.shape[3:])
         copy = DeviceArray(self._device, shape, source.dtype, self._roomy if capacity > length else None)
