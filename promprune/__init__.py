@@ -1,6 +1,7 @@
 """PromPrune's visual-token selection: the method, the exported package, settings and errors.
 
-``promprune.export`` writes packages, ``promprune.runtime`` runs them. What needs PyTorch is imported on first use::
+``promprune.export`` writes packages, ``promprune.runtime`` runs them. Names that need PyTorch are imported on first
+use::
 
     import promprune
 

@@ -1,4 +1,4 @@
-"""Checks of settings: each names the field, says what was received, and what was expected."""
+"""Checks of settings. Every error names the field, the value that was received, and what was expected."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["check_integer", "check_name", "check_number", "config_from_options", "require"]
 
-_MOST: Final = 2**31 - 1  # that all backends can count to
-_SHOWN_CHARACTERS: Final = 100
+_MOST: Final = 2**31 - 1  # the largest integer that all backends can represent
+_MAX_CHARACTERS: Final = 100
 
 Config = TypeVar("Config", bound="DataclassInstance")
 
@@ -25,7 +25,7 @@ def config_from_options(kind: type[Config], options: Mapping[str, Any]) -> Confi
     """Make a dataclass of settings from keyword arguments.
 
     Raises:
-        ConfigError: an option is not one of its fields, or a value is refused.
+        ConfigError: an option is not one of the dataclass's fields, or a value is refused.
     """
     names = [field.name for field in fields(kind)]
     for name, value in options.items():
@@ -34,7 +34,7 @@ def config_from_options(kind: type[Config], options: Mapping[str, Any]) -> Confi
 
 
 def check_integer(config: object, name: str, *, least: int, most: int | None = _MOST, optional: bool = False) -> None:
-    """Require a field to be an integer, of Python or numpy, in a range; it is kept as Python's."""
+    """Require a field to be an integer (Python's or numpy's) in a range, and convert it to ``int``."""
     value = getattr(config, name)
     if optional and value is None:
         return
@@ -45,11 +45,11 @@ def check_integer(config: object, name: str, *, least: int, most: int | None = _
 
 
 def check_number(config: object, name: str, valid: Callable[[float], bool], expected: str) -> None:
-    """Require a field to be a finite real number, of Python or numpy, that is valid; it is kept as a float."""
+    """Require a field to be a finite real number (Python's or numpy's) that is ``valid``; convert it to ``float``."""
     value = getattr(config, name)
     try:
         number = float(value) if _is(Real, value) else math.nan
-    except OverflowError:  # an integer beyond all floats
+    except OverflowError:  # an integer too large for a float
         number = math.inf
     require(math.isfinite(number) and valid(number), name, value, expected)
     object.__setattr__(config, name, number)
@@ -68,13 +68,13 @@ def check_name(config: object, name: str, names: Sequence[str]) -> None:
 def require(valid: bool, name: str, value: object, expected: str) -> None:
     """Raise a :class:`ConfigError` unless ``valid``."""
     if not valid:
-        raise ConfigError(f"received {name} = {_shown(value)}", expected=expected)
+        raise ConfigError(f"received {name} = {_format_value(value)}", expected=expected)
 
 
-def _shown(value: object) -> str:
-    """Return how Python writes a value, cut where that is long."""
+def _format_value(value: object) -> str:
+    """Return the ``repr`` of a value, truncated if it is long."""
     try:
         text = repr(value)
-    except Exception:  # of integers with more digits than Python writes, and of strangers' classes
+    except Exception:  # integers with more digits than Python prints; classes with a broken __repr__
         return f"a value of type {type(value).__name__}"
-    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+    return text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS]}..."

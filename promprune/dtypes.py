@@ -1,4 +1,4 @@
-"""Element types of tensors, as everything that this project talks to names them: the only such table."""
+"""Element types of tensors and their names in every library that this project uses: the only such table."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = [
     "ElementType",
 ]
 
-# Of a package's activations, inputs and outputs. Weights may get types of their own.
+# The dtypes of a package's activations, inputs and outputs. Weights may be stored in other types.
 Dtype = Literal["fp32", "fp16", "bf16"]
 
 DTYPES: Final = get_args(Dtype)

@@ -6,16 +6,16 @@
     ├── ConfigError             an option or argument is out of range, or contradicts another
     ├── ModelError              the source checkpoint cannot be read
     │   └── UnsupportedModelError   it can be read, but this family or feature is not exported
-    ├── PackageError            an exported package is missing, damaged, or of another schema
+    ├── PackageError            an exported package is missing, damaged, or has another schema version
     ├── ImageError              an image cannot be read
     ├── PromptError             a prompt cannot be built, or does not fit the context
     ├── VerificationError       an exported graph disagrees with its source
     ├── BackendError            an execution backend cannot be loaded, or fails while running
     ├── MissingDependencyError  an optional extra is not installed
-    └── OutputError             something cannot be written where it was asked for
+    └── OutputError             an output cannot be written to the requested place
 
-Every message is one line that says what was received, what was expected, and what to do; a terminal obeys nothing
-in it. The command line prints it without a traceback and exits with 1.
+Every message is one line that says what was received, what was expected, and what to do; it contains no control
+characters. The command line prints it without a traceback and exits with 1.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
     "VerificationError",
 ]
 
-_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # a terminal would obey these
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # control characters, which a terminal would execute
 
 
 class PrompruneError(Exception):
@@ -46,7 +46,7 @@ class PrompruneError(Exception):
     Args:
         received: what was found, in words that a user can match with what they typed.
         expected: what would have been accepted.
-        fix: what to do next; a command where there is one.
+        fix: what to do next; a command if there is one.
     """
 
     def __init__(self, received: str, *, expected: str = "", fix: str = "") -> None:
@@ -70,7 +70,7 @@ class UnsupportedModelError(ModelError):
 
 
 class PackageError(PrompruneError):
-    """An exported package is missing, damaged, or of another schema version."""
+    """An exported package is missing, damaged, or has another schema version."""
 
 
 class ImageError(PrompruneError):
@@ -103,15 +103,15 @@ class MissingDependencyError(PrompruneError):
 
 
 class OutputError(PrompruneError):
-    """Something cannot be written where it was asked for."""
+    """An output cannot be written to the requested place."""
 
 
 def one_line(text: str) -> str:
-    """Return text on one line, with whatever would steer a terminal replaced: file names may hold anything."""
+    """Return text on one line, with control characters replaced: file names may contain any character."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", " ".join(text.split()))
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what another library says of its error, or else the error's kind."""
+    """Return the first line of another library's error message; the error's class name if the message is empty."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:200]

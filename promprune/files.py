@@ -1,4 +1,4 @@
-"""Outputs that appear whole, by one rename, or not at all."""
+"""Atomic outputs: a file or folder appears complete, by one rename, or not at all."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from promprune.errors import OutputError
 
 __all__ = ["replace_file", "writing_folder"]
 
-# The operating system's ways of saying that writing, rather than anything else, went wrong.
+# The error numbers by which the operating system reports that writing failed.
 _WRITE_ERRORS: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
 _CAN_ASK: Final = os.name != "nt"  # on Windows, signal 0 is Ctrl-C
 _TAKEN: Final = frozenset({errno.ENOTEMPTY, errno.EEXIST})
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux's numbers
 
-# Process numbers say nothing about other machines that share the folder.
+# Part of the names: a process number is meaningful on its own machine only, and machines may share the folder.
 _HOST: Final = re.sub(r"\W", "_", platform.node(), flags=re.ASCII)
 
 
@@ -33,20 +33,20 @@ _HOST: Final = re.sub(r"\W", "_", platform.node(), flags=re.ASCII)
 def writing_folder(output: Path, *, replace: bool, fix: str) -> Iterator[Path]:
     """Yield an empty folder beside ``output`` that becomes ``output`` by one rename when the block succeeds.
 
-    When the block fails, or the process is killed, ``output`` is as it was. What a killed process left beside it
-    (``.NAME.partial-HOST-PID-*``) is removed by the next one of this machine that writes the same folder, but on
-    Windows. Of two processes that replace the same folder the later one stays, whole.
+    If the block fails, or the process is killed, ``output`` is unchanged. What a killed process left beside it
+    (``.NAME.partial-HOST-PID-*``) is removed by the next process on this machine that writes the same folder (not on
+    Windows). If two processes replace the same folder, the complete output of the later one remains.
 
-    Linux lets the old folder and the new one change places at once, on most file systems. Elsewhere the old one is
-    away (``.NAME.old-HOST-PID-*``) for a moment; if the process is killed right then, the next one puts it back.
+    On Linux, most file systems exchange the old and the new folder atomically. Elsewhere the old one is missing for a
+    moment (it is then named ``.NAME.old-HOST-PID-*``); if the process is killed just then, the next one restores it.
 
     Args:
         output: the folder.
-        replace: take the place of a folder that is there; otherwise that is refused.
-        fix: what to do where it cannot be written, in words.
+        replace: replace an existing folder; if false, an existing folder is refused.
+        fix: what the error message suggests if the folder cannot be written.
 
     Raises:
-        OutputError: it cannot be written, or is there already and ``replace`` is off.
+        OutputError: the folder cannot be written, or it exists and ``replace`` is false.
     """
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def replace_file(path: Path, content: bytes) -> None:
     """Write a file so that readers see the old content or the new, never a part.
 
     Raises:
-        OSError: it cannot be written; the old one stays.
+        OSError: the file cannot be written; the old one is unchanged.
     """
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
     try:
@@ -99,24 +99,24 @@ def _move_into_place(partial: Path, output: Path, *, replace: bool, fix: str) ->
 
 
 def _swap(partial: Path, output: Path) -> None:
-    """Rename ``partial`` to ``output``, whatever folder is there; that one is put back if it fails.
+    """Rename ``partial`` to ``output`` and remove the old ``output``, which is restored if the renaming fails.
 
     Retried, because another process may do the same at the same moment.
     """
     old = _sibling(partial, output, "old")
-    while not (_exchange(partial, output) or _renamed(partial, output)):
+    while not (_exchange(partial, output) or _try_rename(partial, output)):
         try:
             output.rename(old)
-            if _renamed(partial, output):
+            if _try_rename(partial, output):
                 return
-        except FileNotFoundError:  # others have moved it away since
+        except FileNotFoundError:  # another process has moved it away meanwhile
             continue
         finally:
             _settle(old, output)
 
 
 def _exchange(partial: Path, output: Path) -> bool:
-    """Let two folders change places at once; return whether they did: the system, or the disk, may not know how."""
+    """Exchange two folders atomically; return False if the operating system or the file system cannot."""
     if sys.platform != "linux" or output.is_symlink() or not output.is_dir():
         return False
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
@@ -124,8 +124,8 @@ def _exchange(partial: Path, output: Path) -> bool:
     return renameat2 is not None and renameat2(*places, _RENAME_EXCHANGE) == 0
 
 
-def _renamed(partial: Path, output: Path) -> bool:
-    """Rename, and return whether that was done; it is not where a folder has that name, or had it a moment ago."""
+def _try_rename(partial: Path, output: Path) -> bool:
+    """Rename a folder; return False if a folder of that name exists, or existed a moment ago."""
     try:
         partial.rename(output)
     except OSError as error:
@@ -136,10 +136,10 @@ def _renamed(partial: Path, output: Path) -> bool:
 
 
 def _settle(old: Path, output: Path) -> None:
-    """Put a folder that was moved away back, or remove it where something else took its place."""
+    """Restore a folder that was moved away, or remove it if another one has replaced it."""
     with suppress(OSError):  # it was not moved away, or cannot be moved now: the next process tries again
-        if output.exists() or not _renamed(old, output):
-            unwanted = _sibling(old, output, "gone")  # nobody puts that back, should only a part of it be removed
+        if output.exists() or not _try_rename(old, output):
+            unwanted = _sibling(old, output, "gone")  # never restored, even if only a part of it could be removed
             old.rename(unwanted)
             shutil.rmtree(unwanted)
 
@@ -155,7 +155,7 @@ def _unwritable(output: Path, error: OSError, fix: str) -> OutputError:
 
 
 def _clean_up_after_dead_processes(output: Path) -> None:
-    """Put back what processes of this machine moved away and were killed over, and remove what else they left."""
+    """Restore the folders that killed processes of this machine had moved away, and remove what else they left."""
     pattern = re.compile(re.escape(f".{output.name}.") + f"(partial|old|gone)-{re.escape(_HOST)}-" + r"(\d+)-")
     for path in list(output.parent.iterdir()):
         match = pattern.match(path.name)
@@ -168,7 +168,7 @@ def _clean_up_after_dead_processes(output: Path) -> None:
 
 
 def _is_alive(pid: int) -> bool:
-    """Say whether a process may still run."""
+    """Return whether a process may still be running."""
     if not _CAN_ASK:
         return True
     try:

@@ -1,4 +1,4 @@
-"""What every command shares: how it is started, how it fails, and what it prints its tables with."""
+"""What all commands share: starting, reporting errors and progress, and printing tables."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ EXIT_REFUSED: Final = 1  # refused, failed, or failed verification
 EXIT_USAGE: Final = 2
 EXIT_INTERRUPTED: Final = 130
 
-_UNESCAPED: Final = re.compile(r"[\x7f-\x9f]")  # the control characters that JSON takes as they are
+_UNESCAPED: Final = re.compile(r"[\x7f-\x9f]")  # the control characters that JSON does not escape
 
 # Progress and tables go to stderr; stdout carries the answer, or the JSON.
 console = Console(stderr=True, highlight=False)
 
 
 def print_json(content: dict[str, Any]) -> None:
-    """Print one JSON object on one line of stdout; what would steer a terminal is escaped."""
+    """Print one JSON object on one line of stdout, with all control characters escaped."""
     line = json.dumps(content, ensure_ascii=False)
     sys.stdout.write(_UNESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", line) + "\n")
     sys.stdout.flush()
@@ -59,8 +59,8 @@ def run_command(
 
     ``name`` and ``arguments`` are those of the process unless given.
 
-    Exit codes: 0 done; 1 refused, failed, or failed verification; 2 wrong usage; 130 interrupted. Whatever the
-    user could have caused is reported as one line on stderr.
+    Exit codes: 0 done; 1 refused, failed, or failed verification; 2 wrong usage; 130 interrupted. Every error that a
+    user can cause is reported as one line on stderr.
     """
     app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
     app.command()(command)
@@ -84,7 +84,7 @@ def run_command(
         if not hasattr(error, "format_message"):  # not a usage error of the command line library
             raise
         _fail(f"{error.format_message().rstrip('.')}; see --help", EXIT_USAGE)
-    if exit_code == EXIT_INTERRUPTED:  # Ctrl-C, which the command line library turns into a code of its own
+    if exit_code == EXIT_INTERRUPTED:  # Ctrl-C: the command line library returns its own exit code for it
         _fail("interrupted", EXIT_INTERRUPTED)
     sys.exit(exit_code if isinstance(exit_code, int) else 0)
 
@@ -103,7 +103,7 @@ def option_type(convert: Callable[[str], Any], expected: str) -> Callable[[Any],
 
 @contextlib.contextmanager
 def missing_extra(extra: str) -> Iterator[None]:
-    """Answer an import that fails for want of a package with the command that installs it."""
+    """Turn a failed import of a missing package into an error with the command that installs it."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -116,7 +116,7 @@ def missing_extra(extra: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def missing_package(distribution: str, *modules: str) -> Iterator[None]:
-    """Answer a failed import of one of ``modules`` with the command that installs them."""
+    """Turn a failed import of one of ``modules`` into an error with the command that installs them."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -176,7 +176,7 @@ class _RichStep:
 
 
 def plain(text: str) -> str:
-    """Return text on one line for :data:`console`; neither rich nor the terminal obeys anything in it."""
+    """Return text on one line for :data:`console`, with rich markup and control characters escaped."""
     return escape(one_line(text))
 
 

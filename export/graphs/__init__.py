@@ -1,1 +1,1 @@
-"""From modules to ONNX graphs."""
+"""Making ONNX graphs from torch modules."""

@@ -27,9 +27,8 @@ def ints(value: Any) -> Constant:
 class GraphBuilder:
     """Collects nodes; calling it appends one node and returns the name of its output.
 
-    Arrays given as inputs become initializers of the outermost graph, one for all equal values. The nodes of a
-    builder made with ``parent`` are those of a subgraph: they may use the parent's names and share its
-    initializers.
+    Arrays given as inputs become initializers of the outermost graph; equal arrays share one initializer. A builder
+    with a ``parent`` collects the nodes of a subgraph: they may use the parent's names and share its initializers.
     """
 
     def __init__(self, parent: GraphBuilder | None = None) -> None:
@@ -51,7 +50,7 @@ class GraphBuilder:
         return results
 
     def rename(self, value: str, public_name: str) -> str:
-        """Give the output of a node of this graph a name of our choice, also where other nodes use it."""
+        """Rename the output of a node of this graph, and all uses of it."""
         for node in self.nodes:
             node.input[:] = [public_name if x == value else x for x in node.input]
             node.output[:] = [public_name if x == value else x for x in node.output]

@@ -1,4 +1,4 @@
-"""The language model as two graphs: the token embedding, and one decoder for prefill and decode."""
+"""The language model as two graphs: the token embedding, and one decoder for prefill and decode steps."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class DecoderWithCache(nn.Module):
 
         Args:
             inputs_embeds: ``[B, S, D]``, model dtype.
-            attention_mask: ``[B, P + S]``, int64; 0 where a position is padding.
+            attention_mask: ``[B, P + S]``, int64; 0 for padding.
             position_ids: ``[B, S]``, int64; ``[3, B, S]`` for a model with three rotary positions per token.
             past_key_values: per layer a key and a value, ``[B, KV heads, P, head dim]``, model dtype.
 
@@ -74,7 +74,7 @@ def decoder_graph(family: Family, *, opset: int) -> ir.Model:
     """Export the decoder; see :meth:`DecoderWithCache.forward` for its inputs and outputs.
 
     Raises:
-        UnsupportedModelError: it is none that one graph can serve at every length.
+        UnsupportedModelError: the decoder cannot be one graph for every sequence length.
     """
     text = family.text_config
     _refuse_unsupported(text)
@@ -89,7 +89,7 @@ def decoder_graph(family: Family, *, opset: int) -> ir.Model:
         torch.zeros(batch, length, text.hidden_size, dtype=dtype),
         torch.ones(batch, past + length, dtype=torch.int64),
         torch.arange(past, past + length).repeat(*family.position_axes, batch, 1),
-        # A tensor of its own for each: torch.export takes one tensor given twice for one input.
+        # Separate tensors: torch.export would treat one tensor that is passed twice as one input.
         [(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in range(layers)],
     )
     return graph_from_module(
@@ -104,18 +104,18 @@ def decoder_graph(family: Family, *, opset: int) -> ir.Model:
 
 
 def _refuse_unsupported(text_config: Any) -> None:
-    """Refuse rotary frequencies that depend on the length of the text: a graph has one set, and a cache keeps it."""
+    """Refuse rotary frequencies that depend on the length of the text: the graph and the KV cache have one set."""
     rope = getattr(text_config, "rope_parameters", None) or {}
     kind, original = rope.get("rope_type"), rope.get("original_max_position_embeddings")
     if kind == "dynamic" or (kind == "longrope" and (original or 0) < text_config.max_position_embeddings):
         raise UnsupportedModelError(
             f"the language model has rope_type = {kind!r}: its rotary frequencies change with the length of the text",
-            expected="frequencies that stay, as those of default, linear, llama3 or yarn",
+            expected="constant frequencies, as with default, linear, llama3 or yarn",
         )
 
 
 def _shallow(stack: Any) -> tuple[Any, Repetition | None]:
-    """Return the stack to trace, and the layers to repeat: all but two, where they are alike."""
+    """Return the stack to trace, and the layers to repeat: all but two, if they are alike."""
     first, *rest = stack.layers
     if len(rest) < 2 or not alike(rest):
         return stack, None

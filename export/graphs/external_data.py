@@ -1,8 +1,8 @@
-"""External data of a package's graphs: weights linked from the checkpoint, or in files of the package's own.
+"""External data of a package's graphs: weights in files that are linked from the checkpoint, or in new files.
 
-A linked file is a reflink where the file system has them, else a hard link: it costs no disk, belongs to the package,
-and stays when the checkpoint is deleted. ONNX Runtime and TensorRT refuse weights outside the model's folder, by path
-or through a symbolic link, so neither is an option.
+A linked file is a reflink if the file system supports it, else a hard link: it needs no disk space, belongs to the
+package, and remains if the checkpoint is deleted. ONNX Runtime and TensorRT refuse weights outside the model's folder,
+by path or through a symbolic link, so neither is an option.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from promprune.export.checkpoint.weights import CheckpointTensor, LazyWeight
 
 __all__ = ["LINK_MIN_BYTES", "ExternalData", "link_weights"]
 
-LINK_MIN_BYTES: Final = 256 * 1024 * 1024  # smaller checkpoints are copied unless a link is asked for
-# Smaller initializers stay inside the .onnx file: shapes and constants that a graph optimizer reads.
+LINK_MIN_BYTES: Final = 256 * 1024 * 1024  # smaller checkpoints are copied unless a link is requested
+# Smaller initializers stay inside the .onnx file: they are shapes and constants that a graph optimizer reads.
 EXTERNAL_DATA_MIN_BYTES: Final = 1024
 ALIGNMENT: Final = 4096  # so that a tensor can be mapped into memory
 
-_FICLONE: Final = 0x40049409  # ioctl of Linux: share the blocks of another file until one of both is written
+_FICLONE: Final = 0x40049409  # ioctl of Linux: share the blocks of another file until one of the two is written
 
 
 class _Location(NamedTuple):
@@ -41,10 +41,10 @@ class ExternalData:
     """Moves the weights of the graphs in one folder into files beside them.
 
     Attributes:
-        folder: of the graphs.
-        links: file of the checkpoint -> its name in ``folder``; some may not be used.
-        must_link: fail if a tensor of a linked checkpoint cannot be used as it is stored.
-        digests: SHA-256 of every file of weights, by its path.
+        folder: the folder of the graphs.
+        links: file of the checkpoint -> its name in ``folder``; some links may be unused.
+        must_link: fail if a tensor of a linked checkpoint has to be converted.
+        digests: file of weights -> its SHA-256.
     """
 
     folder: Path
@@ -56,11 +56,11 @@ class ExternalData:
 
     @classmethod
     def create(cls, folder: Path, checkpoint: Mapping[Path, str], *, copy: bool | None) -> Self:
-        """Create the folder, and link the files of a checkpoint into it, as :func:`link_weights` says.
+        """Create the folder, and link the files of a checkpoint into it (see :func:`link_weights`).
 
         Args:
-            folder: to create.
-            checkpoint: SHA-256 of every file of weights of the checkpoint, by its path.
+            folder: the folder to create.
+            checkpoint: file of weights of the checkpoint -> its SHA-256.
             copy: see :func:`link_weights`.
 
         Raises:
@@ -76,14 +76,14 @@ class ExternalData:
 
         Args:
             model: the graph.
-            name: of its own file of weights.
-            share: use the file of an earlier graph, also moved with ``share``, for the weights that it has.
+            name: name of the new file of weights.
+            share: reuse weights from the files of earlier graphs that were also moved with ``share``.
 
         Returns:
             The names of the files that now hold the weights.
 
         Raises:
-            OutputError: ``must_link``, and a tensor would have to be converted.
+            OutputError: ``must_link`` is set, and a tensor would have to be converted.
         """
         files = []
         with _HashedFile(self.folder / name) as own:
@@ -115,7 +115,7 @@ class ExternalData:
             (self.folder / name).unlink()
 
     def _known_location(self, tensor: ir.TensorProtocol, share: bool) -> _Location | None:
-        """Return where a tensor is stored already; None if it has to be written."""
+        """Return the file and offset at which a tensor is already stored; None if it has to be written."""
         if isinstance(tensor, CheckpointTensor) and (location := self._linked_location(tensor)):
             return location
         return self._shared.get(tensor.identity) if share and isinstance(tensor, LazyWeight) else None
@@ -127,8 +127,8 @@ class ExternalData:
         if self.must_link:
             raise OutputError(
                 f"{stored.key} in {stored.file.name} cannot be linked: it is stored as {stored.dtype}",
-                expected=f"weights in {tensor.torch_dtype}, as --dtype says, at whole multiples of their size",
-                fix="choose the checkpoint's own --dtype, or leave --link-weights out",
+                expected=f"weights in {tensor.torch_dtype} (set by --dtype), aligned to their element size",
+                fix="choose the checkpoint's own --dtype, or omit --link-weights",
             )
         return None
 
@@ -137,13 +137,13 @@ def link_weights(files: Sequence[Path], folder: Path, *, copy: bool | None) -> d
     """Link the files of a checkpoint into a folder.
 
     Args:
-        files: of the checkpoint; symbolic links are followed, as those of a hub cache.
-        folder: where the graphs will lie.
-        copy: ``True``: link nothing. ``False``: link, or fail. ``None``: link a checkpoint of at least
-            ``LINK_MIN_BYTES`` where the file system allows it.
+        files: files of the checkpoint; symbolic links, such as those of a hub cache, are followed.
+        folder: the folder of the graphs.
+        copy: True to link nothing; False to link, or fail; None to link a checkpoint of at least
+            ``LINK_MIN_BYTES`` if the file system allows it.
 
     Returns:
-        file -> its name in ``folder``; empty where the weights are to be copied.
+        file -> its name in ``folder``; empty if the weights are to be copied.
 
     Raises:
         OutputError: ``copy`` is ``False`` and a link cannot be made.
@@ -159,7 +159,7 @@ def link_weights(files: Sequence[Path], folder: Path, *, copy: bool | None) -> d
         if copy is False:
             raise OutputError(
                 f"{file} cannot be linked into {folder.parent} ({error.strerror})",
-                expected="an output folder on the checkpoint's own file system",
+                expected="an output folder on the file system of the checkpoint",
                 fix="choose another -o, or --copy-weights",
             ) from error
         for name in links.values():
@@ -178,7 +178,7 @@ def _link(source: Path, target: Path) -> None:
 
 def _reflink(source: Path, target: Path) -> None:
     if sys.platform != "linux":
-        raise OSError("not known how on this system")
+        raise OSError("reflinks are not supported on this system")
     import fcntl
 
     with source.open("rb") as read, target.open("wb") as write:
@@ -186,7 +186,7 @@ def _reflink(source: Path, target: Path) -> None:
 
 
 class _HashedFile:
-    """A file of tensors, hashed as it is written."""
+    """A file of tensors that is hashed while it is written."""
 
     def __init__(self, path: Path) -> None:
         self._stream = path.open("wb")
@@ -197,7 +197,7 @@ class _HashedFile:
         return self._hash.hexdigest()
 
     def append(self, tensor: ir.TensorProtocol) -> int:
-        """Write a tensor; returns its offset."""
+        """Write a tensor and return its offset."""
         self.write(bytes(-self._stream.tell() % ALIGNMENT))
         offset = self._stream.tell()
         if isinstance(tensor, CheckpointTensor):

@@ -1,8 +1,8 @@
 """The token selection as an ONNX graph of standard operators, with a fixed number of output tokens.
 
-The graph is authored node by node, not traced: milliseconds instead of minutes. What it computes is
-:func:`promprune.method.reference.select_tokens`, in float32 whatever the features' dtype, with the spectral entropy
-from matrix products (:mod:`promprune.method.entropy_table`) because neither ONNX nor TensorRT has an eigensolver.
+The graph is authored node by node, not traced, which takes milliseconds instead of minutes. It computes
+:func:`promprune.method.reference.select_tokens` in float32 for features of any dtype, with the spectral entropy from
+matrix products (:mod:`promprune.method.entropy_table`) because neither ONNX nor TensorRT has an eigensolver.
 
 TensorRT must build it with TF32 off: the Gram matrix needs all 24 bits (docs/method.md has the measurement).
 """
@@ -32,15 +32,15 @@ _FEATURE_DTYPES = tuple(BY_NAME[name].numpy for name in DTYPES)
 _IR_VERSION = 10
 _LOWEST = -3.0e38
 _TINY = 1.0e-30
-# The Gram matrix is computed in this many strips. Rows whose length is a multiple of _ALIASED floats get _SPREAD
-# zeros more: one cache line of them.
+# The Gram matrix is computed in this many strips. Rows whose length is a multiple of _ALIASED floats are padded with
+# _SPREAD zeros: one cache line.
 _GRAM_STRIPS = 3
 _ALIASED = 256
 _SPREAD = 16
 
 
 class Sizes(NamedTuple):
-    """The constants of one graph: N tokens of D features in, T tokens out."""
+    """The sizes of one graph: N input tokens with D features each, T output tokens."""
 
     tokens: int
     hidden: int
@@ -65,7 +65,7 @@ def build_selector(
     ``token_mask [B, N]`` bool (false for padding).
 
     Outputs: ``selected_features [B, T, D]`` of ``dtype``; ``token_indices [B, T]`` int64, T distinct indices per
-    image in the configured order; ``saliency_mask [B, T]`` bool, true where the saliency stage picked that token;
+    image in the configured order; ``saliency_mask [B, T]`` bool, true if the saliency stage picked that token;
     ``saliency_count [B, 1]`` int64; ``spectral_entropy [B, 1]`` float32, NaN if the features or the saliency of an
     image are not finite (its indices are then still T distinct ones, by saliency alone).
 
@@ -74,11 +74,12 @@ def build_selector(
         hidden_size: D, features per token.
         keep_tokens: T, tokens to keep, 1 to N.
         batch_size: B, or the name of a dynamic dimension.
-        dtype: of the features; everything inside is float32.
+        dtype: dtype of the features; everything inside is float32.
         config: policy, parameters of the budget split, output order.
-        opset: of the default domain.
-        loop: ``"loop"`` for one ONNX Loop over the coverage stage, with as many trips as the batch needs; ``"fixed"``
-            for one of always T trips, so that nothing depends on the data; ``"unrolled"`` for T copies of its body.
+        opset: operator set of the default domain.
+        loop: ``"loop"`` for one ONNX Loop over the coverage stage, with as many iterations as the batch needs;
+            ``"fixed"`` for a Loop of always T iterations, so that nothing depends on the data; ``"unrolled"`` for T
+            copies of its body.
         token_mask: add the ``token_mask`` input.
 
     Returns:
@@ -142,13 +143,13 @@ def _row(g: GraphBuilder, vector: str) -> str:
 
 
 def _nan_flag(g: GraphBuilder, mask: str | None) -> str:
-    """0 where the saliency of every token is finite, else NaN, [B, 1]."""
+    """0 if the saliency of every token is finite, else NaN, [B, 1]."""
     saliency = g("Where", mask, "saliency", floats(0)) if mask else "saliency"
     return g("Mul", g("ReduceSum", saliency, ints([1]), keepdims=1), floats(0))
 
 
 def _saliency_stage(g: GraphBuilder, mask: str | None, keep_tokens: int) -> str:
-    """The T most salient tokens, most salient first, [B, T]; NaN, then padding, come last."""
+    """The T most salient tokens, most salient first, [B, T]; last come tokens with NaN saliency, then padding."""
     score = g("Where", g("IsNaN", "saliency"), floats(_LOWEST / 2), "saliency")
     if mask:
         score = g("Where", mask, score, floats(_LOWEST))
@@ -167,8 +168,8 @@ def _random_stage(g: GraphBuilder, mask: str | None, count: str, sizes: Sizes) -
 def _cosine_kernel(g: GraphBuilder, features: str, mask: str | None, sizes: Sizes) -> tuple[str, str]:
     """Cosine similarity of every two tokens, [B, N, N], and which tokens are zero vectors, [B, N] bool.
 
-    The lengths are the diagonal of the Gram matrix, so the features are not normalised one by one. Zero vectors
-    and padding are similar to nothing.
+    The squared lengths are the diagonal of the Gram matrix, so the features need not be normalised first. The
+    similarity of zero vectors and padding to every token is 0.
     """
     gram = _gram(g, features, sizes)
     if mask:
@@ -182,8 +183,8 @@ def _cosine_kernel(g: GraphBuilder, features: str, mask: str | None, sizes: Size
 def _gram(g: GraphBuilder, features: str, sizes: Sizes) -> str:
     """features @ features^T, [B, N, N], in blocks; those below the diagonal are mirrored, not computed.
 
-    Rows that lie a large power of two apart in memory fall on the same few cache lines, which costs ONNX Runtime's
-    matrix product a third of its speed; a few columns of zeros move them apart.
+    If the rows are a large power of two apart in memory, they map to the same few cache lines, which costs ONNX
+    Runtime's matrix product a third of its speed; a few columns of zeros avoid that.
     """
     n, d, _ = sizes
     if n < _GRAM_STRIPS:
@@ -200,7 +201,7 @@ def _gram(g: GraphBuilder, features: str, sizes: Sizes) -> str:
 
 
 def _centred_kernel(g: GraphBuilder, kernel: str, mask: str | None, n: int) -> tuple[str, Constant | str]:
-    """Gram matrix of the unit tokens less their mean, [B, N, N], and how many are not padding, [1 or B, 1]."""
+    """Gram matrix of the unit tokens minus their mean, [B, N, N], and the number that are not padding, [1 or B, 1]."""
     if mask is None:
         tokens: Constant | str = floats([[n]])
         mean = g("ReduceMean", kernel, ints([2]), keepdims=1)
@@ -236,7 +237,7 @@ def _spectral_entropy(g: GraphBuilder, kernel: str, mask: str | None, sizes: Siz
     else:
         entropy = g("Div", p_ln_p, floats(-np.log(max(min(sizes.tokens, sizes.hidden), 2))))
         blank = g.constant(floats(sizes.tokens * BLANK_NORM))
-    # A NaN norm is not below anything, so that the entropy stays NaN.
+    # A NaN norm is not below the threshold, so the entropy stays NaN.
     return g("Where", g("LessOrEqual", norm, blank), floats(1), entropy)
 
 
@@ -252,13 +253,13 @@ def _inner_products(g: GraphBuilder, first: str, n: int) -> str:
     coefficients = np.zeros((len(chain), len(chain)), np.float32)
     for i, j, c in ENTROPY_TABLE.pairs:
         coefficients[i, j] = c
-    # Summed over the rows first: two short sums lose less than a long one.
+    # Summed over the rows first: two short sums have a smaller rounding error than a long one.
     weighted = g("Mul", g("ReduceSum", per_row, ints([1]), keepdims=1), coefficients)
     return g("ReduceSum", weighted, ints([2, 3]), keepdims=0)
 
 
 def _saliency_count(g: GraphBuilder, entropy: str, keep_tokens: int, config: SelectionConfig) -> str:
-    """T_sal, [B, 1] int64; T where the entropy is NaN."""
+    """T_sal, [B, 1] int64; T if the entropy is NaN."""
     z = g("Mul", g("Sub", floats(config.mu), entropy), floats(1 / config.tau))
     low, high = config.saliency_limits
     share = g("Mul", g("Sigmoid", z), floats((high - low) * keep_tokens))
@@ -273,9 +274,9 @@ def _initial_loss(
 ) -> str:
     """The loss 1 - d^2 of every token before the first pick of the coverage stage, [B, 1, N].
 
-    0 for a token to pick from, 1 for a zero vector, 2 for padding, huge for those of the saliency stage, and just
-    below 0 for the first pick: the token whose largest similarity to the saliency stage is least, or the first
-    token if that stage is empty.
+    0 for a token that can be picked, 1 for a zero vector, 2 for padding, a huge number for tokens that the saliency
+    stage picked, and just below 0 for the first pick: the token whose largest similarity to those of the saliency
+    stage is least, or the first token if that stage is empty.
     """
     loss = g("Cast", is_zero, to=TensorProto.FLOAT)
     if mask:
@@ -302,17 +303,17 @@ def _coverage_stage(g: GraphBuilder, kernel: str, loss: str, count: str, sizes: 
 
 
 def _coverage_loop(g: GraphBuilder, kernel: str, loss: str, count: str, sizes: Sizes, loop: LoopForm) -> str:
-    """As many steps as the image with the largest coverage stage needs, and at least one; or always T.
+    """Run as many steps as the image with the largest coverage stage needs, and at least one; or always T.
 
-    Everything that goes around the loop keeps its shape, because TensorRT accepts nothing else: row t of the
-    coordinates [B, T, N] and of the picks [B, T, 1] is written by step t.
+    All loop-carried values have fixed shapes, because TensorRT requires it: step t writes row t of the coordinates
+    [B, T, N] and of the picks [B, T, 1].
     """
     if loop == "fixed":
         steps: Constant | str = ints(sizes.keep)
     else:
         steps = g("Max", g("Sub", ints(sizes.keep), g("ReduceMin", count, keepdims=0)), ints(1))
     coordinates = g("Mul", loss, floats(np.zeros((1, sizes.keep, 1))))
-    picks = g("ArgMin", coordinates, axis=2, keepdims=1)  # zeros too, as integers
+    picks = g("ArgMin", coordinates, axis=2, keepdims=1)  # integer zeros
     image = g("CumSum", g("Clip", count, ints(1), ints(1)), ints(0), exclusive=1)
     row = _row(g, g("Mul", image, ints([[1, 0]])))  # (image, 0)
     body = GraphBuilder(parent=g)
@@ -324,22 +325,22 @@ def _coverage_loop(g: GraphBuilder, kernel: str, loss: str, count: str, sizes: S
         "row": body("Add", "row_in", ints([[[0, 1]]])),
     }
     graph = _loop_body(body, carried)
-    # No condition: TensorRT's parser warns of one beside a trip count.
+    # No loop condition: TensorRT's parser warns if there is one besides the trip count.
     finals = g.many("Loop", steps, "", loss, coordinates, picks, row, outputs=4, body=graph)
     return g("Squeeze", finals[2], ints([2]))
 
 
 def _greedy_step(g: GraphBuilder, kernel: str, loss: str, coordinates: str | None, n: int) -> tuple[str, str, str]:
-    """One pick: from the loss [B, 1, N] and the coordinates so far [B, t, N] to the loss, the coordinate of every
-    token along the newly picked direction [B, 1, N], and the pick [B, 1, 1].
+    """Pick one token, given the loss [B, 1, N] and the coordinates so far [B, t, N].
 
-    Tokens within RESIDUAL_FLOOR of being spanned count as tied, and the lowest index wins.
+    Returns the new loss, the coordinate of every token along the newly picked direction [B, 1, N], and the pick
+    [B, 1, 1]. Tokens within RESIDUAL_FLOOR of being spanned count as tied, and the lowest index wins.
     """
     spanned = g("Greater", loss, floats(1 - RESIDUAL_FLOOR))
     key = g("Where", spanned, g("Round", loss), loss)
     least, pick = g.many("TopK", key, ints([1]), outputs=2, axis=2, largest=0)
     is_pick = g("Equal", ints(np.arange(n)[None, None]), pick)
-    # Where nothing is left to span, the new direction is rounding noise, and dividing makes it vanish.
+    # If all tokens are spanned, the new direction is rounding noise, and dividing by a large number removes it.
     residual = g("Where", g("Less", least, floats(1)), g("Sub", floats(1), least), floats(TAKEN))
     new = g("GatherND", kernel, pick, batch_dims=1)
     if coordinates is not None:
@@ -352,7 +353,7 @@ def _greedy_step(g: GraphBuilder, kernel: str, loss: str, coordinates: str | Non
 
 
 def _loop_body(body: GraphBuilder, carried: dict[str, str]) -> onnx.GraphProto:
-    """Wrap the nodes of one greedy step as the body of a Loop, which takes each value in as ``<name>_in``."""
+    """Wrap the nodes of one greedy step as the body of a Loop, whose inputs are named ``<name>_in``."""
     value = helper.make_tensor_value_info
     types = {"loss": TensorProto.FLOAT, "coordinates": TensorProto.FLOAT}
     inputs = [value("step", TensorProto.INT64, []), value("going", TensorProto.BOOL, [])]
@@ -372,7 +373,7 @@ def _slots(
     sizes: Sizes,
     config: SelectionConfig,
 ) -> tuple[str, str]:
-    """Indices and their stage, [B, T] each: slot t is salient[t] for t < T_sal, else covering[t - T_sal]."""
+    """Indices and their stage, [B, T] each: entry t is salient[t] if t < T_sal, else covering[t - T_sal]."""
     slot = np.arange(sizes.keep)[None]
     source = g("Where", in_saliency, ints(slot), g("Sub", ints(slot + sizes.keep), count))
     indices = g("GatherElements", g("Concat", salient, covering, axis=1), source, axis=1)
@@ -391,7 +392,7 @@ def _model(
     opset: int,
     token_mask: bool,
 ) -> onnx.ModelProto:
-    """Put inputs, outputs and metadata around the nodes, and check the result."""
+    """Make a model of the nodes by adding inputs, outputs and metadata, and check it."""
     n, d, t = sizes
     element, b = BY_NUMPY[dtype].onnx, batch_size
     value = helper.make_tensor_value_info

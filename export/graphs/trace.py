@@ -1,4 +1,4 @@
-"""From torch modules to ONNX graphs on disk."""
+"""Tracing torch modules into ONNX graphs, and writing the graphs to disk."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from promprune.package.manifest import GraphRecord, TensorRecord, TokenCounts
 
 __all__ = ["graph_from_module", "save_graph"]
 
-# All rules of torch.onnx but one, which looks at every pair of nodes: most of the time in a deep graph.
+# All rules of torch.onnx but one, which compares every pair of nodes and takes most of the time in a deep graph.
 _RULES: Final = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule.name != "SlicesSplit"]
 
 
@@ -45,20 +45,20 @@ def graph_from_module(
 ) -> ir.Model:
     """Trace a module into an ONNX graph.
 
-    Exported in two steps (``torch.export``, then ONNX): given a module, the one-step exporter turns a dynamic
-    dimension into a constant without a word; the two-step path raises.
+    The module is exported in two steps (``torch.export``, then ONNX), because the one-step exporter may silently turn
+    a dynamic dimension into a constant; the two-step path raises.
 
     Args:
-        module: in evaluation mode.
+        module: the module, in evaluation mode.
         args: sample inputs; every dynamic dimension at least 2.
         inputs: name of every input in order, flattened -> {axis: name of its dynamic dimension}.
-        outputs: likewise of every output; a dimension that follows from others gets its own name here.
-        opset: of the default domain.
-        dynamic_shapes: as ``torch.export`` takes them, in the structure of ``args``.
-        repetition: layers that ``module`` lacks; ``inputs`` and ``outputs`` name those of the whole graph.
+        outputs: the same for every output; a dimension that follows from others gets its own name here.
+        opset: operator set of the default domain.
+        dynamic_shapes: the argument of ``torch.export``, in the structure of ``args``.
+        repetition: layers that ``module`` lacks; ``inputs`` and ``outputs`` include theirs.
 
     Returns:
-        The graph, its inputs, outputs and dynamic dimensions named as asked.
+        The graph; its inputs, outputs and dynamic dimensions have the given names.
     """
     mode = fake_mode_of(module)
     with torch.no_grad(), _quiet(), mode or contextlib.nullcontext():
@@ -70,8 +70,8 @@ def graph_from_module(
             (),
             dynamo=True,
             opset_version=opset,
-            input_names=_traced(inputs, repetition),
-            output_names=_traced(outputs, repetition),
+            input_names=_without_repeated_layers(inputs, repetition),
+            output_names=_without_repeated_layers(outputs, repetition),
             optimize=False,
             verbose=False,
         )
@@ -91,9 +91,9 @@ def save_graph(model: ir.Model, name: str, data: ExternalData, tokens: TokenCoun
 
     Args:
         model: the graph; its weights are moved out of it.
-        name: of the graph in the manifest.
-        data: of the package's graphs. Vision graphs share their weights: those of several grids have the same.
-        tokens: N and T of a vision graph.
+        name: name of the graph in the manifest.
+        data: external data of the package's graphs. The vision graphs of several grids share their weights.
+        tokens: N and T of a vision graph; None for other graphs.
 
     Returns:
         The record of the graph in the manifest.
@@ -125,8 +125,8 @@ def _check(proto: onnx.ModelProto) -> None:
     onnx.checker.check_model(proto, full_check=False)
 
 
-def _traced(names: Iterable[str], repetition: Repetition | None) -> list[str]:
-    """Leave out the names of the layers that are not in the trace."""
+def _without_repeated_layers(names: Iterable[str], repetition: Repetition | None) -> list[str]:
+    """Return the names without those of the layers that are not in the trace."""
     if repetition is None:
         return list(names)
     first = repetition.template + 1
@@ -139,7 +139,7 @@ def _traced(names: Iterable[str], repetition: Repetition | None) -> list[str]:
 
 
 def _link_initializers(model: ir.Model, module: nn.Module) -> None:
-    """Replace the initializers that lie in a checkpoint by its tensors, under the names their model has for them."""
+    """Replace the initializers that a checkpoint contains by its tensors, named as the model names them."""
     for name, value in list(model.graph.initializers.items()):
         parameter = tensor_at(module, name)
         if parameter is None or linked(parameter) is None:
@@ -154,7 +154,7 @@ def _optimize(model: ir.Model) -> None:
     """Fold and simplify as ``torch.onnx`` does (``onnxscript.optimizer.optimize_ir``), but never compute with a
     checkpoint's weights.
 
-    A folded Transpose of a weight would be another tensor than the one on disk.
+    Folding the Transpose of a weight, for example, would give a tensor that is not on disk.
     """
 
     def may_fold(node: ir.Node) -> bool | None:
@@ -191,7 +191,7 @@ def _tensor_record(value: ir.Value) -> TensorRecord:
 def _name_dimensions(
     model: ir.Model, inputs: Mapping[str, Mapping[int, str]], outputs: Mapping[str, Mapping[int, str]]
 ) -> None:
-    """Replace the exporter's names of dynamic dimensions (``s10``) by ours, wherever they stand."""
+    """Replace the exporter's names of dynamic dimensions (``s10``) by ours, in every shape."""
     names: dict[str, str] = {}
     for value in model.graph.inputs:
         for axis, name in inputs[str(value.name)].items():
@@ -226,7 +226,7 @@ def _all_values(graph: ir.Graph) -> Iterator[ir.Value]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's notes on its own internals from the user."""
+    """Hide the exporter's messages about its internals from the user."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

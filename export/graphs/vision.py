@@ -27,11 +27,11 @@ def vision_graph(
         vision: the torch module and its inputs.
         tokens: N and T.
         selector: builds the selection of T of N tokens.
-        opset: of the default domain.
+        opset: operator set of the default domain.
 
     Returns:
-        The inputs of ``vision``, and ``token_mask`` if the selector takes it -> ``image_features [B, T, D]`` and, with
-        a selection, the selector's report.
+        The graph. Inputs: those of ``vision``, and ``token_mask`` if the selector takes it. Outputs:
+        ``image_features [B, T, D]`` and, with a selection, the other outputs of the selector.
     """
     encoder = encoder_graph(vision, opset=opset)
     step = FuseSelector(ir.from_proto(selector()), tokens) if tokens.is_pruned else DropSaliency(tokens)

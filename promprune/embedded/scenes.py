@@ -163,8 +163,8 @@ def render_scene(seed: int, *, image_size: int = 224, min_objects: int = 1, max_
     Args:
         seed: not negative; see `TRAIN_SEEDS`, `CALIBRATION_SEEDS`, `TEST_SEEDS`.
         image_size: side of the image, in pixels.
-        min_objects, max_objects: the number of objects is uniform between them; a crowded scene can end up with
-            fewer, where no room is left.
+        min_objects, max_objects: the number of objects is drawn uniformly between them; a crowded scene can end up
+            with fewer, if no free space is left.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -217,7 +217,7 @@ def _free_spot(
 
 
 def _choose_corners(rng: random.Random) -> tuple[Background, Background, Background, Background]:
-    """One background for the whole image, or one per half, or one per quarter."""
+    """One background for the entire image, or one per half, or one per quarter."""
 
     def region() -> Background:
         return Background(rng.choice(PATTERNS), rng.choice(list(BACKGROUND_COLOURS)))
@@ -345,10 +345,10 @@ def questions(scene: Scene, *, per_type: int = 3, seed: int = 0) -> list[Questio
 _NOTHING = ("", "")
 
 
-def _singled_out(
+def _choose_unique_object(
     rng: random.Random, scene: Scene, describe: Callable[[SceneObject], tuple[str, ...]]
 ) -> tuple[SceneObject, str] | None:
-    """A random object that one of the descriptions fits alone, and that description."""
+    """A random object that has a description which fits no other object, and that description."""
     described = [(item, text) for item in scene.objects for text in describe(item)]
     fits = Counter(text for _, text in described)
     alone = [(item, text) for item, text in described if fits[text] == 1]
@@ -356,7 +356,7 @@ def _singled_out(
 
 
 def _ask_colour(rng: random.Random, scene: Scene) -> tuple[str, str]:
-    found = _singled_out(rng, scene, lambda item: (item.kind, f"{item.size} {item.kind}"))
+    found = _choose_unique_object(rng, scene, lambda item: (item.kind, f"{item.size} {item.kind}"))
     return (f"What colour is the {found[1]}?", found[0].colour) if found else _NOTHING
 
 
@@ -366,7 +366,7 @@ def _ask_name(rng: random.Random, scene: Scene, group: str) -> tuple[str, str]:
             return ()
         return f"{item.colour} {group}", f"{item.size} {item.colour} {group}"
 
-    found = _singled_out(rng, scene, describe)
+    found = _choose_unique_object(rng, scene, describe)
     return (f"What is the {found[1]}?", found[0].kind) if found else _NOTHING
 
 
@@ -379,12 +379,12 @@ def _ask_digit(rng: random.Random, scene: Scene) -> tuple[str, str]:
 
 
 def _ask_size(rng: random.Random, scene: Scene) -> tuple[str, str]:
-    found = _singled_out(rng, scene, lambda item: (item.kind, f"{item.colour} {item.kind}"))
+    found = _choose_unique_object(rng, scene, lambda item: (item.kind, f"{item.colour} {item.kind}"))
     return (f"What size is the {found[1]}?", found[0].size) if found else _NOTHING
 
 
 def _ask_where(rng: random.Random, scene: Scene) -> tuple[str, str]:
-    found = _singled_out(rng, scene, lambda item: (item.kind, f"{item.colour} {item.kind}"))
+    found = _choose_unique_object(rng, scene, lambda item: (item.kind, f"{item.colour} {item.kind}"))
     if found is None:
         return _NOTHING
     item, text = found
@@ -415,7 +415,7 @@ def _plural(noun: str) -> str:
 
 
 def _ask_exists(rng: random.Random, scene: Scene) -> tuple[str, str]:
-    """Half the answers are yes; a wrong pair is made of a colour and a kind that are both there, if it can be."""
+    """Half the answers are yes; a pair for "no" combines a colour and a kind that are both present, if possible."""
     present = {(item.colour, item.kind) for item in scene.objects}
     if rng.random() < 0.5:
         colour, kind = rng.choice(sorted(present))

@@ -2,7 +2,7 @@
 
 The formulation is that of the exported graph (:mod:`promprune.export.graphs.selector`): spectral entropy from matrix
 products, the loss form of the greedy stage, one fixed number of output tokens. On CUDA the greedy stage is one fused
-kernel (:mod:`promprune.method.triton_kernel`) where Triton is installed; elsewhere it is the loop below, its reference.
+kernel (:mod:`promprune.method.triton_kernel`) if Triton is installed; otherwise it is the loop below, its reference.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class PrunedTokens:
     Attributes:
         features: ``[B, T, D]``, dtype of the input.
         token_indices: ``[B, T]`` int64, distinct within an image, in the configured order.
-        saliency_mask: ``[B, T]`` bool, true where the saliency stage picked that token.
+        saliency_mask: ``[B, T]`` bool, true if the saliency stage picked that token.
         saliency_count: ``[B]`` int64, how many tokens that stage picked.
-        spectral_entropy: ``[B]`` float32 in [0, 1]; NaN where features or saliency are not finite.
+        spectral_entropy: ``[B]`` float32 in [0, 1]; NaN if features or saliency are not finite.
     """
 
     features: Tensor
@@ -58,17 +58,17 @@ def prune_tokens(
     """Keep T tokens of every image, chosen by saliency and coverage (PromPrune, arXiv 2603.14892).
 
     Ties go to the lowest index. Padding is kept only once an image has no other token left, lowest index first.
-    Everything is computed in float32, without gradients, and nothing waits for the device.
+    Everything is computed in float32, without gradients and without host synchronisation.
 
     Args:
         image_features: ``[B, N, D]`` projector output, any floating dtype.
         saliency: ``[B, N]`` score of each token, for CLIP the attention of the CLS token; keep it in float32.
         keep_tokens: the budget T, 1 to N.
         config: policy, parameters of the budget split, output order.
-        token_mask: ``[B, N]`` bool, false for padding; None where every token is real.
+        token_mask: ``[B, N]`` bool, false for padding; None if there is no padding.
 
     Returns:
-        The kept tokens and what they were chosen by.
+        The kept tokens, and the values that decided the choice.
 
     Raises:
         ConfigError: shapes or dtypes do not match, or T is not in 1..N.
@@ -97,7 +97,7 @@ def coverage_picks(kernel: Tensor, loss: Tensor, count: Tensor, keep_tokens: int
         keep_tokens: the budget T.
 
     Returns:
-        ``[B, T]`` int64; the first T - T_sal entries of each row are the picks, the rest means nothing.
+        ``[B, T]`` int64; the first T - T_sal entries of each row are the picks, the rest is undefined.
     """
     if kernel.is_cuda and _has_triton():
         from promprune.method.triton_kernel import fused_coverage_picks
@@ -131,7 +131,7 @@ def _check(image_features: Tensor, saliency: Tensor, keep_tokens: int, token_mas
 def _full_precision(device: torch.device) -> Iterator[None]:
     """No TF32 and no autocast: the selection needs all 24 bits of float32."""
     products = torch.backends.cuda.matmul
-    before = products.fp32_precision  # the older allow_tf32 cannot be read once somebody has set this one
+    before = products.fp32_precision  # the older allow_tf32 cannot be read once this one has been set
     products.fp32_precision = "ieee"
     autocast = torch.amp.is_autocast_available(device.type)
     try:
@@ -194,24 +194,24 @@ def _coefficients(device: torch.device) -> Tensor:
 
 
 def _zero_if_finite(saliency: Tensor, token_mask: Tensor | None) -> Tensor:
-    """0, or NaN where the saliency of an image is not finite, [B]."""
+    """0, or NaN if the saliency of an image is not finite, [B]."""
     real = saliency if token_mask is None else torch.where(token_mask, saliency, 0.0)
     return real.float().sum(1) * 0
 
 
 def _saliency_stage(saliency: Tensor, token_mask: Tensor | None, keep_tokens: int) -> Tensor:
-    """The T most salient tokens, most salient first, [B, T]; NaN, then padding, come last."""
+    """The T most salient tokens, most salient first, [B, T]; last come tokens with NaN saliency, then padding."""
     score = torch.where(saliency.isnan(), -1.5e38, saliency)
     if token_mask is not None:
         score = torch.where(token_mask, score, -3e38)
-    # Not topk, which breaks ties as it likes.
+    # Not topk: it breaks ties in an unspecified order.
     return score.sort(dim=1, descending=True, stable=True).indices[:, :keep_tokens]
 
 
 def _second_stage(
     kernel: Tensor, token_mask: Tensor | None, salient: Tensor, count: Tensor, config: SelectionConfig
 ) -> Tensor:
-    """What the T - T_sal tokens behind the saliency stage are taken from, [B, T]."""
+    """The tokens of the stage after saliency, [B, T]; the first T - T_sal of them are kept."""
     keep_tokens = salient.shape[1]
     if config.policy == "saliency":
         return salient  # not used: T_sal = T
@@ -249,7 +249,7 @@ def _coverage_loop(kernel: Tensor, loss: Tensor, keep_tokens: int) -> Tensor:
         key = torch.where(loss > 1 - RESIDUAL_FLOOR, loss.round(), loss)
         pick = key.argmin(dim=1, keepdim=True)
         least = key.gather(1, pick)
-        # Where nothing is left to span, the new direction is rounding noise, and dividing makes it vanish.
+        # If all tokens are spanned, the new direction is rounding noise, and dividing by a large number removes it.
         residual = torch.where(least < 1, 1 - least, TAKEN)
         row = pick[:, :, None].expand(-1, 1, n)
         own = coordinates[:, :t].gather(2, pick[:, None, :].expand(-1, t, 1))
@@ -261,7 +261,7 @@ def _coverage_loop(kernel: Tensor, loss: Tensor, keep_tokens: int) -> Tensor:
 
 
 def _slots(salient: Tensor, covering: Tensor, count: Tensor, config: SelectionConfig) -> tuple[Tensor, Tensor]:
-    """Indices and their stage, [B, T] each: slot t is salient[t] for t < T_sal, else covering[t - T_sal]."""
+    """Indices and their stage, [B, T] each: entry t is salient[t] if t < T_sal, else covering[t - T_sal]."""
     slot = torch.arange(salient.shape[1], device=salient.device).expand_as(salient)
     mask = slot < count[:, None]
     indices = torch.where(mask, salient, covering.gather(1, (slot - count[:, None]).clamp_min(0)))

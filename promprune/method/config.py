@@ -1,4 +1,4 @@
-"""Settings of the selection. The only place that states mu, tau, the policies and the order."""
+"""Settings of the selection: the only definition of the defaults for mu, tau, the policies and the order."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _FIXED_SHARES: Final[dict[str, float]] = {"saliency": 1.0, "coverage": 0.0, "hal
 
 
 def check_loop(loop: str) -> None:
-    """Refuse a form of the greedy stage that there is not.
+    """Refuse an unknown form of the greedy stage.
 
     Raises:
-        ConfigError: it is none of ``LoopForm``.
+        ConfigError: ``loop`` is none of ``LoopForm``.
     """
     if loop not in LOOP_FORMS:
         raise ConfigError(f"received loop = {loop!r}", expected="one of " + ", ".join(LOOP_FORMS))
@@ -41,7 +41,7 @@ def check_loop(loop: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionConfig:
-    """How the kept tokens are chosen, and in which order they are given out.
+    """How the kept tokens are chosen, and in which order they are returned.
 
     Attributes:
         policy: ``"promprune"`` splits the budget by the image's entropy; ``"saliency"``, ``"coverage"`` and

@@ -1,7 +1,7 @@
 """How prominent an image's subject is: spectral entropy, and the share of the budget it gives to saliency.
 
 The readable form of PromPrune's budget split (arXiv 2603.14892), with an eigensolver. In float64 it is this
-project's yardstick; the exported graph and :mod:`promprune.method.batched` compute the same entropy from matrix
+project's reference; the exported graph and :mod:`promprune.method.batched` compute the same entropy from matrix
 products alone (:mod:`promprune.method.entropy_table`).
 """
 
@@ -41,8 +41,8 @@ def spectral_entropy(image_features: Tensor) -> Tensor:
     """Entropy of the token covariance's spectrum, normalised to [0, 1].
 
     With f the unit tokens, g = f - mean(f) and p the eigenvalues of g g^T (or g^T g, whichever is smaller)
-    divided by their sum: H = -sum(p ln p) / ln n, n = min(N, D). Low where one thing dominates the image, high
-    where it is busy. A blank image has H = 1, and so has a single token.
+    divided by their sum: H = -sum(p ln p) / ln n, n = min(N, D). H is low if one object dominates the image, and
+    high if the image is busy. A blank image has H = 1, and so has a single token.
 
     Args:
         image_features: ``[N, D]``, any floating dtype; computed in float64 for float64 input, else in float32.
@@ -88,8 +88,8 @@ def saliency_count(ratio: Tensor, keep_tokens: int) -> Tensor:
         keep_tokens: the budget T.
 
     Returns:
-        int64, same shape, in [0, T]. A NaN ratio gives T: where the features are unusable only the saliency is
-        left to choose by, and the entropy beside it says so.
+        int64, same shape, in [0, T]. A NaN ratio gives T: if the features are unusable, tokens are chosen by saliency
+            alone, and the entropy, which is NaN, shows it.
     """
     count = (ratio * keep_tokens).round()
     return count.nan_to_num(nan=float(keep_tokens)).clamp(0, keep_tokens).to(torch.int64)

@@ -5,8 +5,8 @@ Neither ONNX nor TensorRT has an eigensolver. For a symmetric matrix X whose spe
     V_0 = (a^2 / 4) X,    V_(k+1) = V_k (a I - V_k)        one n x n product each, k = 0 .. K-1
     x ln x  ~  linear * x + sum over (i, j) of c_ij v_i v_j
 
-where v_k is V_k of the number x. The trace of V_i V_j is a Frobenius inner product, so the sum of x ln x over the
-whole spectrum, a polynomial of degree 2^(K+1), needs no products but the K of the chain.
+v_k being V_k of the number x. The trace of V_i V_j is a Frobenius inner product, so the sum of x ln x over all
+eigenvalues, a polynomial of degree 2^(K+1), needs only the K products of the chain.
 
 With C the centred covariance, p its eigenvalues over their sum, s = |C|_F / tr C, which is at least the largest p,
 and X = C / |C|_F:  H = -(ln s + linear + s * sum c_ij <V_i, V_j>) / ln n. The error of the fit obeys
@@ -27,7 +27,7 @@ class EntropyTable:
 
     Attributes:
         multiplier: a in V_(k+1) = V_k (a I - V_k).
-        products: K, how many of those products.
+        products: K, the number of those products.
         linear: coefficient of x.
         pairs: ``(i, j, c_ij)``, i <= j, for each inner product <V_i, V_j>.
         delta: largest |error| / (x + x0) on [0, 1].

@@ -1,7 +1,7 @@
 """The reference selection: saliency first, coverage for the rest, always T distinct tokens.
 
 One image at a time, in the order of the paper (arXiv 2603.14892, section on two-stage selection). Run on float64
-features it is the yardstick that the exported graph and :mod:`promprune.method.batched` are held against.
+features it is the reference that the exported graph and :mod:`promprune.method.batched` are compared with.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ from promprune.method.entropy import saliency_count, saliency_ratio, spectral_en
 
 __all__ = ["BLANK_NORM", "RESIDUAL_FLOOR", "TAKEN", "Selection", "random_order", "select_tokens"]
 
-# A token with less than this of its squared length outside the span of those picked adds nothing: the coverage
-# stage treats all such tokens as tied. It is ten times what rounding leaves in float32 once the rank is exhausted.
+# If less than this fraction of a token's squared length is outside the span of the picked tokens, it adds nothing:
+# the coverage stage treats all such tokens as tied. The value is ten times the rounding error of float32 after the
+# rank is exhausted.
 RESIDUAL_FLOOR = 1e-5
-# In float32 an image counts as blank when the norm of its centred kernel is below this times N: its tokens are so alike
-# that the rounding of their products, which the chain of products amplifies, would drown the spectrum.
+# In float32 an image counts as blank if the norm of its centred kernel is below this times N: its tokens are so
+# similar that the rounding errors of their products, which the chain of products amplifies, would exceed the spectrum.
 BLANK_NORM = 1e-3
-# The loss of a token that was picked, in float32: past every other, and still finite.
+# The loss of a token that was picked, in float32: above every other loss, and still finite.
 TAKEN = 1e30
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What was kept of one image, and why.
+    """The kept tokens of one image, and why they were kept.
 
     Attributes:
         token_indices: ``[T]`` int64, distinct, in the configured order.
-        saliency_mask: ``[T]`` bool, true where the saliency stage picked that token.
-        saliency_count: T_sal, how many tokens the saliency stage picked.
+        saliency_mask: ``[T]`` bool, true if the saliency stage picked that token.
+        saliency_count: T_sal, the number of tokens that the saliency stage picked.
         spectral_entropy: normalised entropy H in [0, 1]; NaN if the features or the saliency are not finite.
         saliency_ratio: share of the budget given to saliency, before rounding.
     """
@@ -60,11 +61,11 @@ def select_tokens(
     left, lowest index first.
 
     Args:
-        image_features: ``[N, D]`` projector output, any floating dtype (float64 for the yardstick).
+        image_features: ``[N, D]`` projector output, any floating dtype (float64 for the reference).
         saliency: ``[N]`` score of each token; larger is more salient. NaN ranks last.
         keep_tokens: the budget T, 1 to N.
         config: the budget split's parameters and the output order.
-        token_mask: ``[N]`` bool, false for padding; None where every token is real.
+        token_mask: ``[N]`` bool, false for padding; None if there is no padding.
 
     Returns:
         The selection, T distinct tokens.
@@ -96,7 +97,7 @@ def select_tokens(
 def random_order(num_tokens: int) -> Tensor:
     """The order in which the policy "random" takes tokens: one permutation for each N, ``[N]`` int64.
 
-    That of ``numpy.random.RandomState(0)``, which numpy keeps the same in every version.
+    It is drawn by ``numpy.random.RandomState(0)``, which gives the same numbers in every version of numpy.
     """
     return torch.from_numpy(np.random.RandomState(0).permutation(num_tokens).astype(np.int64))
 

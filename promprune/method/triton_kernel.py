@@ -1,7 +1,7 @@
 """The greedy coverage stage as one Triton kernel: one program per image, no launch per step.
 
-Imported only where Triton is installed and the features are on CUDA. ``TRITON_INTERPRET=1`` runs it on the CPU, which
-is how its tests compare it with the loop of :mod:`promprune.method.batched`.
+Imported only if Triton is installed and the features are on CUDA. ``TRITON_INTERPRET=1`` runs it on the CPU; its
+tests use that to compare it with the loop of :mod:`promprune.method.batched`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from promprune.method.reference import RESIDUAL_FLOOR
 
 __all__ = ["fused_coverage_picks"]
 
-# Elements of the coordinates that a program holds at a time: rows times tokens, the latter to a power of two.
+# Elements of the coordinates that a program loads at a time: rows x tokens, the latter rounded up to a power of two.
 _TILE_ELEMENTS = 8192
 
 
 def fused_coverage_picks(kernel: Tensor, loss: Tensor, count: Tensor, keep_tokens: int) -> Tensor:
-    """What :func:`promprune.method.batched.coverage_picks` says, in one launch.
+    """Compute :func:`promprune.method.batched.coverage_picks` in one kernel launch.
 
     Each image stops after its own T - T_sal picks, read on the device. Scratch: ``B * T * N`` floats.
     """
@@ -73,7 +73,7 @@ def _greedy(  # type: ignore[no-untyped-def]
         key = tl.where((loss > 1 - floor) & (loss < 1.5), 1.0, loss)
         pick = tl.argmin(key, axis=0, tie_break_left=True)
         least = tl.min(key, axis=0)
-        # Where nothing is left to span, the new direction is rounding noise, and dividing makes it vanish.
+        # If all tokens are spanned, the new direction is rounding noise, and dividing by a large number removes it.
         residual = tl.where(least < 1, 1 - least, 1e30)
         new = tl.load(kernel_ptr + pick * n + token, mask=inside, other=0.0)
         for start in range(0, t, ROWS):

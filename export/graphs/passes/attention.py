@@ -1,21 +1,23 @@
-"""The attention that the exporter writes, made as cheap and as exact as the attention that the model computes.
+"""Passes that make exported attention as fast and as exact as the attention that the model computes.
 
 Below opset 23, ``scaled_dot_product_attention`` is exported with the square root of its scale on both sides, each
 rounded to the model's dtype::
 
     MatMul(Mul(query, root), Mul(key, root))
 
-In bfloat16 the scale of 128 dimensions is 0.29 % off then. The whole scale, rounded once, is 0.01 % off, and spares a
-pass over every cached key. Nothing overflows by it: the query becomes smaller, and the key is what the cache holds.
+In bfloat16 the scale of 128 dimensions is then 0.29 % off. Applying the full scale to the query alone, rounded once,
+is 0.01 % off and saves a pass over every cached key. Nothing can overflow: the query becomes smaller, and the key is
+the cached value itself.
 
-A masked attention is exported with a mask of the lowest number there is, and with a guard behind the softmax that turns
-the NaN of a fully masked row into zero::
+A masked attention is exported with a mask of the lowest number of its dtype, and with a guard after the softmax that
+replaces the NaN of a fully masked row by zero::
 
     Softmax(scores + Where(mask, 0, lowest)) -> Where(IsNaN(weights), 0, weights)
 
-Only rows of padding are fully masked, and nobody reads them. Half that number cannot overflow: such rows get finite
-weights, every other row has the same weights as before (``exp`` of the mask is zero), and the guard is not needed: two
-passes over ``[B, heads, S, P + S]`` in every layer, which also keep engines from fusing the attention.
+Only rows of padding are fully masked, and their results are never used. With half that number as the mask nothing
+overflows: rows of padding get finite weights, all other rows have the same weights as before (``exp`` of the mask is
+zero), and the guard is unnecessary. It costs two passes over ``[B, heads, S, P + S]`` in every layer, and prevents
+engines from fusing the attention.
 """
 
 from __future__ import annotations
@@ -28,26 +30,26 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 __all__ = ["remove_nan_guards", "scale_queries_only", "simplify_attention"]
 
-ROOT_TOLERANCE: Final = 1e-6  # relative; of the root of a scale in fp32, which may be rounded more than once
+ROOT_TOLERANCE: Final = 1e-6  # relative error of the root of a scale in fp32, which may be rounded more than once
 
 
 def simplify_attention(model: ir.Model) -> None:
-    """Scale the queries only, and remove the guards: both of the functions below."""
+    """Apply both functions below: scale the queries only, and remove the NaN guards."""
     scale_queries_only(model)
     remove_nan_guards(model)
 
 
 def scale_queries_only(model: ir.Model) -> None:
-    """Multiply the queries of exported attention by its whole scale, and the keys by nothing.
+    """Multiply the queries of exported attention by the full scale, and leave the keys unscaled.
 
-    Only where the scale is ``head_dim ** -0.5``, and so known exactly: of any other the graph has nothing but the
-    rounded root, which stays on both sides.
+    Done only if the scale is ``head_dim ** -0.5``, which is known exactly. Of any other scale the graph contains only
+    the rounded root, which then stays on both sides.
     """
     for node in list(model.graph):
         if node.op_type != "MatMul":
             continue
-        query, key = (_scaled(value) for value in node.inputs)
-        if query is None or key is None or not _by_the_same_root(query, key):
+        query, key = (_match_scaling(value) for value in node.inputs)
+        if query is None or key is None or not _have_root_of_scale(query, key):
             continue
         name = f"{query.factor.name}_of_{query.head_dim}_whole"
         whole = _constant(model.graph, name, query.head_dim**-0.5, query.root)
@@ -57,7 +59,7 @@ def scale_queries_only(model: ir.Model) -> None:
 
 
 class _Scaled(NamedTuple):
-    """``node``: the only user's ``Mul(value [..., head_dim or L], factor)``, the factor being the number ``root``."""
+    """``node`` is ``Mul(value [..., head_dim or L], factor)`` with a single use; ``root`` is the constant factor."""
 
     node: ir.Node
     value: ir.Value
@@ -66,13 +68,13 @@ class _Scaled(NamedTuple):
 
     @property
     def head_dim(self) -> int:
-        """The last dimension of a query; 0 where it is not known."""
+        """The last dimension of a query; 0 if it is not known."""
         size = self.value.shape[-1] if self.value.shape is not None and len(self.value.shape) else None
         return size if isinstance(size, int) else 0
 
 
-def _scaled(value: ir.Value | None) -> _Scaled | None:
-    """Take a product with a number apart, if ``value`` is one that is used once."""
+def _match_scaling(value: ir.Value | None) -> _Scaled | None:
+    """Return the parts of ``value`` if it is a product with a constant scalar and is used once, else None."""
     node = value.producer() if value is not None else None
     if value is None or node is None or node.op_type != "Mul" or len(value.uses()) != 1 or value.is_graph_output():
         return None
@@ -83,8 +85,8 @@ def _scaled(value: ir.Value | None) -> _Scaled | None:
     return None
 
 
-def _by_the_same_root(query: _Scaled, key: _Scaled) -> bool:
-    """Say whether both are multiplied by the root of ``head_dim ** -0.5``, rounded to their dtype."""
+def _have_root_of_scale(query: _Scaled, key: _Scaled) -> bool:
+    """Return whether both are multiplied by the root of ``head_dim ** -0.5``, rounded to their dtype."""
     if not query.head_dim or query.root.dtype != key.root.dtype:
         return False
     rounded = float(np.asarray(query.head_dim**-0.25, dtype=query.root.dtype.numpy()))
@@ -95,7 +97,7 @@ def _by_the_same_root(query: _Scaled, key: _Scaled) -> bool:
 def remove_nan_guards(model: ir.Model) -> None:
     """Make the masks of exported attention finite, and remove the guards against rows that are fully masked.
 
-    A guard whose mask is anything but ``Where(mask, 0, lowest)`` stays.
+    A guard stays if its mask is not ``Where(mask, 0, lowest)``.
     """
     for node in list(model.graph):
         if node.op_type != "Where" or (weights := node.inputs[2]) is None:
@@ -109,7 +111,7 @@ def remove_nan_guards(model: ir.Model) -> None:
 
 
 def _has_finite_mask(graph: ir.Graph, softmax: ir.Node) -> bool:
-    """Say whether a softmax adds a mask of this kind; it is finite afterwards, for every layer that adds it."""
+    """Return whether a softmax adds a mask of this kind, and make that mask finite, for all layers that add it."""
     scores = softmax.inputs[0]
     add = scores.producer() if scores is not None else None
     if add is None or add.op_type != "Add":
@@ -120,15 +122,15 @@ def _has_finite_mask(graph: ir.Graph, softmax: ir.Node) -> bool:
         constant = ir.convenience.get_const_tensor(fill) if fill is not None else None
         if mask is None or fill is None or constant is None or constant.size != 1:
             continue
-        number, finite = float(constant.numpy().item()), _masking(constant.dtype)
+        number, finite = float(constant.numpy().item()), _finite_mask_value(constant.dtype)
         if number < finite:
             mask.replace_input_with(2, _constant(graph, f"{fill.name}_finite", finite, constant))
         return number <= finite
     return False
 
 
-def _masking(dtype: ir.DataType) -> float:
-    """Return about half the lowest number of a type, exact in it: scores as large may still be added."""
+def _finite_mask_value(dtype: ir.DataType) -> float:
+    """Return half the lowest number of a dtype, rounded to it: adding scores of that size does not overflow."""
     return float(np.asarray(dtype.min / 2, dtype=dtype.numpy()))
 
 

@@ -1,8 +1,8 @@
-"""Deep stacks of equal layers: traced with a few, and completed in the graph.
+"""Deep stacks of equal layers: traced with two layers, and completed in the graph.
 
-Tracing takes most of an export's time and grows with the number of layers. A stack is traced with its first two
-layers only; the nodes of the second are then repeated for every layer left out, each with its own weights, its own
-cache and the hidden states of the one before.
+Tracing takes most of an export's time, which grows with the number of layers. A stack is traced with its first two
+layers only; the nodes of the second are then repeated for every omitted layer, each with its own weights, its own
+KV cache and the hidden states of the previous layer.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from promprune.export.checkpoint.weights import initializer, tensor_at
 __all__ = ["Repetition", "alike", "repeat_layer", "with_layers"]
 
 _SCOPES: Final = "pkg.torch.onnx.name_scopes"
-_OWN_STATE: Final = frozenset({"layer_idx", "training"})  # what may differ between equal layers
+_IGNORED_STATE: Final = frozenset({"layer_idx", "training"})  # what may differ between equal layers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Repetition:
-    """Layers that a trace left out.
+    """Layers that were omitted from a trace.
 
     Attributes:
-        path: of the traced stack within the traced module, such as ``"language_model.layers"``.
-        template: index in it of the layer to repeat; at least 1, and followed by what follows the stack.
-        layers: those that come after it, in order.
-        values: names of the template's own graph inputs and outputs -> a pattern with ``{}`` for the layer's index.
+        path: path of the traced stack in the traced module, such as ``"language_model.layers"``.
+        template: index in the stack of the layer to repeat; at least 1. The trace may end with layers after it.
+        layers: the omitted layers, which belong directly after the template, in order.
+        values: names of the template's graph inputs and outputs -> a pattern with ``{}`` for the layer's index.
     """
 
     path: str
@@ -42,26 +42,26 @@ class Repetition:
 
 
 def alike(layers: Iterable[nn.Module]) -> bool:
-    """Say whether layers differ in their weights only: same modules, shapes and settings."""
-    return len({_description(layer) for layer in layers}) <= 1
+    """Return whether layers differ only in their weights: their modules, shapes and settings are equal."""
+    return len({_describe(layer) for layer in layers}) <= 1
 
 
 def with_layers(stack: nn.Module, layers: Sequence[nn.Module]) -> Any:
-    """Return a stack that shares everything with ``stack`` but its ``layers``."""
+    """Return a shallow copy of ``stack`` with other ``layers``."""
     shallow = copy.copy(stack)
     shallow._modules = {**stack._modules, "layers": nn.ModuleList(layers)}
     return shallow
 
 
 def repeat_layer(model: ir.Model, repetition: Repetition) -> None:
-    """Insert the layers that were left out behind the template.
+    """Insert the omitted layers after the template.
 
     Args:
-        model: as traced, before any optimization: its nodes stand in the order of the program.
-        repetition: what to insert.
+        model: the traced graph before any optimization, with its nodes in the order of the program.
+        repetition: the layers to insert.
 
-    Raises:
-        RuntimeError: the template is not a step from hidden states to hidden states.
+        Raises:
+        RuntimeError: the template does not map hidden states to hidden states.
     """
     IdentityEliminationPass()(model)
     graph = model.graph
@@ -90,7 +90,7 @@ def repeat_layer(model: ir.Model, repetition: Repetition) -> None:
             if name.startswith(prefix):
                 tensor = tensor_at(layer, name.removeprefix(prefix))
                 if tensor is None:
-                    raise RuntimeError(f"{name} is no tensor of its layer")
+                    raise RuntimeError(f"{name} is not a tensor of its layer")
                 known[value] = initializer(tensor, label + name.removeprefix(prefix))
                 graph.register_initializer(known[value])
         for value in list(graph.inputs):
@@ -109,7 +109,7 @@ def repeat_layer(model: ir.Model, repetition: Repetition) -> None:
 
 
 def _nodes_of(graph: ir.Graph, scope: str) -> list[ir.Node]:
-    """Return the nodes from the first to the last of a scope: also those that the exporter put between."""
+    """Return the nodes from the first to the last one of a scope, including any that the exporter put in between."""
     nodes = list(graph)
     inside = [index for index, node in enumerate(nodes) if scope in node.metadata_props.get(_SCOPES, "").split("'")]
     if not inside:
@@ -142,14 +142,14 @@ def _only(values: Sequence[ir.Value], what: str) -> ir.Value:
     return values[0]
 
 
-def _description(layer: nn.Module) -> str:
-    """Describe everything of a layer that shapes its trace."""
+def _describe(layer: nn.Module) -> str:
+    """Describe everything in a layer that affects its trace."""
     parts = [repr(layer)]
     for name, module in layer.named_modules():
         settings = {
             key: value
             for key, value in vars(module).items()
-            if key not in _OWN_STATE and isinstance(value, (bool, int, float, str, tuple, type(None)))
+            if key not in _IGNORED_STATE and isinstance(value, (bool, int, float, str, tuple, type(None)))
         }
         shapes = {key: (tuple(p.shape), p.dtype) for key, p in module.named_parameters(recurse=False)}
         parts.append(f"{name} {sorted(settings.items())} {sorted(shapes.items())}")

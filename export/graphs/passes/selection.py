@@ -1,4 +1,4 @@
-"""Putting the selection into a vision graph, or removing what only a selection needs."""
+"""Passes that add the selection to a vision graph, or remove what only a selection needs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _SELECTED: Final = "selected_features"  # the name that the selector gives the k
 
 
 class FuseSelector(ir.passes.InPlacePass):
-    """Run the selection after a vision encoder; the kept features take the name ``image_features``.
+    """Append the selection to a vision encoder; the kept features are then named ``image_features``.
 
     Requires ``image_features [B, N, D]`` and ``saliency [B, N]`` as outputs. Ensures that exactly T tokens leave.
 
     Args:
-        selector: the selection; emptied.
+        selector: the selection; its nodes are moved out of it.
         tokens: N and T.
     """
 
@@ -53,9 +53,9 @@ class FuseSelector(ir.passes.InPlacePass):
 
 
 class DropSaliency(ir.passes.InPlacePass):
-    """Keep ``image_features`` only: the unpruned baseline, in which nothing is scored.
+    """Keep ``image_features`` only: the unpruned baseline, without saliency.
 
-    Requires what :class:`FuseSelector` requires. Ensures that all N tokens leave, and nothing else.
+    Requires the same outputs as :class:`FuseSelector`. Ensures that the only output is ``image_features [B, N, D]``.
     """
 
     def __init__(self, tokens: TokenCounts) -> None:
@@ -66,7 +66,7 @@ class DropSaliency(ir.passes.InPlacePass):
         _require_encoder(model, self._tokens)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Remove the other outputs, and what only they need."""
+        """Remove the other outputs, and the nodes that only they need."""
         model.graph.outputs[:] = [value for value in model.graph.outputs if value.name == IMAGE_FEATURES]
         RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, modified=True)
@@ -84,7 +84,7 @@ def _require_encoder(model: ir.Model, tokens: TokenCounts) -> None:
 
 
 def _require_count(model: ir.Model, name: str, count: int) -> None:
-    """Raise unless an output is ``[B, count, ...]``; the pass names itself."""
+    """Raise unless an output is ``[B, count, ...]``; the caller adds the name of the pass to the error."""
     shapes = {value.name: value.shape for value in model.graph.outputs}
     shape = shapes.get(name)
     if shape is None or len(shape) < 2 or shape[1] != count:
@@ -95,10 +95,10 @@ def _append_graph(first: ir.Model, second: ir.Model, *, connect: Mapping[str, st
     """Run ``second`` after ``first``, as one graph.
 
     Args:
-        first: changed in place. Its outputs are then the ones that are not in ``connect``, and those of ``second``.
-        second: emptied; its inner names get ``prefix``.
-        connect: input of ``second`` -> output of ``first``; the other inputs of ``second`` become inputs of both.
-        prefix: for the names of ``second``'s nodes, values and initializers, but not of its inputs and outputs.
+        first: changed in place. Its outputs are then those that are not in ``connect``, and those of ``second``.
+        second: its nodes are moved to ``first``.
+        connect: input of ``second`` -> output of ``first``; the other inputs of ``second`` become inputs of the result.
+        prefix: added to the names of ``second``'s nodes, values and initializers, but not of its inputs and outputs.
     """
     values = {value.name: value for value in first.graph.outputs}
     outputs = list(second.graph.outputs)
