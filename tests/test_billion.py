@@ -13,7 +13,9 @@ from promprune.dtypes import Dtype
 from promprune.export import export_package
 from promprune.export.checkpoint.loading import load_checkpoint
 from promprune.export.config import ExportConfig
-from promprune.export.verify.verification import LIMITS, check_samples, verify_package
+from promprune.export.verify.checks import LIMITS
+from promprune.export.verify.samples import check_samples
+from promprune.export.verify.verification import verify_package
 from promprune.runtime import VisionLanguagePipeline
 from tests.support.random_llava import config_of, save
 

@@ -23,7 +23,7 @@ from promprune.export.evaluation.gallery import gallery
 from promprune.export.evaluation.model import TorchModel
 from promprune.export.evaluation.runs import ALL, Condition, Run, ask_package, ask_torch, conditions
 from promprune.export.evaluation.scores import difference, scores
-from promprune.export.verify.verification import MAX_NEW_TOKENS, kept_position_ids, torch_answer
+from promprune.export.verify.language import MAX_NEW_TOKENS, kept_position_ids, torch_answer
 from promprune.method.config import SelectionConfig
 from promprune.runtime import TokenSelection, draw_kept_tokens
 from promprune.runtime.images.encoded import TokenGrid

@@ -26,7 +26,7 @@ from promprune.export import ExportResult, export_package, verify_package
 from promprune.export.checkpoint.loading import load_checkpoint
 from promprune.export.config import ExportConfig
 from promprune.export.families.llava import Llava
-from promprune.export.verify.verification import Limits
+from promprune.export.verify.checks import Limits
 from promprune.method.config import SelectionConfig
 from promprune.runtime import ImageEncoder, VisionLanguagePipeline
 from tests.support.tiny_models import IMAGE_SIZE, NUM_TOKENS, save_tiny_llava, tiny_language_model

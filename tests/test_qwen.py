@@ -23,7 +23,8 @@ from promprune.export import ExportResult, export_package
 from promprune.export.checkpoint.loading import load_checkpoint
 from promprune.export.config import ExportConfig
 from promprune.export.families.qwen2_5_vl import GridVisionEncoder, Qwen25VL
-from promprune.export.verify.verification import check_samples, verify_package
+from promprune.export.verify.samples import check_samples
+from promprune.export.verify.verification import verify_package
 from promprune.method.config import SelectionConfig
 from promprune.method.reference import select_tokens
 from promprune.package.image import GridLayout

@@ -32,7 +32,6 @@ __all__ = ["PiecewiseSession", "available_memory", "load_weights_on_call"]
 
 Array = NDArray[Any]
 
-# ORT's name for where the weights of a graph lie that is not read from a file.
 PIECE_BYTES: Final = 64 * 1024 * 1024  # of weights in one session
 KEPT_BYTES: Final = 1024 * 1024  # a module with less than this in weights keeps them
 

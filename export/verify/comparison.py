@@ -19,10 +19,10 @@ from polygraphy.backend.onnx.util import str_from_onnx
 from polygraphy.comparator import Comparator
 from polygraphy.logger.logger import G_LOGGER
 
-from promprune.embedded import scenes
 from promprune.errors import ConfigError, PackageError, PrompruneError
 from promprune.export.verify.backends import RUNNERS, Subject, failure
 from promprune.export.verify.config import CompareConfig
+from promprune.export.verify.samples import check_samples
 from promprune.export.verify.tensors import TensorError, compare_results, same_tensors, tensors_of
 from promprune.package.engines import ProfileRecord, ShapeRange
 from promprune.package.manifest import Manifest, TensorRecord, read_manifest
@@ -190,13 +190,11 @@ def sample_feeds(package: Path, manifest: Manifest) -> dict[str, list[Feed]]:
     with loader.from_package(package, provider="cpu", image_cache_size=0) as running:
         for graph, session in running.sessions.items():
             session.on_run = partial(note, graph)
-        for index, (height, width) in enumerate(_SIZES):
-            scene = scenes.render_scene(scenes.TEST_SEEDS[index], image_size=min(height, width))
-            image = scene.image.resize((width, height))
+        for sample in check_samples(len(_SIZES), sizes=_SIZES):
             if isinstance(running, VisionLanguagePipeline):
-                running.generate(image, scenes.questions(scene, per_type=1)[0].text, max_new_tokens=2)
+                running.generate(sample.image, sample.question, max_new_tokens=2)
             else:
-                running.encode_image(image)
+                running.encode_image(sample.image)
     random = np.random.default_rng(0)
     for graph, record in manifest.graphs.items():
         if graph not in feeds and all(tensor.dtype == "bool" or "float" in tensor.dtype for tensor in record.inputs):

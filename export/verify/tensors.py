@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-__all__ = ["TensorError", "compare_results", "same_tensors", "tensor_error", "tensors_of"]
+__all__ = ["TensorError", "compare_results", "relative_error", "same_tensors", "tensor_error", "tensors_of"]
 
 _MASK_SHARE: Final = 1 / 4  # of the lowest number of a dtype; a mask is that number or half of it, and scores added
 
@@ -81,6 +81,14 @@ def _keys(model: onnx.ModelProto) -> dict[str, Hashable]:
             if output and node.op_type != "Constant":
                 keys[output] = (made, index)
     return keys
+
+
+def relative_error(value: NDArray[Any], reference: NDArray[Any]) -> float:
+    """Largest |difference| over the standard deviation of the reference; infinite if anything is not finite."""
+    difference = np.abs(value.astype(np.float64) - reference.astype(np.float64)).max()
+    if not np.isfinite(difference):
+        return float("inf")
+    return float(difference / max(float(reference.astype(np.float64).std()), 1e-12))
 
 
 def tensor_error(value: NDArray[Any], reference: NDArray[Any]) -> float:

@@ -29,7 +29,9 @@ from promprune.export import export_package
 from promprune.export.checkpoint.loading import Checkpoint, load_checkpoint
 from promprune.export.checkpoint.weights import torch_dtype
 from promprune.export.config import ExportConfig
-from promprune.export.verify.verification import check_samples, relative_error, verify_package
+from promprune.export.verify.samples import check_samples
+from promprune.export.verify.tensors import relative_error
+from promprune.export.verify.verification import verify_package
 from tests.support.tiny_models import (
     randomised,
     save_tiny_llava,

@@ -1,0 +1,182 @@
+"""Does the package read and answer as transformers does?"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from promprune.errors import PrompruneError
+from promprune.export.checkpoint.prompts import prompt_text
+from promprune.export.families import Family, VisionReference
+from promprune.export.verify.checks import Limits, check
+from promprune.export.verify.samples import Sample
+from promprune.export.verify.subject import Array, Runnable, Subject, run_graph
+from promprune.export.verify.tensors import relative_error
+from promprune.package.manifest import DECODER, EMBED_TOKENS, CheckRecord, GraphRecord
+from promprune.runtime import VisionLanguagePipeline
+
+__all__ = ["check_answers", "check_language", "kept_position_ids", "torch_answer"]
+
+MAX_NEW_TOKENS: Final = 16
+OUT_OF_CORE_TOKENS: Final = 24  # of a text
+PAST: Final = "past_key_values"
+PRESENT: Final = "present"
+
+
+def check_language(subject: Subject, samples: Sequence[Sample], limits: Limits) -> Iterator[CheckRecord]:
+    """Compare token embeddings, and logits of prefill and of decode steps, on two batch rows padded on the left."""
+    family = subject.family
+    input_ids, attention_mask = _padded_ids(
+        family.processor.tokenizer,
+        [sample.question for sample in [*samples, *samples][:2]],
+        most=OUT_OF_CORE_TOKENS if subject.out_of_core else None,
+    )
+    embeds = run_graph(subject.open(EMBED_TOKENS), {"input_ids": input_ids.numpy()})["inputs_embeds"]
+    reference = family.embed_tokens(input_ids)
+    error = relative_error(embeds, reference.numpy())
+    yield check("token embeddings, relative error", error, "<=", limits.relative_error)
+
+    split = input_ids.shape[1] - (1 if subject.out_of_core else 3)  # the last positions are decoded one by one
+    strides = _strides(family, input_ids.shape[1])
+    decoder = _Decoder(subject.open(DECODER), subject.manifest.graphs[DECODER], strides)
+    hidden = family.language_model(
+        inputs_embeds=reference,
+        attention_mask=attention_mask,
+        position_ids=_position_ids(attention_mask, strides),
+        use_cache=False,
+    ).last_hidden_state
+    logits = family.lm_head(hidden).numpy()
+    errors = []
+    for begin, end in [(0, split), *((i, i + 1) for i in range(split, input_ids.shape[1]))]:
+        got = decoder.step(embeds[:, begin:end], attention_mask[:, :end].numpy())
+        errors.append(relative_error(got[:, 0], logits[:, end - 1]))
+    yield check("prefill logits, relative error", errors[0], "<=", limits.relative_error)
+    yield check("decode logits, relative error", max(errors[1:]), "<=", limits.relative_error)
+
+
+def check_answers(
+    subject: Subject, samples: Sequence[Sample], references: Sequence[VisionReference], limits: Limits
+) -> Iterator[CheckRecord]:
+    """Compare the runtime's greedy answers with those of transformers' ``generate`` on the same kept tokens."""
+    equal, refusal = 0, ""
+    family = subject.family
+    with VisionLanguagePipeline.from_package(subject.folder, provider="cpu") as pipeline:
+        for sample, reference in zip(samples, references, strict=True):
+            try:
+                result = pipeline.generate([sample.image], sample.question, max_new_tokens=MAX_NEW_TOKENS)
+            except PrompruneError as error:  # the runtime refuses what the graphs gave
+                refusal = f"; {error}"
+                continue
+            indices = torch.as_tensor(np.array(result.selection[0].token_indices))
+            kept = family.kept_features(reference, indices)
+            positions = kept_position_ids(family, sample.question, reference, indices)
+            equal += torch_answer(family, sample.question, kept, positions) == list(result.token_ids)
+    detail = f"{equal} of {len(samples)}{refusal}"
+    yield check("greedy answers equal to torch's", equal / len(samples), ">=", limits.equal_answers, detail)
+
+
+def torch_answer(family: Family, question: str, kept: Tensor, position_ids: Tensor | None = None) -> list[int]:
+    """Return the token ids of transformers' greedy answer, with ``kept [placeholders, D]`` for the placeholders."""
+    input_ids = prompt_ids(family, question, len(kept))
+    embeds = family.embed_tokens(input_ids).clone()
+    embeds[input_ids == family.image_token_id] = kept.to(embeds.dtype)
+    placed = {} if position_ids is None else {"position_ids": position_ids}
+    with _plainly_greedy(family.model, family.processor.tokenizer.pad_token_id or 0):
+        generated = family.model.generate(inputs_embeds=embeds, attention_mask=torch.ones_like(input_ids), **placed)
+    return list(generated[0].tolist())
+
+
+@contextlib.contextmanager
+def _plainly_greedy(model: Any, pad_token_id: int) -> Iterator[None]:
+    """Make ``generate`` take the likeliest token each time, as the runtime does by default.
+
+    A model's own ``generation_config`` may say otherwise, such as ``repetition_penalty`` 1.05 in Qwen2.5-VL, and its
+    values are used for whatever a config that is passed to ``generate`` leaves open.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=MAX_NEW_TOKENS, eos_token_id=own.eos_token_id, pad_token_id=pad_token_id
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def kept_position_ids(
+    family: Family, question: str, reference: VisionReference, token_indices: Tensor
+) -> Tensor | None:
+    """Place a prompt with all its placeholders, and leave out those that were not kept; None if the model counts."""
+    input_ids = prompt_ids(family, question, reference.features.shape[1])
+    positions = family.position_ids(input_ids, reference)
+    if positions is None:
+        return None
+    stays = input_ids[0] != family.image_token_id
+    stays[(~stays).nonzero()[token_indices, 0]] = True
+    return positions[..., stays]
+
+
+def prompt_ids(family: Family, question: str, num_placeholders: int) -> Tensor:
+    """Tokenize one question about one image: ``[1, S]``."""
+    text = prompt_text(family.processor, family.image_token_id, question)
+    text = text.replace(family.image_token, family.image_token * num_placeholders)
+    ids: Tensor = family.processor.tokenizer(text, return_tensors="pt").input_ids
+    return ids
+
+
+class _Decoder:
+    """The decoder graph, with the KV cache carried from step to step."""
+
+    def __init__(self, session: Runnable, record: GraphRecord, strides: Tensor) -> None:
+        self.session = session
+        self.strides = strides
+        self.past = [value for value in record.inputs if value.name.startswith(PAST)]
+        self.cache: dict[str, Array] = {}
+
+    def step(self, inputs_embeds: Array, attention_mask: Array) -> Array:
+        if not self.cache:
+            for value in self.past:
+                shape = (len(inputs_embeds), int(value.shape[1]), 0, int(value.shape[3]))
+                self.cache[value.name] = np.zeros(shape, dtype=value.dtype)
+        position_ids = _position_ids(torch.as_tensor(attention_mask), self.strides).numpy()
+        position_ids = position_ids[..., -inputs_embeds.shape[1] :]
+        feeds = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
+        outputs = run_graph(self.session, {**feeds, **self.cache})
+        self.cache = {value.name: outputs[value.name.replace(PAST, PRESENT)] for value in self.past}
+        return outputs["logits"]
+
+
+def _padded_ids(tokenizer: Any, questions: Sequence[str], *, most: int | None) -> tuple[Tensor, Tensor]:
+    """Tokenize two texts of different lengths, of at most ``most`` tokens, padded on the left."""
+    first, second = (tokenizer(text).input_ids for text in (questions[0], questions[1] + " " + questions[0]))
+    if most is not None:
+        first, second = first[: most * 2 // 3], second[:most]
+    length = max(len(first), len(second))
+    pad = tokenizer.pad_token_id or 0
+    rows = [[pad] * (length - len(ids)) + ids for ids in (first, second)]
+    mask = [[0] * (length - len(ids)) + [1] * len(ids) for ids in (first, second)]
+    return torch.tensor(rows), torch.tensor(mask)
+
+
+def _strides(family: Family, length: int) -> Tensor:
+    """Return the distance between neighbouring tokens on each axis of ``position_ids``: int64 ``[*axes]``.
+
+    The axes differ, so that an exchange of two of them is noticed; the distances are as large as the context allows,
+    because the rotary frequencies of the last axes are low.
+    """
+    axes = math.prod(family.position_axes)
+    widest = max(axes, family.text_config.max_position_embeddings // length)
+    return torch.from_numpy(np.geomspace(1, widest, axes).round().astype(np.int64)).view(family.position_axes)
+
+
+def _position_ids(attention_mask: Tensor, strides: Tensor) -> Tensor:
+    """Positions of a text with padding on the left: ``[*axes, B, S]``."""
+    positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    return positions * strides[..., None, None]

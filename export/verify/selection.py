@@ -1,0 +1,117 @@
+"""Does a vision graph keep T distinct tokens, unchanged, and those that the method keeps in float64?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from promprune.export.verify.checks import Limits, check
+from promprune.export.verify.subject import Array
+from promprune.export.verify.vision import VisionRun
+from promprune.method.config import SelectionConfig
+from promprune.method.reference import select_tokens
+from promprune.package.manifest import CheckRecord, Manifest, SelectionRecord, TokenCounts
+
+__all__ = ["check_selection"]
+
+MAX_SATURATED: Final = 0.9  # share of the check images
+MIN_TAU_SHARE: Final = 40  # an entropy that is off by tau / 40 moves at most 0.6 % of the budget
+
+
+def check_selection(
+    manifest: Manifest, runs: Mapping[str, Sequence[VisionRun]], limits: Limits
+) -> Iterator[CheckRecord]:
+    """Compare what the vision graphs kept with the method in float64, on the features that the graphs computed."""
+    config = manifest.selection.config
+    rows = [
+        SelectedRow.of(run, index, config, manifest.tokens_of(graph))
+        for graph, some in runs.items()
+        for run in some
+        if run.is_pruned
+        for index in range(len(run.features))
+    ]
+    if not rows:
+        return
+    yield check("images without T distinct tokens in range", sum(not row.is_valid for row in rows), "==", 0)
+    yield check("kept features changed by", max(row.changed_by for row in rows), "==", 0)
+    identical = sum(row.kept == row.wanted for row in rows) / len(rows)
+    overlap = sum(len(row.kept & row.wanted) for row in rows) / sum(len(row.wanted) for row in rows)
+    detail = f"{len(rows)} images"
+    yield check("kept sets equal to the float64 method's", identical, ">=", limits.identical_sets, detail)
+    yield check("kept tokens in common with it", overlap, ">=", limits.overlap, detail)
+    yield check("saliency count differs from it by", max(row.count_difference for row in rows), "<=", 1)
+    entropy_difference = max(row.entropy_difference for row in rows)
+    yield check("spectral entropy differs from it by", entropy_difference, "<=", config.tau / MIN_TAU_SHARE)
+    if config.policy == "promprune":
+        yield check_budget(manifest.selection, rows)
+
+
+def check_budget(record: SelectionRecord, rows: Sequence[SelectedRow]) -> CheckRecord:
+    """Warn if mu and tau give the whole budget to one stage, whatever the image."""
+    ends = {"coverage": 0, "saliency": 0}
+    for row in rows:
+        ends["coverage"] += row.saliency_count == 0
+        ends["saliency"] += row.saliency_count == row.keep_tokens
+    stage, most = max(ends.items(), key=lambda item: item[1])
+    constants = f"mu = {record.config.mu:g} and tau = {record.config.tau:g} ({record.parameters_from})"
+    detail = f"{constants} give all to {stage} in {most} of {len(rows)}"
+    return check(
+        "images with the whole budget in one stage", most / len(rows), "<=", MAX_SATURATED, detail, advisory=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectedRow:
+    """The selection of one row of a vision graph's batch, against the method in float64.
+
+    Attributes:
+        keep_tokens: T, as the manifest says.
+        is_valid: T distinct tokens in range.
+        changed_by: largest difference between a kept feature and the encoder's own.
+        kept, wanted: indices of the kept tokens, and those of the method.
+        saliency_count: T_sal, of the graph.
+        count_difference, entropy_difference: of the saliency count, and of the spectral entropy.
+    """
+
+    keep_tokens: int
+    is_valid: bool
+    changed_by: float
+    kept: frozenset[int]
+    wanted: frozenset[int]
+    saliency_count: int
+    count_difference: int
+    entropy_difference: float
+
+    @classmethod
+    def of(cls, run: VisionRun, row: int, config: SelectionConfig, counts: TokenCounts) -> SelectedRow:
+        """Compare row ``row`` of a run."""
+        outputs = {name: value[row] for name, value in run.outputs.items()}
+        indices, inner = outputs["token_indices"], outputs["encoder/image_features"]
+        mask = torch.as_tensor(run.token_mask[row])
+        want = select_tokens(_float64(inner), _float64(outputs["encoder/saliency"]), counts.keep_tokens, config, mask)
+        difference = outputs["image_features"].astype(np.float64) - inner[indices.clip(0, len(inner) - 1)]
+        count = int(outputs["saliency_count"][0])
+        return cls(
+            keep_tokens=counts.keep_tokens,
+            is_valid=_is_valid(indices, counts),
+            changed_by=float(np.abs(difference).max()),
+            kept=frozenset(indices.tolist()),
+            wanted=frozenset(want.token_indices.tolist()),
+            saliency_count=count,
+            count_difference=abs(count - want.saliency_count),
+            entropy_difference=abs(float(outputs["spectral_entropy"][0]) - want.spectral_entropy),
+        )
+
+
+def _float64(array: Array) -> Tensor:
+    return torch.as_tensor(array.astype(np.float64))
+
+
+def _is_valid(indices: Array, counts: TokenCounts) -> bool:
+    distinct = len(set(indices.tolist())) == counts.keep_tokens == len(indices)
+    return distinct and bool((indices >= 0).all() and (indices < counts.num_tokens).all())

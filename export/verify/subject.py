@@ -1,0 +1,84 @@
+"""A package and its source, ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+
+from promprune.export.checkpoint.loading import Checkpoint
+from promprune.export.checkpoint.out_of_core import PiecewiseSession
+from promprune.export.families import Family, grids_of
+from promprune.package.manifest import Manifest
+from promprune.runtime.sessions.config import RuntimeConfig
+from promprune.runtime.sessions.onnxruntime import inference_session
+
+__all__ = ["Array", "Runnable", "Subject", "run_graph"]
+
+Array = NDArray[Any]
+
+
+class Runnable(Protocol):
+    """The part of ``onnxruntime.InferenceSession`` that is used."""
+
+    def get_inputs(self) -> Sequence[Any]:
+        """Describe the inputs: ``name``, ``type`` and ``shape``."""
+
+    def get_outputs(self) -> Sequence[Any]:
+        """Describe the outputs likewise."""
+
+    def run(self, names: None, feeds: Mapping[str, Array]) -> Sequence[Any]:
+        """Return all outputs, in order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A package and its source, ready to be run.
+
+    Attributes:
+        folder, manifest: the package.
+        family: its source: the transformers model in fp32.
+        out_of_core: whether both are run a part at a time.
+    """
+
+    folder: Path
+    manifest: Manifest
+    family: Family
+    out_of_core: bool
+
+    @classmethod
+    def of(cls, folder: Path, manifest: Manifest, checkpoint: Checkpoint, *, out_of_core: bool) -> Subject:
+        """Load the source, or prepare it to be loaded a part at a time."""
+        # ONNX Runtime runs a bf16 package in fp32: torch has to compute in fp32 on the same weights.
+        rounded_to = torch.bfloat16 if manifest.dtype == "bf16" else torch.float32
+        source = checkpoint.out_of_core_model(rounded_to=rounded_to) if out_of_core else checkpoint.model
+        return cls(
+            folder=folder,
+            manifest=manifest,
+            family=checkpoint.family(source, checkpoint.processor, grids_of(manifest.image)),
+            out_of_core=out_of_core,
+        )
+
+    def open(self, graph: str, outputs: Sequence[str] = ()) -> Runnable:
+        """Open a graph of the package; ``outputs`` are inner values to return besides its own outputs."""
+        path = self.folder / self.manifest.graphs[graph].file
+        if self.out_of_core:
+            return PiecewiseSession(path, outputs)
+        model = onnx.load(path, load_external_data=False)
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
+        content, config = model.SerializeToString(), RuntimeConfig(provider="cpu")
+        session: Runnable = inference_session(content, config, name=str(path), weights=path.parent).session
+        return session
+
+
+def run_graph(session: Runnable, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """Run a graph once; returns all its outputs by name."""
+    values = session.run(None, dict(feeds))
+    names = [value.name for value in session.get_outputs()]
+    return {name: np.asarray(value) for name, value in zip(names, values, strict=True)}

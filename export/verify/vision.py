@@ -1,0 +1,109 @@
+"""Does a vision graph compute the features and the saliency that transformers computes?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+
+from promprune.export.families import VisionModule, VisionReference
+from promprune.export.verify.checks import Limits, check
+from promprune.export.verify.subject import Array, Subject, run_graph
+from promprune.export.verify.tensors import relative_error
+from promprune.package.manifest import CheckRecord
+
+__all__ = ["VisionRun", "check_vision", "run_vision"]
+
+BATCH_SIZE: Final = 8
+CHOSEN_FROM: Final = ("encoder/image_features", "encoder/saliency")  # what a selection in a graph chooses from
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionRun:
+    """What a vision graph returned for some images, and torch.
+
+    Attributes:
+        outputs: of the graph, by name, ``[B, ...]``; with a selection, also ``encoder/image_features [B, N, D]`` and
+            ``encoder/saliency [B, N]``, what was chosen from.
+        features: ``[B, N, D]`` from transformers.
+        saliency: ``[B, N]`` from transformers, or from the exported module if the family cannot get it there.
+        is_independent: whether the saliency is transformers'.
+        token_mask: bool ``[B, N]``, false for padding.
+    """
+
+    outputs: dict[str, Array]
+    features: Array
+    saliency: Array
+    is_independent: bool
+    token_mask: Array
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether the graph chooses tokens, rather than keeping all."""
+        return "token_indices" in self.outputs
+
+    @property
+    def all_features(self) -> Array:
+        """What the graph made of all tokens, ``[B, N, D]``."""
+        return self.outputs["encoder/image_features" if self.is_pruned else "image_features"]
+
+
+def run_vision(subject: Subject, references: Sequence[VisionReference]) -> dict[str, list[VisionRun]]:
+    """Run every vision graph on the images that it takes; the runs, by the name of the graph."""
+    return {
+        vision.name: list(_runs(subject, vision, [one for one in references if one.graph == vision.name]))
+        for vision in subject.family.vision_modules
+    }
+
+
+def check_vision(runs: Mapping[str, Sequence[VisionRun]], limits: Limits) -> Iterator[CheckRecord]:
+    """Compare features and saliency with torch."""
+    if unseen := [name for name, some in runs.items() if not some]:
+        yield check("vision graphs without an image", len(unseen), "==", 0, ", ".join(unseen))
+    every = [run for some in runs.values() for run in some]
+    error = max(relative_error(run.all_features, run.features) for run in every)
+    yield check("image features, relative error", error, "<=", limits.relative_error)
+    if pruned := [run for run in every if run.is_pruned]:
+        error = max(relative_error(run.outputs["encoder/saliency"], run.saliency) for run in pruned)
+        detail = "" if all(run.is_independent for run in pruned) else "against the exported module, not transformers"
+        yield check("saliency, relative error", error, "<=", limits.relative_error, detail)
+
+
+def _runs(subject: Subject, vision: VisionModule, references: Sequence[VisionReference]) -> Iterator[VisionRun]:
+    """Run a vision graph in ONNX Runtime and in torch, on several images at a time if it is batched."""
+    counts = subject.manifest.tokens_of(vision.name)
+    session = subject.open(vision.name, CHOSEN_FROM if counts.is_pruned else ())
+    if subject.out_of_core and vision.is_batched:
+        references = [row for reference in references for row in _rows(reference)]
+    size = BATCH_SIZE if vision.is_batched and not subject.out_of_core else 1
+    for begin in range(0, len(references), size):
+        group = references[begin : begin + size]
+        feeds = {name: torch.cat([reference.feeds[name] for reference in group]) for name in group[0].feeds}
+        taken = {value.name for value in session.get_inputs()}
+        outputs = run_graph(session, {name: value.numpy() for name, value in feeds.items() if name in taken})
+        features = torch.cat([reference.features for reference in group])
+        saliency = [reference.saliency for reference in group if reference.saliency is not None]
+        if not saliency:
+            saliency = [vision.module(*(feeds[name] for name in vision.inputs))[1]]
+        mask = feeds.get("token_mask", torch.ones(features.shape[:2], dtype=torch.bool))
+        yield VisionRun(
+            outputs=outputs,
+            features=features.numpy(),
+            saliency=torch.cat(saliency).numpy(),
+            is_independent=group[0].saliency is not None,
+            token_mask=mask.numpy(),
+        )
+
+
+def _rows(reference: VisionReference) -> Iterator[VisionReference]:
+    """Yield the rows of a batch, such as the crops of an image, one by one."""
+    for row in range(len(reference.features)):
+        taken = slice(row, row + 1)
+        yield replace(
+            reference,
+            feeds={name: value[taken] for name, value in reference.feeds.items()},
+            features=reference.features[taken],
+            saliency=None if reference.saliency is None else reference.saliency[taken],
+        )
