@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Final
 
 from promprune.dtypes import DTYPES, Dtype
-from promprune.errors import ConfigError, OutputError
+from promprune.errors import ConfigError
 from promprune.export.graphs.opset import DEFAULT_OPSET, check_opset
+from promprune.files import check_output_file
 from promprune.method.config import DEFAULT_LOOP, LoopForm, SelectionConfig, SelectionPolicy, TokenOrder, check_loop
 from promprune.package.manifest import TokenCounts
 from promprune.package.sources import EMBEDDED_MODEL
@@ -184,11 +185,4 @@ class CalibrateConfig:
                 fix="give --mu and --tau to promprune-export instead",
             )
         if self.plot is not None:
-            self._check_plot(self.plot)
-
-    def _check_plot(self, plot: Path) -> None:
-        if plot.suffix.lower() not in _PLOT_SUFFIXES:
-            raise ConfigError(f"received --plot {plot}", expected=f"a file named *{' or *'.join(_PLOT_SUFFIXES)}")
-        if plot.is_dir() or not plot.parent.is_dir():
-            found = "is a folder" if plot.is_dir() else "lies in a folder that is not there"
-            raise OutputError(f"received --plot {plot}, which {found}", expected="a file in a folder that is there")
+            check_output_file(self.plot, "--plot", suffixes=_PLOT_SUFFIXES)

@@ -1,4 +1,4 @@
-"""Atomic outputs: a file or folder appears complete, by one rename, or not at all."""
+"""Outputs: paths are checked before anything is computed; files and folders appear complete, by one rename."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 from promprune.errors import OutputError
 
-__all__ = ["replace_file", "writing_folder"]
+__all__ = ["check_output_file", "check_output_folder", "output_errors", "replace_file", "writing_folder"]
 
 # The error numbers by which the operating system reports that writing failed.
 _WRITE_ERRORS: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
@@ -27,6 +27,89 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux's numbers
 
 # Part of the names: a process number is meaningful on its own machine only, and machines may share the folder.
 _HOST: Final = re.sub(r"\W", "_", platform.node(), flags=re.ASCII)
+
+
+def check_output_file(path: Path, option: str, *, suffixes: Sequence[str] = (), new_folder: Path | None = None) -> None:
+    """Refuse a file that cannot be written.
+
+    Args:
+        path: the file; it may exist.
+        option: the command's option that named it.
+        suffixes: what its name may end in, in lower case; empty: anything.
+        new_folder: folder that the command makes if it does not exist.
+
+    Raises:
+        OutputError: the name ends in something else, or it is a folder, or its folder does not exist.
+    """
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise OutputError(f"received {option} {path}", expected=f"a name that ends in {', '.join(suffixes)}")
+    if path.is_dir():
+        found = "which is a folder"
+    elif not path.parent.is_dir() and path.parent != new_folder:
+        found = f"but {path.parent} is not a folder"
+    else:
+        return
+    raise OutputError(
+        f"received {option} {path}, {found}", expected="a file in an existing folder", fix=f"choose another {option}"
+    )
+
+
+def check_output_folder(
+    output: Path, option: str, *, marker: str = "", contents: str = "", force: bool = False, whole: bool = False
+) -> None:
+    """Refuse a folder that cannot be written, or that would lose what nobody asked to replace.
+
+    Args:
+        output: the folder; files are written into it, or it is replaced as a whole.
+        option: the command's option that named it.
+        marker: name of the file by which earlier results are recognised.
+        contents: what such a folder holds, for the message: ``"a report"``.
+        force: replace earlier results, and nothing else.
+        whole: the folder is replaced as a whole; otherwise other files in it stay.
+
+    Raises:
+        OutputError: it cannot be written; or it holds results and ``force`` is off; or it is replaced as a whole and
+            holds something else.
+    """
+    there = next((path for path in (output, *output.parents) if path.exists()), Path())
+    fix = f"choose another {option}"
+    if there == output and whole:
+        _check_replaced(output, marker=marker, contents=contents, force=force, fix=fix)
+        return
+    if not there.is_dir():
+        raise OutputError(f"received {option} {output}, but {there} is not a folder", expected="a folder", fix=fix)
+    if marker and not force and (output / marker).exists():
+        raise OutputError(f"{output} holds {contents} already", expected="a new folder", fix=f"{fix}, or add --force")
+    with output_errors(output, fix=fix), tempfile.TemporaryFile(dir=there) as scratch:
+        scratch.write(b"promprune")
+
+
+def _check_replaced(output: Path, *, marker: str, contents: str, force: bool, fix: str) -> None:
+    """Refuse to replace a folder as a whole unless ``force`` is given and it holds earlier results or nothing."""
+    if not force:
+        raise OutputError(
+            f"{output} already exists", expected="a new folder", fix=f"{fix}, or add --force to replace it"
+        )
+    try:  # another process may replace it at this moment, and takes it away before
+        names = [path.name for path in output.iterdir()] if not output.is_symlink() else None
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        names = None
+    if names is None or (names and marker not in names):
+        raise OutputError(
+            f"{output} exists and is not {contents}, so --force does not replace it",
+            fix=f"{fix}, or remove it yourself",
+        )
+
+
+@contextmanager
+def output_errors(output: Path, *, fix: str) -> Iterator[None]:
+    """Turn an error of the operating system into an :class:`OutputError` that names the output."""
+    try:
+        yield
+    except OSError as error:
+        raise _unwritable(output, error, fix) from error
 
 
 @contextmanager
@@ -151,7 +234,7 @@ def _sibling(path: Path, output: Path, kind: str) -> Path:
 
 
 def _unwritable(output: Path, error: OSError, fix: str) -> OutputError:
-    return OutputError(f"{output} cannot be written ({error.strerror})", fix=fix)
+    return OutputError(f"{output} cannot be written ({error.strerror or error})", fix=fix)
 
 
 def _clean_up_after_dead_processes(output: Path) -> None:

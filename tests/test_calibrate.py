@@ -146,8 +146,8 @@ def test_an_export_whose_budget_is_not_split_warns(tiny_llava: Path, tmp_path: P
         (["--limit", "7"], "received limit = 7; expected at least 8 images"),
         (["./nowhere", "--images", "."], "there is no such folder"),
         (["--image-grid", "24"], "received --image-grid '24'"),
-        (["--plot", "p.xyz"], "received --plot p.xyz; expected a file named *.png or *.svg"),
-        (["--plot", "nodir/p.png"], "lies in a folder that is not there"),
+        (["--plot", "p.xyz"], "received --plot p.xyz; expected a name that ends in .png, .svg"),
+        (["--plot", "nodir/p.png"], "but nodir is not a folder"),
         (["--images", "."], "there is no image"),
     ],
 )

@@ -201,7 +201,7 @@ def shell(arguments: list[str], text: str = "", **environment: str) -> subproces
         (["{package}", "-p", "x" * 300], 1, ["tokens long", "256"]),
         (["{package}", "-p", "x", "--show-tokens", "{out}/kept.png"], 2, ["without --image"]),
         (["{package}", "-i", "{image}", "-p", "x", "--show-tokens", "{out}/kept.gif"], 1, [".png"]),
-        (["{package}", "-i", "{image}", "-p", "x", "--show-tokens", "{missing}/kept.png"], 1, ["no folder"]),
+        (["{package}", "-i", "{image}", "-p", "x", "--show-tokens", "{missing}/kept.png"], 1, ["is not a folder"]),
         (["{package}", "-i", "{image}", "-p", "x", "--show-tokens", "{out}/folder.png"], 1, ["is a folder"]),
     ],
 )

@@ -16,7 +16,7 @@ from promprune.export.commands.tables import checks_table, print_verification
 from promprune.export.config import ExportConfig, default_output
 from promprune.method.config import POLICIES, SelectionConfig
 from promprune.package.describe import describe_selection
-from promprune.package.manifest import check_output
+from promprune.package.manifest import check_package_output
 from promprune.package.sources import local_folder
 from promprune.runtime.commands.options import Version
 from promprune.terminal import (
@@ -197,7 +197,7 @@ def parse_grids(text: str) -> tuple[tuple[int, int], ...]:
 def _run(config: ExportConfig) -> ExportResult:
     """Export, once everything is refused that can be refused without PyTorch, which takes seconds to start."""
     local_folder(config.model)
-    check_output(config.output or default_output(config), force=config.force)
+    check_package_output(config.output or default_output(config), force=config.force)
     try:
         with show_progress() as progress:
             progress.announce(1)

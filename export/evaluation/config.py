@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Final
 
 from promprune.dtypes import DTYPES, Dtype
-from promprune.errors import ConfigError, OutputError
+from promprune.errors import ConfigError
+from promprune.files import check_output_file, check_output_folder
 from promprune.method.config import POLICIES
 from promprune.package.sources import EMBEDDED_MODEL
 
@@ -121,22 +122,14 @@ class EvalConfig:
 
     def _check_outputs(self) -> None:
         if self.output is not None:
-            there = next((path for path in (self.output, *self.output.parents) if path.exists()), self.output)
-            if there.exists() and not there.is_dir():
-                raise OutputError(f"received -o {self.output}, but {there} is no folder", expected="a folder")
+            check_output_folder(self.output, "-o")
         if self.gallery is None:
             return
         if not self.compares_promprune:
             raise ConfigError(
                 "received --gallery", expected="it with promprune among the policies, and a ratio below 1"
             )
-        if self.gallery.is_dir():
-            raise OutputError(f"received --gallery {self.gallery}, which is a folder", expected="a file")
-        if not self.gallery.parent.is_dir() and self.gallery.parent != self.output:
-            raise OutputError(
-                f"received --gallery {self.gallery}, in a folder that is not there",
-                expected="a file in a folder that is there, or in that of -o",
-            )
+        check_output_file(self.gallery, "--gallery", new_folder=self.output)
 
 
 def check_conditions(ratios: tuple[float, ...], policies: tuple[str, ...]) -> None:

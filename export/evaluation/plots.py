@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 from promprune.export.evaluation.config import ALL, NONE, ORACLE
 from promprune.export.evaluation.runs import Run
 from promprune.export.evaluation.scores import Score
+from promprune.files import replace_file
 from promprune.method.config import SelectionConfig
 from promprune.method.entropy import saliency_ratio
 
@@ -48,7 +50,13 @@ def plot_entropies(fitted: Calibration, path: Path) -> None:
     share.set(ylabel="share of the budget for saliency", ylim=(0, 1.02))
     share.yaxis.label.set_color(ORANGE)
     images.set_title(f"mu = {fitted.mu:g}, tau = {fitted.tau:g}", fontsize=10)
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix[1:], dpi=150)
+    replace_file(path, content.getvalue())
 
 
 def _padded(values: tuple[float, ...]) -> tuple[float, float]:
@@ -79,7 +87,7 @@ def plot_accuracy(scores: Sequence[Score], path: Path) -> None:
     axes.set_title("shaded: 95 % intervals", fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
 
 
 def plot_split(run: Run, config: SelectionConfig, path: Path) -> None:
@@ -100,4 +108,4 @@ def plot_split(run: Run, config: SelectionConfig, path: Path) -> None:
     )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+    _save(figure, path)

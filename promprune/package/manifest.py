@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -29,8 +28,8 @@ from typing import Final, Literal
 import msgspec
 
 from promprune.dtypes import Dtype
-from promprune.errors import ConfigError, OutputError, PackageError
-from promprune.files import writing_folder
+from promprune.errors import ConfigError, PackageError
+from promprune.files import check_output_folder, writing_folder
 from promprune.method.config import LoopForm, SelectionConfig
 from promprune.package.image import VISION_ENCODER, ImageRecord
 from promprune.package.record import Count, Digest, Fraction, Record, Size
@@ -347,6 +346,11 @@ def _leads_inside(folder: Path, path: Path) -> bool:
         return False
 
 
+def check_package_output(output: Path, *, force: bool) -> None:
+    """Refuse a folder for a package, as :func:`promprune.files.check_output_folder` says."""
+    check_output_folder(output, "-o", marker=MANIFEST_FILE, contents="an exported package", force=force, whole=True)
+
+
 @contextmanager
 def writing_package(output: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield an empty folder that becomes ``output`` when the block succeeds, as :mod:`promprune.files` says.
@@ -354,29 +358,6 @@ def writing_package(output: Path, *, force: bool = False) -> Iterator[Path]:
     Raises:
         OutputError: ``output`` exists and ``force`` is off, or it exists and is no package, or cannot be written.
     """
-    check_output(output, force=force)
+    check_package_output(output, force=force)
     with writing_folder(output, replace=force, fix="choose another output folder, or add --force") as partial:
         yield partial
-
-
-def check_output(output: Path, *, force: bool) -> None:
-    """Refuse an output that would overwrite something not asked for.
-
-    Raises:
-        OutputError: ``output`` exists and ``force`` is off, or it exists and is no package.
-    """
-    try:  # whoever replaces it at this moment takes it away before
-        names = [path.name for path in output.iterdir()] if stat.S_ISDIR(output.lstat().st_mode) else None
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    if not force:
-        raise OutputError(
-            f"{output} already exists",
-            expected="a new folder",
-            fix="choose another -o, or add --force to replace it",
-        )
-    if names is None or (names and MANIFEST_FILE not in names):
-        raise OutputError(
-            f"{output} exists and is not an exported package, so --force does not replace it",
-            fix="choose another with -o, or remove it yourself",
-        )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import shlex
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -16,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from promprune.dtypes import DTYPES
-from promprune.errors import ConfigError, OutputError
-from promprune.files import replace_file
+from promprune.errors import ConfigError
+from promprune.files import check_output_folder, output_errors, replace_file
 from promprune.method.config import POLICIES
 from promprune.progress import Progress
 from promprune.runtime.bench.config import BASELINES, BenchConfig
@@ -156,7 +155,7 @@ def bench(
       promprune-bench --model ./llava-1.5-7b-hf --ratios 1.0,0.5,0.25,0.12 --batch 1,4 --concurrency 1,2
     """
     if output is not None:
-        _check_output(output, force=force)
+        check_output_folder(output, "-o", marker="report.json", contents="a report", force=force)
     with missing_extra(EXTRA):
         from promprune.runtime.bench.measure import run_benchmark
 
@@ -190,7 +189,8 @@ def bench(
     wanted = _numbers(DEFAULT_RATIOS if ratios is None else ratios, float, "--ratios", "fractions such as 1.0,0.12")
     BenchConfig(packages=given or {"none yet": Path()}, **asked)  # refuses what is wrong before anything is exported
     if output is not None:
-        _prepare_output(output)
+        with missing_extra(EXTRA):
+            importlib.import_module("promprune.runtime.bench.page")  # rather now than after the measurements
     with show_progress() as progress, missing_extra("export"), missing_package(*OPENVINO):
         if peer is not None:
             importlib.import_module("openvino_genai")  # rather now than after the first measurements
@@ -330,27 +330,6 @@ def _exported(
     return folders
 
 
-def _check_output(output: Path, *, force: bool) -> None:
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"{output} exists and is no folder", expected="a folder", fix="choose another -o")
-    if (output / "report.json").exists() and not force:
-        raise OutputError(
-            f"{output} holds a report already", expected="a new folder", fix="choose another -o, or add --force"
-        )
-
-
-def _prepare_output(output: Path) -> None:
-    """Make sure, before anything is measured, that the reports can be written."""
-    with missing_extra(EXTRA):
-        importlib.import_module("promprune.runtime.bench.page")
-    there = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there) as scratch:
-            scratch.write(b"promprune")
-    except OSError as error:
-        raise _unwritable(output, error) from error
-
-
 def _write(report: Report, output: Path) -> None:
     """Write all four forms, each of which appears whole or not at all, the one that the others follow from first."""
     from promprune.runtime.bench.page import to_html
@@ -362,20 +341,14 @@ def _write(report: Report, output: Path) -> None:
         "md": to_markdown,
         "html": to_html,
     }
-    try:
+    with output_errors(output, fix="choose another -o"):
         output.mkdir(parents=True, exist_ok=True)
         for suffix, text_of in forms.items():
             replace_file(output / f"report.{suffix}", text_of(report).encode())
-    except OSError as error:
-        raise _unwritable(output, error) from error
 
 
 def _json_text(report: Report) -> str:
     return msgspec.json.format(msgspec.json.encode(report), indent=2).decode() + "\n"
-
-
-def _unwritable(output: Path, error: OSError) -> OutputError:
-    return OutputError(f"{output} cannot be written ({error.strerror})", fix="choose another -o")
 
 
 def _results() -> Console:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import io
 import re
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Sequence
@@ -16,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 from rich.table import Table
 
-from promprune.errors import ConfigError, OutputError, PrompruneError
+from promprune.errors import ConfigError, PrompruneError
+from promprune.files import check_output_file, output_errors, replace_file
 from promprune.package.describe import describe_selection
 from promprune.runtime.commands.options import Backend, CudaGraphs, NumThreads, Provider, Version
 from promprune.runtime.engine.config import DEFAULT_NEW_TOKENS, GenerationConfig
@@ -342,13 +342,7 @@ def _check_pictures(output: Path, num_images: int, *, interactive: bool) -> None
     """Refuse an output before anything is computed for it."""
     if num_images == 0 or interactive:
         raise typer.BadParameter("received --show-tokens without --image, or with --interactive; expected an image")
-    if output.suffix.lower() not in _PICTURE_FORMATS:
-        raise OutputError(
-            f"received --show-tokens {output}", expected=f"a name that ends in {', '.join(_PICTURE_FORMATS)}"
-        )
-    if output.is_dir() or not output.parent.is_dir():
-        reason = "is a folder" if output.is_dir() else f"lies in {output.parent}, which is no folder"
-        raise OutputError(f"{output} {reason}", expected="a file in an existing folder", fix="choose another name")
+    check_output_file(output, "--show-tokens", suffixes=tuple(_PICTURE_FORMATS))
 
 
 def _show(asked: _Asked) -> None:
@@ -382,21 +376,10 @@ def _draw(encoder: ImageEncoder, asked: _Asked, selections: Sequence[TokenSelect
 
 def _save(picture: Image, target: Path) -> None:
     """Write a picture so that it appears whole, or not at all."""
-    partial: Path | None = None
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.partial-", dir=target.parent)
-        partial = Path(name)
-        with os.fdopen(handle, "wb") as stream:
-            picture.save(stream, format=_PICTURE_FORMATS[target.suffix.lower()])
-        partial.chmod(0o644)
-        partial.replace(target)
-    except OSError as error:
-        raise OutputError(
-            f"{target} cannot be written ({error.strerror or error})", fix="choose another name"
-        ) from error
-    finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
+    content = io.BytesIO()
+    picture.save(content, format=_PICTURE_FORMATS[target.suffix.lower()])
+    with output_errors(target, fix="choose another name"):
+        replace_file(target, content.getvalue())
 
 
 if __name__ == "__main__":
