@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from promprune.runtime.chat import Chat
 from promprune.runtime.engine.config import GenerationConfig
+from promprune.runtime.engine.engine import Engine
+from promprune.runtime.engine.request import Request
 from promprune.runtime.engine.result import Result, Timings
 from promprune.runtime.engine.stream import AnswerStream
 from promprune.runtime.images.encoded import EncodedImage, TokenSelection
@@ -27,8 +29,10 @@ __all__ = [
     "AnswerStream",
     "Chat",
     "EncodedImage",
+    "Engine",
     "GenerationConfig",
     "ImageEncoder",
+    "Request",
     "Result",
     "RuntimeConfig",
     "Timings",

@@ -17,11 +17,8 @@ from PIL import Image
 
 from promprune.errors import BackendError, ConfigError, PackageError
 from promprune.export import ExportResult
-from promprune.runtime import Result, VisionLanguagePipeline
+from promprune.runtime import EncodedImage, Engine, Request, Result, VisionLanguagePipeline
 from promprune.runtime.engine.cache import CachedPrefix
-from promprune.runtime.engine.engine import Engine
-from promprune.runtime.engine.request import Request
-from promprune.runtime.images.encoded import EncodedImage
 from tests.support.fake_package import write_fake_package
 
 TEXTS = ("a", "What is it?", "How many red shapes are there? " * 3, "Is the circle left of the square?")

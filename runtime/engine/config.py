@@ -15,19 +15,19 @@ DEFAULT_NEW_TOKENS: Final = 256
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """How tokens are chosen, and when to stop.
+    """How tokens are chosen, and when the answer ends.
 
     Attributes:
-        max_new_tokens: most tokens to generate, at least 1. ``None``: as many as the context leaves, at most
+        max_new_tokens: most tokens to generate, at least 1. None for as many as the context leaves, at most
             ``DEFAULT_NEW_TOKENS``. A number that does not fit the context is refused.
-        temperature: 0 is greedy; above 0, tokens are drawn from softmax(logits / temperature).
-        top_p: draw from the smallest set of tokens whose probability reaches ``top_p``, in (0, 1]; 1 is off.
-        top_k: draw from the ``top_k`` likeliest tokens; 0 is off.
-        repetition_penalty: above 1, the logits of tokens already in the prompt or the answer are lowered
-            (divided when positive, multiplied when negative); 1 is off. Applies to greedy choice as well.
+        temperature: 0 for greedy; above 0, tokens are sampled from softmax(logits / temperature).
+        top_p: sample from the smallest set of tokens whose probability reaches ``top_p``, in (0, 1]; 1 is off.
+        top_k: sample from the ``top_k`` likeliest tokens; 0 is off.
+        repetition_penalty: above 1, the logits of tokens in the prompt or the answer are lowered (divided if positive,
+            multiplied if negative); 1 is off. Applies to greedy choice as well.
         stop: texts that end the answer; they are not part of it. One string, or a sequence of strings; kept as a tuple.
-        seed: makes drawing reproducible; ``None`` draws a new seed each time.
-        ignore_eos: go on after an end-of-sequence token, so that an answer has exactly the length that was asked for.
+        seed: makes sampling reproducible; None for a new seed each time.
+        ignore_eos: continue after an end-of-sequence token, so that the answer has exactly ``max_new_tokens`` tokens.
 
     Raises:
         ConfigError: a value is of another type, or out of its range.

@@ -33,7 +33,7 @@ def open_language_model(package: Package, config: RuntimeConfig) -> LanguageMode
             expected="a package with a language model",
             fix="use ImageEncoder for its visual tokens, or export without --vision-only",
         )
-    # One Gather: threads of its own would only get in the decoder's way.
+    # One Gather: more threads would only compete with the decoder's.
     embed = open_session(package, EMBED_TOKENS, replace(config, num_threads=1))
     decoder = open_session(package, DECODER, config)
     expect("embed_tokens' inputs", {*embed.inputs}, {"input_ids"})
@@ -48,9 +48,9 @@ def open_language_model(package: Package, config: RuntimeConfig) -> LanguageMode
 
 
 def expect_same_width(manifest: Manifest) -> None:
-    """Compare the size of the visual tokens with that of the language model's embeddings.
+    """Compare the size of the visual tokens with that of the language model's embeddings, as the manifest states them.
 
-    The manifest's own words: every graph is compared with them when it is opened.
+    Every graph is compared with the manifest when it is opened.
 
     Raises:
         PackageError: they differ.
@@ -63,12 +63,12 @@ def expect_same_width(manifest: Manifest) -> None:
 
 
 def _width(tensors: Sequence[TensorRecord], name: str) -> int | str | None:
-    """Return the last dimension of a tensor; ``None``: there is none of that name, or it has no dimension."""
+    """Return the last dimension of a tensor; None if there is no such tensor, or it has no dimensions."""
     return next((tensor.shape[-1] for tensor in tensors if tensor.name == name and tensor.shape), None)
 
 
 def steps_in_place(folder: Path, decoder: Session) -> bool:
-    """Say whether a decoder's steps are to have the same shapes: where that pays, and its attention has no window."""
+    """Return whether decode steps run in place: if the session replays them, and attention has no sliding window."""
     windowed = decoder.repeats and _has_window(read_json(folder / "config.json"))
     if windowed:
         decoder.notes += (f"{decoder.name} steps without CUDA graphs: its attention has a sliding window",)
@@ -76,7 +76,7 @@ def steps_in_place(folder: Path, decoder: Session) -> bool:
 
 
 def _has_window(config: Mapping[str, Any]) -> bool:
-    """Say whether a language model attends to the latest tokens only, from its model configuration."""
+    """Return whether a model configuration restricts attention to the latest tokens."""
     text = config.get("text_config", config)
     if layers := text.get("layer_types"):
         return "sliding_attention" in layers
@@ -84,7 +84,7 @@ def _has_window(config: Mapping[str, Any]) -> bool:
 
 
 def same_language_model(a: Manifest, b: Manifest) -> bool:
-    """Say whether two packages have the same language model, byte for byte."""
+    """Return whether two packages have the same language model, byte for byte."""
     return a.has_language_model and b.has_language_model and _language_files(a) == _language_files(b)
 
 

@@ -1,13 +1,13 @@
-"""From messages to token ids: chat template, tokenizer, and a run of placeholders for every image.
+"""From messages to token ids: chat template, tokenizer, and one placeholder per visual token.
 
 A message is ``{"role": "user", "content": TEXT}`` or ``{"role": ..., "content": [PART, ...]}`` with parts
 ``{"type": "text", "text": TEXT}`` and ``{"type": "image"}``, as in Hugging Face chats.
 
-Only the chat template writes special tokens. The caller's texts may not contain the image placeholder: it would stand
-for an image that is not there, so it is refused. Other special tokens in a text (``</s>``, ``<|im_end|>``), and all in
-what the assistant said, are read as the characters they are written with, also where they begin in one text and end in
-the next, or in the template: a text cannot end its turn and begin another's. Special tokens that a package's tokenizer
-finds in normalized text only (``"normalized": true``) are an exception.
+Only the chat template can produce special tokens, so no text can end its own turn and begin another one. The image
+placeholder in a text of the caller is refused. Other special tokens in a text (``</s>``, ``<|im_end|>``), and all of
+them in the assistant's texts, are escaped: they are tokenized as ordinary characters, even if they begin in one text
+and end in the next, or in the template. Special tokens that a package's tokenizer finds only in normalized text
+(``"normalized": true``) are an exception.
 """
 
 from __future__ import annotations
@@ -55,16 +55,16 @@ FALLBACK_TEMPLATE: Final = """\
 {%- for part in message.content if part.type == 'text' %}{{ part.text + ' ' }}{% endfor %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
-# In texts while the template has them: code points that are no characters, and never will be. A special token stands
-# between the two. The second one is also at the end of a text that ends with the beginning of one, and at the start of
-# a text that starts with the end of one: any text might follow, or stand before.
+# Marks in the texts while the template renders them: code points that Unicode never assigns. A special token is between
+# the two marks. The second mark also stands after a text that ends with the beginning of a special token, and before
+# one that starts with the end of a special token: the template may put any text next to it.
 _LITERAL: Final = "\ufdd0"
 _EDGE: Final = "\ufdd1"
 _MARKS: Final = re.compile(f"([{_LITERAL}{_EDGE}])")
 _ROLE: Final = re.compile("[A-Za-z_]+")
 _MAX_RENDERED_CHARACTERS: Final = 8_000_000
 _SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_AGAIN: Final = "copy the package again, or export it again"
+_EXPORT_AGAIN: Final = "copy the package again, or export it again"
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class PromptBuilder:
         """Read the tokenizer and the chat template of a package.
 
         Raises:
-            PackageError: one of them cannot be read, or the tokenizer knows no image placeholder.
+            PackageError: one of them cannot be read, or the tokenizer does not have the image placeholder.
         """
         prompts = cls(
             folder=folder,
@@ -95,15 +95,15 @@ class PromptBuilder:
             image_token_id=manifest.image.token_id,
             context_length=manifest.context_length,
         )
-        _ = prompts._special, prompts._special_tokens, prompts._template
+        _ = prompts._special_pattern, prompts._special_tokens, prompts._template
         return prompts
 
     def build(self, messages: Sequence[Message], image_tokens: Sequence[int]) -> TokenIds:
-        """Return the token ids of a conversation that the assistant is to continue, int64 [length].
+        """Return the token ids of a conversation up to the assistant's next answer, int64 [length].
 
         Args:
-            messages: of the conversation.
-            image_tokens: the number of placeholders that each image part becomes, in order.
+            messages: the conversation.
+            image_tokens: number of placeholders of each image part, in order.
 
         Raises:
             PromptError: a message is malformed, its text contains the placeholder, the template refuses it, or
@@ -111,7 +111,7 @@ class PromptBuilder:
             PackageError: the tokenizer fails.
         """
         text = self.render(messages)
-        ids = self._encoded(text)
+        ids = self._tokenize(text)
         if not len(ids):
             raise PromptError("the prompt has no tokens", expected="at least one", fix="ask something")
         is_image = ids == self.image_token_id
@@ -126,7 +126,7 @@ class PromptBuilder:
         return np.repeat(ids, repeats)
 
     def render(self, messages: Sequence[Message]) -> str:
-        """Return the text of a conversation, one placeholder per image; special tokens in the texts are marked.
+        """Return the text of a conversation, with one placeholder per image and marks at special tokens in the texts.
 
         Raises:
             PromptError: a message is malformed, its text contains the placeholder, or the template refuses it.
@@ -135,7 +135,7 @@ class PromptBuilder:
 
         template = self._template
         values = {
-            "messages": [self._checked(message) for message in messages],
+            "messages": [self._check_message(message) for message in messages],
             "add_generation_prompt": True,
             "image_token": self.image_token,
             "tools": None,
@@ -143,12 +143,12 @@ class PromptBuilder:
             **self._special_tokens,
         }
         try:
-            return _joined(template.generate(values))
+            return _concatenate(template.generate(values))
         except PrompruneError:
             raise
         except TemplateError as error:
             raise PromptError(f"the chat template refuses the messages ({error})", fix="change the messages") from error
-        except Exception as error:  # whatever the Python that jinja made of the template runs into
+        except Exception as error:  # any error of the Python code that jinja compiled from the template
             raise PromptError(
                 f"the chat template fails on these messages ({type(error).__name__}: {error})",
                 fix="change the messages, or the package's chat template",
@@ -159,7 +159,7 @@ class PromptBuilder:
 
         Args:
             prompt_tokens: length of the prompt, images included.
-            new_tokens: what was asked for; ``None``: what the context leaves, at most ``at_most``.
+            new_tokens: number asked for; None for what the context leaves, at most ``at_most``.
             at_most: see ``new_tokens``.
 
         Raises:
@@ -180,7 +180,7 @@ class PromptBuilder:
         """The package's tokenizer.
 
         Raises:
-            PackageError: it cannot be read, or knows no image placeholder.
+            PackageError: it cannot be read, or does not have the image placeholder.
         """
         from tokenizers import Tokenizer
 
@@ -193,7 +193,7 @@ class PromptBuilder:
             raise PackageError(
                 f"{path} gives {self.image_token!r} the id {tokenizer.token_to_id(self.image_token)}",
                 expected=f"{self.image_token_id}, as the manifest says",
-                fix=_AGAIN,
+                fix=_EXPORT_AGAIN,
             )
         return tokenizer
 
@@ -201,10 +201,10 @@ class PromptBuilder:
     def _template(self) -> Template:
         source = self._template_source()
         try:
-            return _compiled(source)
-        except Exception as error:  # jinja's own, and those of Python compiling what jinja made of it
+            return _compile(source)
+        except Exception as error:  # of jinja, and of Python compiling jinja's output
             reason = f"{type(error).__name__}: {error}"
-            raise PackageError(f"{self.folder} has a broken chat template ({reason})", fix=_AGAIN) from error
+            raise PackageError(f"{self.folder} has a broken chat template ({reason})", fix=_EXPORT_AGAIN) from error
 
     def _template_source(self) -> str:
         path = self.folder / CHAT_TEMPLATE_FILE
@@ -212,7 +212,7 @@ class PromptBuilder:
             try:
                 return path.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
-                raise PackageError(f"{path} cannot be read ({error})", fix=_AGAIN) from error
+                raise PackageError(f"{path} cannot be read ({error})", fix=_EXPORT_AGAIN) from error
         template = self._tokenizer_config.get("chat_template")
         if isinstance(template, list):  # several, by name
             named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
@@ -233,8 +233,8 @@ class PromptBuilder:
                 found[name] = token
         return found
 
-    def _encoded(self, text: str) -> TokenIds:
-        """Tokenize; a template that writes the beginning-of-sequence token itself gets no second one."""
+    def _tokenize(self, text: str) -> TokenIds:
+        """Tokenize a rendered prompt; if the template wrote the beginning-of-sequence token, no second one is added."""
         bos = self._special_tokens.get("bos_token")
         add_special_tokens = not (bos and text.startswith(bos))
         try:
@@ -243,18 +243,18 @@ class PromptBuilder:
             raise PromptError(f"the prompt cannot be tokenized ({error})", expected="valid Unicode text") from error
         ids: list[int] = []
         with tokenizer_errors("the package's tokenizer fails on the prompt"):
-            for number, (piece, is_literal) in enumerate(self._pieces(text)):
+            for number, (piece, is_literal) in enumerate(self._split_at_special_tokens(text)):
                 if is_literal:
-                    ids += self._spelt(piece)
+                    ids += self._encode_literally(piece)
                 elif piece or number == 0:
                     with_special_tokens = add_special_tokens and number == 0
                     ids += self.tokenizer.encode(piece, add_special_tokens=with_special_tokens).ids
         return np.array(ids, np.int64)
 
-    def _pieces(self, text: str) -> Iterator[tuple[str, bool]]:
-        """Yield a rendered prompt piece by piece, without marks, and whether a piece is a special token to be spelt.
+    def _split_at_special_tokens(self, text: str) -> Iterator[tuple[str, bool]]:
+        """Yield the pieces of a rendered prompt, without marks, and whether a piece is a special token to escape.
 
-        The first piece never is. What the template wrote has no mark in front, and none in it.
+        The first piece never is. Special tokens of the template have no mark before or inside them.
         """
         *texts_and_marks, last = _MARKS.split(text)
         texts, marks = texts_and_marks[::2], texts_and_marks[1::2]
@@ -263,29 +263,30 @@ class PromptBuilder:
         literal = {place for place, mark in zip(places, marks, strict=True) if mark == _LITERAL}
         edges = {place for place, mark in zip(places, marks, strict=True) if mark == _EDGE}
         done = 0
-        for match in self._special.finditer(plain):
+        for match in self._special_pattern.finditer(plain):
             begin, end = match.span()
-            between = begin in literal and end in edges  # both: a template may have cut what one of them belonged to
+            between = begin in literal and end in edges  # both marks: a template may have cut one off
             if between or bisect_right(places, begin) < bisect_left(places, end):
                 yield plain[done:begin], False
                 yield match[0], True
                 done = end
         yield plain[done:], False
 
-    def _spelt(self, text: str) -> list[int]:
-        """Return ordinary tokens for a special one: of its parts, where the model itself knows the whole."""
-        ids: list[int] = self._spelling_tokenizer.encode(text, add_special_tokens=False).ids
+    def _encode_literally(self, text: str) -> list[int]:
+        """Return ordinary tokens for a special one; of its parts, if the vocabulary has it as an ordinary token too."""
+        ids: list[int] = self._literal_tokenizer.encode(text, add_special_tokens=False).ids
         if len(text) > 1 and not self._special_ids.isdisjoint(ids):
-            return self._spelt(text[:1]) + self._spelt(text[1:])
+            return self._encode_literally(text[:1]) + self._encode_literally(text[1:])
         return ids
 
     @cached_property
-    def _spelling_tokenizer(self) -> Tokenizer:
-        """The same tokenizer, without special tokens: it spells them, and the image placeholder."""
+    def _literal_tokenizer(self) -> Tokenizer:
+        """The same tokenizer, which encodes special tokens and the image placeholder as ordinary characters."""
         from tokenizers import AddedToken
 
         tokenizer = type(self.tokenizer).from_str(self.tokenizer.to_str())
-        tokenizer.add_special_tokens([AddedToken(self.image_token, special=True)])  # some packages have it as a word
+        # In some packages the placeholder is an ordinary token.
+        tokenizer.add_special_tokens([AddedToken(self.image_token, special=True)])
         tokenizer.encode_special_tokens = True
         return tokenizer
 
@@ -301,18 +302,18 @@ class PromptBuilder:
         return sorted({self.image_token, *(token.content for token in added if token.special and token.content)})
 
     @cached_property
-    def _special(self) -> re.Pattern[str]:
-        """Finds special tokens, the longest first."""
+    def _special_pattern(self) -> re.Pattern[str]:
+        """Matches special tokens, the longest first."""
         return re.compile("|".join(map(re.escape, sorted(self._special_texts, key=len, reverse=True))))
 
     @cached_property
-    def _parts_of_special(self) -> tuple[frozenset[str], frozenset[str]]:
-        """What special tokens begin with, and what they end with."""
+    def _special_heads_and_tails(self) -> tuple[frozenset[str], frozenset[str]]:
+        """Proper prefixes of special tokens, and their proper suffixes."""
         cuts = [(text[:place], text[place:]) for text in self._special_texts for place in range(1, len(text))]
         return frozenset(head for head, _ in cuts), frozenset(tail for _, tail in cuts)
 
-    def _checked(self, message: Message) -> dict[str, Any]:
-        """Return a message of plain strings, lists and dicts, with its content as a list of parts."""
+    def _check_message(self, message: Message) -> dict[str, Any]:
+        """Return a checked copy of a message, with its content as a list of parts."""
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             _refuse_message(message, "a mapping with 'role' and 'content'")
         role, content = str(message["role"]), message.get("content")
@@ -325,40 +326,40 @@ class PromptBuilder:
             content = [{"type": "text", "text": content}]
         if not isinstance(content, Sequence) or isinstance(content, (str, bytes)):
             _refuse_message(message, "content that is a text, or a list of parts")
-        return {"role": role, "content": [self._checked_part(part, role) for part in content]}
+        return {"role": role, "content": [self._check_part(part, role) for part in content]}
 
-    def _checked_part(self, part: object, role: str) -> dict[str, str]:
+    def _check_part(self, part: object, role: str) -> dict[str, str]:
         if isinstance(part, Mapping) and part.get("type") == "image":
             return {"type": "image"}
         if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
             _refuse_message(part, "{'type': 'image'}, or {'type': 'text', 'text': ...}")
         text = _MARKS.sub("", str(part["text"]))
-        if self.image_token in text and role != "assistant":  # what the model says is nobody's fault
+        if self.image_token in text and role != "assistant":  # the user cannot change what the model said
             raise PromptError(
                 f"the text contains {self.image_token!r}, which stands for an image",
                 expected="text without it",
                 fix="leave it out (the image is put in front of the text), or place {'type': 'image'} parts",
             )
-        return {"type": "text", "text": self._marked(text)}
+        return {"type": "text", "text": self._mark_special_tokens(text)}
 
-    def _marked(self, text: str) -> str:
-        """Mark what is, or may become, a special token; space around it stays outside, for templates that trim it."""
-        said = text.strip()
-        if not said:
+    def _mark_special_tokens(self, text: str) -> str:
+        """Mark what is, or may become, a special token; inside surrounding space, for templates that trim it."""
+        content = text.strip()
+        if not content:
             return text
-        heads, tails = self._parts_of_special
-        lengths = range(1, min(len(said), max(map(len, self._special_texts))) + 1)
-        before = _EDGE if any(said[:length] in tails for length in lengths) else ""
-        behind = _EDGE if any(said[-length:] in heads for length in lengths) else ""
-        marked = self._special.sub(rf"{_LITERAL}\g<0>{_EDGE}", said)
-        return text.replace(said, f"{before}{marked}{behind}", 1)
+        heads, tails = self._special_heads_and_tails
+        lengths = range(1, min(len(content), max(map(len, self._special_texts))) + 1)
+        before = _EDGE if any(content[:length] in tails for length in lengths) else ""
+        after = _EDGE if any(content[-length:] in heads for length in lengths) else ""
+        marked = self._special_pattern.sub(rf"{_LITERAL}\g<0>{_EDGE}", content)
+        return text.replace(content, f"{before}{marked}{after}", 1)
 
 
 def as_messages(prompt: str | Sequence[Message], num_images: int) -> list[Message]:
-    """Return the messages of a prompt; a text becomes one user message with the images in front of it.
+    """Return the messages of a prompt; a text becomes one user message, after the images.
 
     Raises:
-        PromptError: it is neither a text nor a sequence of messages, or it is empty.
+        PromptError: it is neither a text nor a non-empty list of messages.
     """
     if isinstance(prompt, str):
         images: list[dict[str, str]] = [{"type": "image"}] * num_images
@@ -371,38 +372,38 @@ def as_messages(prompt: str | Sequence[Message], num_images: int) -> list[Messag
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object of a package; a file that is not there is empty.
+    """Read a JSON object of a package; empty if the file does not exist.
 
     Raises:
-        PackageError: it is no JSON object.
+        PackageError: it is not a JSON object.
     """
     if not path.is_file():
         return {}
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise PackageError(f"{path} cannot be read ({error})", fix=_AGAIN) from error
+        raise PackageError(f"{path} cannot be read ({error})", fix=_EXPORT_AGAIN) from error
     if not isinstance(content, dict):
-        raise PackageError(f"{path} holds a {type(content).__name__}", expected="a JSON object", fix=_AGAIN)
+        raise PackageError(f"{path} holds a {type(content).__name__}", expected="a JSON object", fix=_EXPORT_AGAIN)
     return content
 
 
 @contextmanager
 def tokenizer_errors(received: str) -> Iterator[None]:
-    """Turn whatever a tokenizer raises into a PackageError.
+    """Turn every error of a tokenizer into a PackageError.
 
-    The library raises bare Exceptions, and its panics are no Exceptions at all.
+    The library raises bare Exceptions, and its panics are BaseExceptions.
     """
     try:
         yield
     except (PrompruneError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        raise PackageError(f"{received} ({first_line(error)})", fix=_AGAIN) from error
+        raise PackageError(f"{received} ({first_line(error)})", fix=_EXPORT_AGAIN) from error
 
 
-def _joined(parts: Iterator[str]) -> str:
-    """Join what a template writes, as long as it is not too long."""
+def _concatenate(parts: Iterator[str]) -> str:
+    """Concatenate what a template writes, and refuse too long a text."""
     taken: list[str] = []
     length = 0
     for part in parts:
@@ -417,8 +418,8 @@ def _refuse_message(received: object, expected: str) -> NoReturn:
     raise PromptError(f"received the message {str(received)[:100]!r}", expected=expected)
 
 
-def _compiled(source: str) -> Template:
-    """Compile a template in a sandbox, with what Hugging Face chat templates may use."""
+def _compile(source: str) -> Template:
+    """Compile a template in a sandbox, with the functions and extensions of Hugging Face chat templates."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(
@@ -431,7 +432,7 @@ def _compiled(source: str) -> Template:
 
 
 def _generation_extension() -> Any:
-    """Return a jinja extension for ``{% generation %}...{% endgeneration %}``, which marks what was generated."""
+    """Return a jinja extension that ignores the tags ``{% generation %}`` and ``{% endgeneration %}``."""
     from jinja2.ext import Extension
 
     class Generation(Extension):

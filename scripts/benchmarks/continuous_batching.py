@@ -23,8 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from promprune.runtime import VisionLanguagePipeline
-from promprune.runtime.engine.request import Request
+from promprune.runtime import Request, VisionLanguagePipeline
 
 QUESTIONS = ("What is on the table?", "How many red shapes are there?", "Describe the picture.", "Is it day?")
 
