@@ -1,8 +1,8 @@
-"""Write docs/commands.md: what every command takes, from the commands themselves.
+"""Write docs/commands.md, the reference of all commands, from the commands themselves.
 
     python scripts/write_command_reference.py
 
-A test holds the page against the commands.
+A test compares the page with the commands.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def reference_of(name: str) -> str:
 
 
 def page() -> str:
-    """Return the whole page."""
+    """Return the complete page."""
     return "\n".join([HEAD, *map(reference_of, COMMANDS)])
 
 

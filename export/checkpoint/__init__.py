@@ -1,1 +1,1 @@
-"""Reading a checkpoint."""
+"""Reading checkpoints."""

@@ -37,24 +37,24 @@ __all__ = [
     "resolve",
 ]
 
-HASHED_AT_ONCE: Final = 2  # files of a checkpoint
-# What a model's own folder may say about the selection: {"mu": ..., "tau": ...}, and the limits of the split.
+HASHED_AT_ONCE: Final = 2  # files of a checkpoint that are hashed concurrently
+# Optional file in a model's folder with settings of the selection: {"mu": ..., "tau": ...}, limits of the split.
 SELECTION_FILE: Final = "promprune_config.json"
 _SELECTION_KEYS: Final = frozenset({"mu", "tau", "saliency_ratio_min", "saliency_ratio_max"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A source model; its weights stay on disk until they are asked for.
+    """A source model; its weights stay on disk until they are used.
 
     Attributes:
-        source: what the manifest says of it.
-        folder: where its files lie.
-        family: its row of the table.
-        meta_model: the transformers model without its weights, in the dtype that was asked for: its parameters are on
-            the meta device, each linked to its tensor of the checkpoint.
+        source: its record in the manifest.
+        folder: the folder of its files.
+        family: the class of its family.
+        meta_model: the transformers model without its weights, in the requested dtype: its parameters are on the
+            meta device, each linked to its tensor in the checkpoint.
         processor: the transformers processor, or its parts: tokenizer, image processor, chat template.
-        digests: SHA-256 of every file of weights, by its path.
+        digests: file of weights -> its SHA-256.
     """
 
     source: SourceRecord
@@ -65,7 +65,7 @@ class Checkpoint:
     digests: Mapping[Path, str]
 
     def out_of_core_model(self, *, rounded_to: torch.dtype = torch.float32) -> Any:
-        """Return the reference with its weights on disk: a module loads its own when it is called.
+        """Return the reference with its weights on disk: each module loads its weights when it is called.
 
         Args:
             rounded_to: dtype that the weights are rounded to when they are loaded; everything is computed in fp32.
@@ -76,7 +76,7 @@ class Checkpoint:
 
     @cached_property
     def model(self) -> Any:
-        """The transformers model with its weights, whole, in fp32 and in evaluation mode: the reference."""
+        """The transformers model with all its weights in memory, in fp32 and in evaluation mode: the reference."""
         return load_model(self.folder, self.family)
 
 
@@ -85,8 +85,8 @@ class ImageTextProcessor:
     """The parts of a transformers processor that images and texts need.
 
     Attributes:
-        image_processor, tokenizer: of transformers.
-        chat_template: ``None``: that of the tokenizer, if any.
+        image_processor, tokenizer: objects of transformers.
+        chat_template: None to use the tokenizer's, if it has one.
     """
 
     image_processor: Any
@@ -98,12 +98,12 @@ def load_checkpoint(name: str | None, *, dtype: torch.dtype = torch.float32) -> 
     """Load a model's structure and its processor.
 
     Args:
-        name: folder or hub id; ``None`` is the embedded model. Code from a checkpoint is never run.
-        dtype: of the structure's parameters.
+        name: folder or hub id; None for the embedded model. Code from a checkpoint is never run.
+        dtype: dtype of the structure's parameters.
 
-    Raises:
-        ModelError: not a model, incomplete, or not to be had.
-        UnsupportedModelError: a family that is not exported.
+        Raises:
+        ModelError: it is not a model, incomplete, or cannot be downloaded.
+        UnsupportedModelError: its family is not exported.
     """
     folder, revision = resolve(name)
     family = family_of(folder)
@@ -124,10 +124,10 @@ def load_checkpoint(name: str | None, *, dtype: torch.dtype = torch.float32) -> 
 
 
 def read_constants(folder: Path) -> dict[str, float]:
-    """Read a checkpoint's own ``promprune_config.json``: mu, tau, and the limits of the split, or some of them.
+    """Read a checkpoint's ``promprune_config.json``, if it has one: any of mu, tau, and the limits of the split.
 
     Raises:
-        ModelError: it is something else.
+        ModelError: the file is invalid.
     """
     path = folder / SELECTION_FILE
     if not path.is_file():
@@ -144,13 +144,13 @@ def read_constants(folder: Path) -> dict[str, float]:
 
 
 def resolve(name: str | None) -> tuple[Path, str | None]:
-    """Return the folder of a checkpoint, and the revision where it came from a hub.
+    """Return the folder of a checkpoint, and its revision if it was downloaded from the hub, else None.
 
     Args:
-        name: folder or hub id; ``None`` is the embedded model.
+        name: folder or hub id; None for the embedded model.
 
-    Raises:
-        ModelError: neither, or not to be had.
+        Raises:
+        ModelError: it is neither, or cannot be downloaded.
     """
     if name is None:
         return embedded_model_folder(), None
@@ -168,19 +168,19 @@ def _download(name: str) -> tuple[Path, str | None]:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"received {name!r}: no such folder, and the hub did not give it ({type(error).__name__}: {reason})",
+            f"received {name!r}: no such folder, and the hub download failed ({type(error).__name__}: {reason})",
             expected=EXPECTED_MODEL,
-            fix="check the name and the network, or download it elsewhere and give its folder",
+            fix="check the name and the network connection, or download it elsewhere and pass its folder",
         ) from error
     return folder, folder.name
 
 
 def family_of(folder: Path) -> type[Family]:
-    """Return the row of the table for a checkpoint.
+    """Return the class of a checkpoint's family.
 
     Raises:
-        ModelError: it has no usable ``config.json``.
-        UnsupportedModelError: a family that is not exported.
+        ModelError: the checkpoint has no usable ``config.json``.
+        UnsupportedModelError: the family is not exported.
     """
     path = folder / "config.json"
     try:
@@ -198,7 +198,7 @@ def family_of(folder: Path) -> type[Family]:
 
 
 def load_model(folder: Path, family: type[Family], *, dtype: torch.dtype = torch.float32) -> Any:
-    """Load the transformers model of a checkpoint whole, in evaluation mode.
+    """Load the transformers model of a checkpoint with all its weights, in evaluation mode.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -226,22 +226,22 @@ def load_processor(folder: Path) -> Any:
     """Load the transformers processor of a checkpoint, or its parts as :class:`ImageTextProcessor`.
 
     Raises:
-        ModelError: it has none that can be used.
+        ModelError: it has no usable processor.
     """
     local: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:
         try:
             processor = transformers.AutoProcessor.from_pretrained(folder, **local)
-        except ImportError:  # some have a part for videos, with needs of its own
+        except ImportError:  # some processors have a part for videos that needs further packages
             processor = ImageTextProcessor(
                 image_processor=transformers.AutoImageProcessor.from_pretrained(folder, **local),
                 tokenizer=transformers.AutoTokenizer.from_pretrained(folder, **local),
                 chat_template=_chat_template(folder),
             )
-    except Exception as error:  # transformers raises many kinds for a missing or broken file
+    except Exception as error:  # transformers raises many kinds of errors for a missing or broken file
         raise ModelError(
             f"{folder} has no usable processor ({first_line(error)})",
-            expected="tokenizer.json and preprocessor_config.json (or processor_config.json) beside the weights",
+            expected="tokenizer.json and preprocessor_config.json (or processor_config.json) next to the weights",
         ) from error
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ModelError(f"{folder} has a {type(processor).__name__}", expected="a tokenizer and an image processor")
@@ -249,21 +249,22 @@ def load_processor(folder: Path) -> Any:
 
 
 def _chat_template(folder: Path) -> str | None:
-    """Return the chat template of a processor, where it has a file of its own; the tokenizer knows of others."""
+    """Return the chat template from ``chat_template.json``; None without that file: the tokenizer reads all others."""
     path = folder / "chat_template.json"
     return str(json.loads(path.read_bytes())["chat_template"]) if path.is_file() else None
 
 
 def _refuse_tokens_without_embedding(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Refuse tokens that were added to a tokenizer, but not to its model: nothing can be looked up for them."""
+    """Refuse a tokenizer with tokens that its model has no embedding for."""
     rows = model.get_input_embeddings().weight.shape[0]
     beyond = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= rows)
     if beyond:
         index, token = beyond[0]
         raise ModelError(
-            f"the tokenizer of {folder.name} has {len(beyond)} tokens that its model lacks, as {token!r} (id {index})",
-            expected=f"ids below {rows}, the rows of the word embeddings",
-            fix="save the model again after transformers' resize_token_embeddings, or take the tokens out",
+            f"the tokenizer of {folder.name} has {len(beyond)} tokens that its model lacks, such as {token!r} "
+            f"(id {index})",
+            expected=f"ids below {rows}, the number of token embeddings",
+            fix="save the model again after transformers' resize_token_embeddings, or remove the tokens",
         )
 
 

@@ -1,6 +1,7 @@
-"""A transformers model without its weights: the whole structure, and for every parameter where its value lies.
+"""A transformers model without its weights: the structure, and for every parameter the place of its value on disk.
 
-A model of any size takes a few megabytes. Buffers that no checkpoint holds, such as rotary frequencies, are real.
+A model of any size takes a few megabytes of memory. Buffers that no checkpoint contains, such as rotary frequencies,
+are real.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ __all__ = ["build_meta_model", "fake_mode_of", "make_fake"]
 
 
 def build_meta_model(folder: Path, model_class: str, dtype: torch.dtype) -> Any:
-    """Build a model whose parameters are on the meta device, each linked to its tensor of the checkpoint.
+    """Build a model whose parameters are on the meta device, each linked to its tensor in the checkpoint.
 
     Args:
         folder: the checkpoint.
         model_class: name of the class in ``transformers``; code from the checkpoint is never run.
-        dtype: of the parameters.
+        dtype: dtype of the parameters.
 
-    Raises:
-        ModelError: the configuration or the weights are not those of a whole checkpoint of this class.
+        Raises:
+        ModelError: the configuration or the weights are not those of a complete checkpoint of this class.
         UnsupportedModelError: the weights are quantized, or not stored parameter by parameter.
     """
     kind = getattr(transformers, model_class)
@@ -55,7 +56,7 @@ def build_meta_model(folder: Path, model_class: str, dtype: torch.dtype) -> Any:
 
 
 def make_fake(model: nn.Module) -> None:
-    """Make the parameters on the meta device fake ones on the CPU: a trace then sees a model on one device."""
+    """Replace parameters on the meta device by fake ones on the CPU, so that a trace sees a model on one device."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
@@ -73,7 +74,7 @@ def make_fake(model: nn.Module) -> None:
 
 
 def fake_mode_of(module: nn.Module) -> FakeTensorMode | None:
-    """Return the mode of a module's fake parameters; ``None``: it has none."""
+    """Return the mode of a module's fake parameters; None if it has none."""
     return next((tensor.fake_mode for tensor in module.parameters() if isinstance(tensor, FakeTensor)), None)
 
 
@@ -89,11 +90,11 @@ def _make_buffers_real(model: Any) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device="cpu")
-    model.initialize_weights()  # transformers' own: gives buffers their values, and does nothing on the meta device
+    model.initialize_weights()  # of transformers: computes the values of buffers, and does nothing on the meta device
 
 
 def _by_parameter(model: Any, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Name every tensor as the model does: checkpoints written by other versions of transformers name them otherwise.
+    """Map the model's name of every tensor to the tensor: other versions of transformers wrote other names.
 
     Follows ``transformers.core_model_loading.convert_and_load_state_dict_in_model``.
     """
@@ -108,16 +109,16 @@ def _by_parameter(model: Any, tensors: Mapping[str, StoredTensor]) -> dict[str, 
             name, converted = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=state)
         if name in state and converted is not None:
             raise UnsupportedModelError(
-                f"{key} is stored in another form than {type(model).__name__} takes it",
-                expected="a tensor for every parameter",
-                fix="load it with transformers and save it again",
+                f"{key} is stored in a different layout from that of {type(model).__name__}",
+                expected="one tensor for every parameter",
+                fix="load the checkpoint with transformers and save it again",
             )
         found[name] = tensors[key]
     return found
 
 
 def _link_all(model: nn.Module, found: Mapping[str, StoredTensor], folder: Path) -> None:
-    """Link every parameter and load every persistent buffer; a tied parameter has several names, one is enough."""
+    """Link every parameter and load every persistent buffer; for a tied parameter one of its names is enough."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
@@ -140,8 +141,8 @@ def _link_all(model: nn.Module, found: Mapping[str, StoredTensor], folder: Path)
         buffers[name].copy_(found[name].read(buffers[name].dtype))
     if missing:
         raise ModelError(
-            f"{folder} has no weights for {len(missing)} tensors, {sorted(missing)[0]} among them",
-            expected="a complete checkpoint: the missing ones would be random",
+            f"{folder} has no weights for {len(missing)} tensors, such as {sorted(missing)[0]}",
+            expected="a complete checkpoint: missing weights would be random",
         )
 
 
@@ -158,9 +159,9 @@ def _refuse_different(tied: Sequence[StoredTensor]) -> None:
 
 
 def _check_shape(stored: StoredTensor, shape: tuple[int, ...], name: str) -> None:
-    stored.torch_dtype  # noqa: B018  # refuses a quantized one
+    stored.torch_dtype  # noqa: B018  # raises for a quantized tensor
     if stored.shape != shape:
         raise ModelError(
             f"{stored.key} in {stored.file.name} has the shape {list(stored.shape)}",
-            expected=f"{list(shape)}, as config.json has it for {name}",
+            expected=f"{list(shape)}, the shape of {name} according to config.json",
         )

@@ -1,7 +1,7 @@
-"""Running a graph, or a model, that does not fit into memory: a part at a time.
+"""Out-of-core execution: running a graph or a model that does not fit into memory, one part at a time.
 
-Both sides of a verification can run like this: an ONNX graph as a sequence of pieces, each a session of its own, and a
-transformers model whose modules load their weights from the checkpoint when they are called and free them afterwards.
+Both sides of a verification can run like this: an ONNX graph as a sequence of pieces, each in a separate session, and
+a transformers model whose modules load their weights from the checkpoint when they are called and free them afterwards.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ __all__ = ["PiecewiseSession", "available_memory", "load_weights_on_call"]
 
 Array = NDArray[Any]
 
-PIECE_BYTES: Final = 64 * 1024 * 1024  # of weights in one session
-KEPT_BYTES: Final = 1024 * 1024  # a module with less than this in weights keeps them
+PIECE_BYTES: Final = 64 * 1024 * 1024  # weights in one session
+KEPT_BYTES: Final = 1024 * 1024  # modules with fewer weights than this keep them
 
 _MEMORY_INFO: Final = Path("/proc/meminfo")
-_MEMORY_LIMITS: Final = (  # of the container that this process runs in
+_MEMORY_LIMITS: Final = (  # limits of the container that this process runs in
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
     (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
 )
@@ -52,15 +52,15 @@ class Argument:
 
 
 class PiecewiseSession:
-    """An ONNX graph with the interface of ``onnxruntime.InferenceSession``, of which a piece at a time is in memory.
+    """An ONNX graph with the interface of ``onnxruntime.InferenceSession`` that holds one piece in memory at a time.
 
-    The graph is cut, in the order of its nodes, into pieces with at most ``PIECE_BYTES`` of weights; a product with a
-    larger matrix, such as the head of a language model, is computed for some columns at a time. A graph in bfloat16,
-    which ONNX Runtime cannot run on a CPU, is computed in float32 on the same weights.
+    The graph is divided, in the order of its nodes, into pieces with at most ``PIECE_BYTES`` of weights; a product
+    with a larger matrix, such as the head of a language model, is computed for some columns at a time. A graph in
+    bfloat16, which ONNX Runtime cannot run on a CPU, is computed in float32 with the same weights.
 
     Args:
-        path: the ``.onnx`` file; its weights lie beside it.
-        outputs: values to return besides the graph's outputs.
+        path: the ``.onnx`` file; its weights are in the same folder.
+        outputs: further values to return besides the graph's outputs.
     """
 
     def __init__(self, path: Path, outputs: Sequence[str] = ()) -> None:
@@ -84,7 +84,7 @@ class PiecewiseSession:
 
     def run(self, names: None, feeds: Mapping[str, Array]) -> list[Array]:
         """Run every piece in turn and return all outputs."""
-        values = {name: self._widened(array) for name, array in feeds.items()}
+        values = {name: self._widen_array(array) for name, array in feeds.items()}
         last_use = {name: index for index, piece in enumerate(self._pieces) for name in _used(piece)}
         wanted = {value.name for value in self._outputs}
         for index, piece in enumerate(self._pieces):
@@ -116,7 +116,7 @@ class PiecewiseSession:
         for name in sorted(used & self._initializers.keys()):
             tensor = self._initializers[name]
             if tensor.data_type == onnx.TensorProto.BFLOAT16:
-                feeds[name] = self._widened_tensor(tensor)
+                feeds[name] = self._widen_tensor(tensor)
             else:
                 graph.initializer.append(tensor)
         for name in sorted(feeds):
@@ -132,10 +132,10 @@ class PiecewiseSession:
         outputs = session.run(list(leaving), feeds)
         return {name: np.asarray(value) for name, value in zip(leaving, outputs, strict=True)}
 
-    def _widened(self, array: Array) -> Array:
+    def _widen_array(self, array: Array) -> Array:
         return array.astype(np.float32) if array.dtype == ml_dtypes.bfloat16 else array
 
-    def _widened_tensor(self, tensor: onnx.TensorProto) -> Array:
+    def _widen_tensor(self, tensor: onnx.TensorProto) -> Array:
         if not external_data_helper.uses_external_data(tensor):
             return onnx.numpy_helper.to_array(tensor).astype(np.float32)
         info = external_data_helper.ExternalDataInfo(tensor)
@@ -147,11 +147,11 @@ class PiecewiseSession:
 def load_weights_on_call(model: nn.Module, *, rounded_to: torch.dtype) -> None:
     """Make the modules of a model on the meta device load their weights when they are called, and free them afterwards.
 
-    Convolutions keep theirs, a few megabytes: the vision graph of Qwen uses the weight of one without calling it.
+    Convolutions keep their weights, a few megabytes: the vision graph of Qwen uses one without calling the module.
 
     Args:
-        model: every parameter linked to its tensor of a checkpoint.
-        rounded_to: dtype that the weights are rounded to before they take the model's.
+        model: the model; every parameter is linked to its tensor in a checkpoint.
+        rounded_to: dtype that the weights are rounded to before they are converted to the model's dtype.
     """
     for module in model.modules():
         links = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
@@ -186,7 +186,7 @@ class _Forget:
 
 
 def available_memory() -> int:
-    """Return how many bytes this process may still take, as far as the system tells; else what the machine has."""
+    """Return how many bytes this process can still allocate; the machine's memory if the system does not tell."""
     found = []
     if _MEMORY_INFO.is_file():
         lines = dict(line.split(":", 1) for line in _MEMORY_INFO.read_text().splitlines())
@@ -200,13 +200,13 @@ def available_memory() -> int:
 
 
 def _return_free_memory() -> None:
-    """Return freed memory to the system: glibc would keep it, in pieces too small for the next part."""
+    """Return freed memory to the system: glibc would keep it, in fragments too small for the next part."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
 
 
 def _used(nodes: Sequence[onnx.NodeProto]) -> set[str]:
-    """Return the names that nodes take, also from within their subgraphs, and do not make themselves."""
+    """Return the names of all values that nodes and their subgraphs use but do not compute themselves."""
     used: set[str] = set()
     made: set[str] = set()
     for node in nodes:
@@ -223,7 +223,7 @@ def _used(nodes: Sequence[onnx.NodeProto]) -> set[str]:
 
 
 def _slice_large_products(graph: onnx.GraphProto) -> None:
-    """Let ``MatMul(x, Transpose(w))`` with a ``w`` of more than ``PIECE_BYTES`` be several, over rows of ``w``."""
+    """Split ``MatMul(x, Transpose(w))`` by rows of ``w`` if ``w`` has more than ``PIECE_BYTES``."""
     large = {tensor.name: tensor for tensor in graph.initializer if _nbytes(tensor) > PIECE_BYTES}
     factors = {node.input[1] for node in graph.node if node.op_type == "MatMul"}
     slices: dict[str, list[onnx.TensorProto]] = {}
@@ -241,7 +241,7 @@ def _slice_large_products(graph: onnx.GraphProto) -> None:
 
 
 def _rows_of(tensor: onnx.TensorProto) -> list[onnx.TensorProto]:
-    """Cut a matrix that lies in a file into rows of at most ``PIECE_BYTES`` together."""
+    """Divide a matrix in an external file into groups of rows of at most ``PIECE_BYTES`` each."""
     info = external_data_helper.ExternalDataInfo(tensor)
     rows, columns = tensor.dims
     row_bytes = _nbytes(tensor) // rows
@@ -286,7 +286,7 @@ def _uses_bfloat16(graph: onnx.GraphProto) -> bool:
 
 
 def _widen_nodes(graph: onnx.GraphProto) -> None:
-    """Let casts to bfloat16 be casts to float32, and constants likewise."""
+    """Replace bfloat16 by float32 in casts and constants."""
     copies = [onnx.NodeProto() for _ in graph.node]
     for copy, node in zip(copies, graph.node, strict=True):
         copy.CopyFrom(node)

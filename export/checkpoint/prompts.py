@@ -1,4 +1,4 @@
-"""The prompt of one question about one image, as a checkpoint's own chat template writes it."""
+"""The prompt for one question about one image, rendered by the checkpoint's chat template."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ __all__ = ["chat_template", "prompt_text"]
 
 
 def chat_template(processor: Any) -> Any:
-    """Return the chat template of a processor, or else of its tokenizer; ``None``: neither has one.
+    """Return the chat template of a processor, or else of its tokenizer; None if neither has one.
 
-    Of several with names, the one for plain conversations.
+    If there are several named templates, return the one for plain conversations.
     """
     for owner in (processor, processor.tokenizer):
         template = getattr(owner, "chat_template", None)

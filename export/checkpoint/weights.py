@@ -1,6 +1,6 @@
-"""The weights of a checkpoint as they lie on disk, and the links from a model's parameters to them.
+"""The weights of a checkpoint on disk, and the links from a model's parameters to them.
 
-Nothing is read but the headers of the safetensors files until a tensor is asked for, and then only that tensor.
+Only the headers of the safetensors files are read at first; the data of a tensor is read when it is used.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ __all__ = [
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
-CHUNK_ELEMENTS: Final = 4 * 1024 * 1024  # read, converted and written at a time
+CHUNK_ELEMENTS: Final = 4 * 1024 * 1024  # elements that are read, converted and written at a time
 
-_MAX_HEADER_BYTES: Final = 100_000_000  # the format's own limit
+_MAX_HEADER_BYTES: Final = 100_000_000  # limit of the safetensors format
 _MAX_INDEX_BYTES: Final = 100_000_000
 _FLOATS: Final = ("F64", "F32", "F16", "BF16")
-_EXPECTED: Final = "a whole checkpoint in safetensors format"
+_EXPECTED: Final = "a complete checkpoint in safetensors format"
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """Return what PyTorch calls an element type of this project, such as ``"fp16"``."""
+    """Return the torch dtype of an element type of this project, such as ``"fp16"``."""
     dtype: torch.dtype = getattr(torch, BY_NAME[name].numpy)
     return dtype
 
 
 class Writable(Protocol):
-    """What :meth:`StoredTensor.write` writes to: a file, or a file that is hashed on the way."""
+    """The target of :meth:`StoredTensor.write`: a file, or a file that is hashed while it is written."""
 
     def write(self, data: memoryview, /) -> object:
         """Append bytes."""
@@ -68,9 +68,9 @@ class StoredTensor:
     Attributes:
         key: its name in the checkpoint.
         file: the safetensors file that holds it.
-        dtype: as the file names it: ``"F32"``, ``"F16"``, ``"BF16"``, ...
-        shape: its sizes.
-        offset: of its first byte in the file.
+        dtype: its name in safetensors: ``"F32"``, ``"F16"``, ``"BF16"``, ...
+        shape: its shape.
+        offset: offset of its first byte in the file.
     """
 
     key: str
@@ -84,7 +84,7 @@ class StoredTensor:
         """The dtype it is stored in.
 
         Raises:
-            UnsupportedModelError: it is not one of floating point: a quantized checkpoint.
+            UnsupportedModelError: it is not a floating-point dtype: the checkpoint is quantized.
         """
         if self.dtype not in _FLOATS:
             raise UnsupportedModelError(
@@ -99,10 +99,12 @@ class StoredTensor:
         return math.prod(self.shape)
 
     def chunks(self, count: int | None = None) -> Iterator[Tensor]:
-        """Yield its elements in order, flat, as stored, ``count`` at a time; each chunk replaces the last one.
+        """Yield its elements in order, flat, in the stored dtype, ``count`` at a time.
+
+        The chunks share one buffer: a chunk is valid until the next one is yielded.
 
         Args:
-            count: elements of a chunk; None: ``CHUNK_ELEMENTS``.
+            count: elements per chunk; None for ``CHUNK_ELEMENTS``.
 
         Raises:
             ModelError: the file became shorter.
@@ -117,7 +119,7 @@ class StoredTensor:
                 yield values
 
     def read(self, dtype: torch.dtype) -> Tensor:
-        """Read it whole, converted to ``dtype``.
+        """Read the entire tensor, converted to ``dtype``.
 
         Raises:
             ModelError: it has finite values that ``dtype`` cannot hold, or the file became shorter.
@@ -153,20 +155,20 @@ class StoredTensor:
 
 
 class LazyWeight(ir.LazyTensor, ABC):
-    """The value of a graph's initializer, made from a checkpoint when it is asked for."""
+    """The value of a graph's initializer that is computed from a checkpoint when it is used."""
 
     @property
     @abstractmethod
     def identity(self) -> Hashable:
-        """What makes two tensors the same: such tensors are written once."""
+        """A key that equal tensors share; of tensors with one key only the first is written."""
 
 
 class CheckpointTensor(LazyWeight):
-    """A tensor of a checkpoint as the value of a graph's initializer; read, and converted, when it is asked for.
+    """A tensor of a checkpoint as the value of a graph's initializer; read and converted when it is used.
 
     Attributes:
         stored: the checkpoint's tensor.
-        torch_dtype: of the initializer.
+        torch_dtype: dtype of the initializer.
     """
 
     def __init__(self, stored: StoredTensor, dtype: torch.dtype, name: str) -> None:
@@ -177,17 +179,17 @@ class CheckpointTensor(LazyWeight):
 
     @property
     def identity(self) -> Hashable:
-        """What makes two tensors the same."""
+        """The stored tensor and the dtype it is converted to."""
         return (self.stored, self.torch_dtype)
 
     @property
     def is_as_stored(self) -> bool:
-        """Whether the checkpoint's bytes can serve as they are."""
+        """Whether the checkpoint's bytes can be used unchanged: same dtype, aligned."""
         stored = self.stored.torch_dtype
         return stored == self.torch_dtype and self.stored.offset % stored.itemsize == 0
 
     def tofile(self, file: Writable) -> None:
-        """Append it to a file, a part at a time."""
+        """Append the tensor to a file, in chunks."""
         self.stored.write(file, self.torch_dtype)
 
     def _load(self) -> ir.TensorProtocol:
@@ -197,10 +199,10 @@ class CheckpointTensor(LazyWeight):
 
 @dataclass(frozen=True)
 class LinkedWeight:
-    """Where a parameter's value is to be found.
+    """The place of a parameter's value in a checkpoint.
 
     Attributes:
-        name: of the parameter in the transformers model; the graphs' initializers are named so.
+        name: name of the parameter in the transformers model; the graphs' initializers have the same name.
         stored: the checkpoint's tensor.
     """
 
@@ -209,12 +211,12 @@ class LinkedWeight:
 
 
 def link(parameter: nn.Parameter, weight: LinkedWeight) -> None:
-    """Remember that the value of a parameter, itself without one, lies in a checkpoint."""
+    """Record that the value of a parameter without data is stored in a checkpoint."""
     parameter.promprune_weight = weight  # type: ignore[attr-defined]
 
 
 def linked(parameter: Tensor) -> LinkedWeight | None:
-    """Return where the value of a parameter lies; ``None``: in the parameter."""
+    """Return the place of a parameter's value in a checkpoint; None if the parameter has its value in memory."""
     return getattr(parameter, "promprune_weight", None)
 
 
@@ -231,7 +233,7 @@ def read_linked(parameter: Tensor) -> Tensor:
 
 
 def tensor_at(module: nn.Module, path: str) -> Tensor | None:
-    """Return the parameter or buffer at a path; ``None``: there is none."""
+    """Return the parameter or buffer at a path; None if there is none."""
     owner, _, name = path.rpartition(".")
     try:
         found = getattr(module.get_submodule(owner), name, None)
@@ -241,7 +243,7 @@ def tensor_at(module: nn.Module, path: str) -> Tensor | None:
 
 
 def initializer(tensor: Tensor, name: str) -> ir.Value:
-    """Return a graph's initializer for a parameter or buffer: named as in its model where it lies in a checkpoint."""
+    """Return a graph's initializer for a parameter or buffer; a linked one keeps the name it has in its model."""
     weight = linked(tensor)
     value: ir.TensorProtocol
     if weight is None:
@@ -255,7 +257,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     """Return the safetensors files of a checkpoint, as its index lists them.
 
     Raises:
-        ModelError: there are none, or one that the index names is not there.
+        ModelError: there are none, or a file that the index names is missing.
     """
     if (folder / SINGLE_FILE).is_file():
         return (folder / SINGLE_FILE,)
@@ -263,7 +265,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         raise ModelError(
             f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: no *.safetensors weights",
             expected="weights in safetensors format; pickled .bin files can run code and are not read",
-            fix="convert them with transformers' save_pretrained",
+            fix="convert them with save_pretrained of transformers",
         )
     names = sorted(set(_weight_map(folder / INDEX_FILE).values()))
     for name in names:
@@ -276,7 +278,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Return every tensor of a checkpoint by its key, from the headers of its files.
 
     Raises:
-        ModelError: a file is missing, cut short or no safetensors file.
+        ModelError: a file is missing, truncated or not in safetensors format.
     """
     tensors = {key: tensor for file in weight_files(folder) for key, tensor in _tensors_of(file).items()}
     if (folder / SINGLE_FILE).is_file():
@@ -284,16 +286,18 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     wanted = _weight_map(folder / INDEX_FILE)
     lacking = sorted(wanted.keys() - tensors.keys())
     if lacking:
-        raise ModelError(f"{wanted[lacking[0]]} has no tensor {lacking[0]}", expected="what its index says")
+        raise ModelError(
+            f"{wanted[lacking[0]]} has no tensor {lacking[0]}", expected="every tensor that the index lists"
+        )
     return {key: tensors[key] for key in wanted}
 
 
 def _fill(stream: FileIO, content: memoryview, tensor: StoredTensor) -> None:
-    """Read until ``content`` is full; one call to the system gives at most 2 GiB, and may give less."""
+    """Read until ``content`` is full; one system call reads at most 2 GiB, and may read less."""
     while content:
         count = stream.readinto(content)
         if not count:
-            raise ModelError(f"{tensor.file} ends within {tensor.key}", expected=_EXPECTED)
+            raise ModelError(f"{tensor.file} ends inside the tensor {tensor.key}", expected=_EXPECTED)
         content = content[count:]
 
 
@@ -303,7 +307,7 @@ def _weight_map(index: Path) -> dict[str, str]:
             raise ValueError("too large")
         weight_map = json.loads(index.read_bytes())["weight_map"]
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise TypeError("weight_map is no map of names to files")
+            raise TypeError("weight_map is not a map of names to files")
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ModelError(f"{index} cannot be read ({error})", expected="a weight_map of names to files") from error
     return weight_map

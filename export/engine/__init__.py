@@ -1,10 +1,10 @@
-"""From ONNX graphs to engines: TensorRT and TensorRT for RTX, whose Python APIs are the same, behind one interface.
+"""Building engines from ONNX graphs with TensorRT or TensorRT for RTX, which have the same Python API.
 
 Needs one of the two modules, and neither torch nor onnx. TensorRT builds for the GPU of this machine; TensorRT for
-RTX builds for any target it knows, on machines without a GPU as well.
+RTX builds for any target it knows, also on machines without a GPU.
 
-Networks are strongly typed: precision is what the graph says. TF32 is off, because the Gram product of the
-selection needs whole fp32 products.
+Networks are strongly typed: the graph determines the precision. TF32 is off, because the Gram matrix of the selection
+needs the full precision of fp32.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""All engines of a package, for every target asked for."""
+"""Building all engines of a package, for every requested target."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class BuiltEngines:
     """The engines of one target.
 
     Attributes:
-        folder: where they lie.
-        manifest: what ``engine.json`` says.
-        built: False where they were up to date.
-        seconds: wall time of building all of them; 0 where they were up to date.
+        folder: their folder.
+        manifest: content of ``engine.json``.
+        built: False if they were up to date.
+        seconds: wall time of building all of them; 0 if they were up to date.
     """
 
     folder: Path
@@ -52,13 +52,13 @@ class BuiltEngines:
 def build_engines(package: Path, config: EngineConfig, *, progress: Progress = NO_PROGRESS) -> tuple[BuiltEngines, ...]:
     """Build the engines of a package for every target, except those that are up to date.
 
-    Engines of one target appear together, by one rename; targets that are done stay when a later one fails.
+    The engines of one target appear together, by one rename. If a target fails, those built before it remain.
 
     Raises:
-        PackageError: not a package, or damaged; or its engines are stale and ``config.rebuild`` is off.
-        ConfigError, BackendError, MissingDependencyError: the backend or a target is not to be had here.
-        BackendError: a graph cannot be built; the message names it, and the node where there is one.
-        OutputError: the package cannot be written to.
+        PackageError: it is not a package, or damaged; or its engines are stale and ``config.rebuild`` is false.
+        ConfigError, BackendError, MissingDependencyError: the backend or a target is not available on this machine.
+        BackendError: a graph cannot be built; the message names the graph, and the node if it is known.
+        OutputError: the package folder cannot be written.
     """
     manifest = read_manifest(package)
     toolkit = load_toolkit(config.backend)
@@ -73,7 +73,7 @@ def _build_target(
     identity = identity_of(manifest, config, tool_version=toolkit.version, target=target)
     if folder.exists() and not config.rebuild:
         return BuiltEngines(folder=folder, manifest=_up_to_date(folder, identity), built=False, seconds=0.0)
-    read_manifest(package, check_weights=True)  # an engine keeps whatever it is built from
+    read_manifest(package, check_weights=True)  # damaged weights would be copied into the engine
     started = time.perf_counter()
     records: dict[str, EngineRecord] = {}
     with writing_engines(folder) as partial:
@@ -88,7 +88,7 @@ def _build_target(
 
 
 def _up_to_date(folder: Path, identity: EngineIdentity) -> EngineManifest:
-    """Return the manifest of engines that are the wanted ones; refuse others, which took their time to build."""
+    """Return the manifest of existing engines if they match ``identity``; refuse to replace others unasked."""
     found = read_engines(folder)
     reason = difference(found.identity, identity)
     if reason is not None:

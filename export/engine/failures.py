@@ -1,4 +1,4 @@
-"""Why an engine could not be built, in one line."""
+"""Error messages for engines that could not be built."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MEMORY_WORDS: Final = (
 
 
 def build_error(path: Path, target: str, messages: list[str]) -> BackendError:
-    """Say in one line why an engine could not be built, from what the builder logged (first what came first)."""
+    """Make the error for an engine that could not be built from the builder's log messages, oldest first."""
     text = " ".join(messages).lower()
     reason = trimmed(messages[0]) if messages else "the builder gave no reason"
     if any(word in text for word in _MEMORY_WORDS):
@@ -38,7 +38,7 @@ def build_error(path: Path, target: str, messages: list[str]) -> BackendError:
     if "cannot compile operation" in text or "compute capability" in text:
         return BackendError(
             f"{path} cannot be built for {target} ({reason})",
-            fix="choose a newer target; the selection computes in fp32 whatever --dtype the package has",
+            fix="choose a newer target; the selection computes in fp32 with every --dtype",
         )
     return BackendError(
         f"{path} cannot be built for {target} ({reason})",

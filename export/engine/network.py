@@ -1,4 +1,4 @@
-"""One ONNX graph in, one serialized engine out."""
+"""Building one engine from one ONNX graph."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ def engine_from_onnx(
 
     Args:
         toolkit: which TensorRT.
-        path: the ONNX file; external weights lie beside it.
+        path: the ONNX file; its external weights are in the same folder.
         graph: what the file must have as inputs and outputs; ``None``: that is not looked at.
         profiles: shape ranges of the inputs.
-        target: as :meth:`Toolkit.resolve` returns it.
-        config: settings of the engine; those of the profiles are in ``profiles`` already.
-        timing_cache: file of measured kernels to begin with and to extend, where the toolkit measures any.
-        report: called with a fraction in [0, 1] and the builder's phase.
+        target: a target, as returned by :meth:`Toolkit.resolve`.
+        config: settings of the engine; ``profiles`` already contains those of the profiles.
+        timing_cache: file with measured kernels to use and to extend, if the toolkit measures kernels.
+        report: called with the fraction done, in [0, 1], and the builder's phase.
 
     Returns:
-        The serialized engine, which offers the buffer protocol and lives as long as the object.
+        The serialized engine. It supports the buffer protocol; the buffer is valid while the object exists.
 
     Raises:
-        BackendError: the graph cannot be built; out of memory; or the target's GPU is needed and not there.
+        BackendError: the graph cannot be built; out of memory; or the target's GPU is needed and missing.
         PackageError: the file's inputs or outputs are not those of ``graph``.
         KeyboardInterrupt: while building; the builder stops at its next step.
     """
@@ -71,9 +71,9 @@ def engine_from_onnx(
             plan = builder.build_serialized_network(network, settings)
     except MemoryError as error:
         raise build_error(path, target, ["out of memory"]) from error
-    except (TypeError, RuntimeError) as error:  # what the bindings make of a null pointer
+    except (TypeError, RuntimeError) as error:  # the bindings raise these for a null pointer
         raise build_error(path, target, [*log.errors, trimmed(error)]) from error
-    del monitor  # alive until here: the builder does not keep it
+    del monitor  # must stay alive until here: the builder holds no reference
     if plan is None:
         raise build_error(path, target, list(log.errors))
     return plan
@@ -81,7 +81,7 @@ def engine_from_onnx(
 
 def _network_flags(trt: Any) -> int:
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    return 0 if flag is None else 1 << int(flag)  # where the flag is gone, there is nothing else
+    return 0 if flag is None else 1 << int(flag)  # versions without the flag always use strong typing
 
 
 def _parse(trt: Any, network: Any, log: Any, path: Path) -> None:
@@ -114,7 +114,7 @@ def _tensors(network: Any) -> tuple[list[TensorRecord], list[TensorRecord]]:
 
 
 def _allow_decomposition(trt: Any, network: Any) -> None:
-    """Let attention layers without a kernel of their own (those in fp32) be built of simpler ones."""
+    """Allow attention layers without a fused kernel (those in fp32) to be built from simpler layers."""
     kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)
     if kind is None:
         return
@@ -146,12 +146,12 @@ def _add_profiles(builder: Any, settings: Any, profiles: tuple[ProfileRecord, ..
 
 @contextlib.contextmanager
 def _timing_cache(toolkit: Toolkit, settings: Any, file: Path | None) -> Iterator[None]:
-    """Build with the kernels that were measured before, and keep what is measured now; a cache is never vital."""
+    """Use earlier kernel measurements, and save the new ones; a build also works without the cache."""
     if file is None or not toolkit.times_kernels:
         yield
         return
     cache = settings.create_timing_cache(file.read_bytes() if file.is_file() else b"")
-    settings.set_timing_cache(cache, False)  # refused, and then without effect, if it is of another device
+    settings.set_timing_cache(cache, False)  # has no effect if the cache is from another device
     yield
     with contextlib.suppress(OSError):
         replace_file(file, bytes(memoryview(cache.serialize())))

@@ -1,4 +1,4 @@
-"""The ranges of shapes that an engine serves, and those it is tuned for."""
+"""The ranges of shapes that an engine accepts, and the shapes it is tuned for."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from promprune.package.manifest import DECODER, EMBED_TOKENS, GraphRecord, Manif
 
 __all__ = ["profiles_of"]
 
-# Prompts engines are tuned for: this many tokens besides those of one image.
+# Engines are tuned for prompts with this many tokens besides those of one image.
 TYPICAL_PROMPT_TOKENS: Final = 64
 
 
 def profiles_of(name: str, manifest: Manifest, config: EngineConfig) -> tuple[ProfileRecord, ...]:
     """Return the optimisation profiles of one graph.
 
-    One serves every length. With ``config.decode_profile`` the decoder has two: ``prefill`` for prompts (also those
-    that go on from a cache), and ``decode`` for one token per row. All are tuned for one image and a prompt of
-    ``TYPICAL_PROMPT_TOKENS``; an image of several crops is a batch of as many.
+    One profile accepts every length. With ``config.decode_profile`` the decoder has two: ``prefill`` for prompts (also
+    those that continue a KV cache), and ``decode`` for one token per batch row. All are tuned for one image and a
+    prompt of ``TYPICAL_PROMPT_TOKENS``; an image with several crops is a batch of crops.
 
     Raises:
-        PackageError: the graph has a dynamic dimension of an unknown name.
+        PackageError: the graph has a dynamic dimension with an unknown name.
     """
     graph, context = manifest.graphs[name], manifest.context_length
     longest = min(manifest.max_image_tokens + config.max_prompt_tokens, context)

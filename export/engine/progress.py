@@ -1,4 +1,4 @@
-"""How far a build is, and how it is stopped."""
+"""Reporting the progress of a build, and stopping it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Report = Callable[[float, str], None]
 def make_monitor(trt: Any, report: Report, pending: list[int]) -> Any:
     """Make a progress monitor that turns the builder's nested phases into one fraction.
 
-    It stops the builder at its next step once ``pending`` holds a signal.
+    It stops the builder at its next step once ``pending`` contains a signal.
     """
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # as above
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # trt is Any
         def __init__(self) -> None:
             super().__init__()
-            self.phases: dict[str, list[int]] = {}  # innermost last: steps done, steps in all
+            self.phases: dict[str, list[int]] = {}  # innermost last: [steps done, total steps]
             self.furthest = 0.0
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
@@ -50,9 +50,9 @@ def make_monitor(trt: Any, report: Report, pending: list[int]) -> Any:
 
 @contextlib.contextmanager
 def holding_signals() -> Iterator[list[int]]:
-    """Collect Ctrl-C and termination, and raise them when the block is left.
+    """Hold back Ctrl-C and termination signals until the end of the block.
 
-    The builder is C++, and swallows whatever a signal raises while it calls back into Python.
+    The builder is C++ code that swallows exceptions raised by a signal while it calls back into Python.
     """
     pending: list[int] = []
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""One of the two TensorRT modules, and what it offers."""
+"""The two TensorRT modules and their capabilities."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Toolkit:
     Attributes:
         backend: its name on the command line.
         module: ``tensorrt`` or ``tensorrt_rtx``.
-        version: of the module.
+        version: version of the module.
     """
 
     backend: EngineBackend
@@ -29,7 +29,7 @@ class Toolkit:
 
     @property
     def cross_targets(self) -> dict[str, Any]:
-        """Targets it builds for without their GPU, as ``sm89`` -> the module's constant; empty for TensorRT."""
+        """Targets that it can build for without their GPU: name such as ``sm89`` -> constant; empty for TensorRT."""
         capability = getattr(self.module, "ComputeCapability", None)
         members: dict[str, Any] = getattr(capability, "__members__", {})
         return {name.lower(): value for name, value in members.items() if name.startswith("SM")}
@@ -40,11 +40,11 @@ class Toolkit:
         return self.backend == "tensorrt"
 
     def resolve(self, text: str) -> str:
-        """Return the target meant by ``text``, such as ``"sm89"``.
+        """Return the target that ``text`` names, such as ``"sm89"``.
 
         Raises:
-            ConfigError: not a target, or not one this toolkit builds for here.
-            BackendError: it means the GPU of this machine, and there is none.
+            ConfigError: it is not a target, or this toolkit cannot build for it on this machine.
+            BackendError: it names the GPU of this machine, which has none.
         """
         target, known = parse_target(text), self.cross_targets
         if target in known:
@@ -53,14 +53,14 @@ class Toolkit:
             raise ConfigError(
                 f"received target {text!r}, which {self.backend} {self.version} does not know",
                 expected=f"one of {', '.join(known)}, {CURRENT}",
-                fix="choose a target of that list, or build with --backend tensorrt on a machine with that GPU",
+                fix="choose a target from that list, or build with --backend tensorrt on a machine with that GPU",
             )
         here = current_target()
         if target not in (CURRENT, here):
             raise ConfigError(
                 f"received target {text!r}, but this machine has {here}",
-                expected=f"{here} or {CURRENT}: {self.backend} builds for the GPU at hand only",
-                fix="build where that GPU is, or use --backend tensorrt-rtx",
+                expected=f"{here} or {CURRENT}: {self.backend} builds only for the GPU of this machine",
+                fix="build on a machine with that GPU, or use --backend tensorrt-rtx",
             )
         return here
 
@@ -70,7 +70,7 @@ def load_toolkit(backend: EngineBackend) -> Toolkit:
 
     Raises:
         MissingDependencyError: it is not installed.
-        BackendError: it is, but does not load.
+        BackendError: it is installed, but does not load.
     """
     try:
         module = importlib.import_module(ENGINE_MODULES[backend])

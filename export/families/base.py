@@ -45,7 +45,7 @@ class VisionModule:
         num_tokens: N.
         token_mask: whether the selection takes ``token_mask [B, N]`` (bool, false for padding) as a further input of
             the graph; padding is then kept only if an image has fewer than T other tokens.
-        name: of the graph in the manifest.
+        name: name of the graph in the manifest.
     """
 
     module: nn.Module
@@ -62,7 +62,7 @@ class VisionModule:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionReference:
-    """What transformers' own preprocessing and model make of one image.
+    """The results of transformers' own preprocessing and model for one image.
 
     Attributes:
         graph: name of the vision graph that takes this image.
@@ -88,19 +88,19 @@ class Family(ABC):
     Args:
         model: an instance of ``model_class``; its weights may be on the meta device, fake or on disk.
         processor: its processor, or the parts of one: tokenizer, image processor, chat template.
-        grids: sizes of images, for families that take a choice; empty for the family's own choice.
+        grids: sizes of images, for families with a choice of sizes; empty for the family's default.
 
     Attributes:
         model_type: as in ``config.json``.
         model_class: name of the class in ``transformers`` that loads it.
-        position_axes: shape of ``position_ids`` before ``[B, S]``: empty, or ``(3,)`` if every token has a rotary
-            position each for time, height and width.
-        grids: the sizes of images that are exported; empty if the family takes no choice.
+        position_axes: leading axes of ``position_ids``, before ``[B, S]``: empty, or ``(3,)`` if every token has
+            three rotary positions: time, height and width.
+        grids: the sizes of images that are exported; empty if the family has no choice of sizes.
         vision_modules: one or more; the first one is named ``vision_encoder``.
         layout: how an image enters the model; the runtime has a class for each kind.
 
     Raises:
-        ConfigError: sizes were chosen, and this family takes no choice.
+        ConfigError: sizes were chosen, and this family has no choice of sizes.
         UnsupportedModelError: the model, or a size, is not exported.
     """
 
@@ -129,13 +129,13 @@ class Family(ABC):
         """Return the record that tells the runtime how an image enters the model.
 
         Raises:
-            UnsupportedModelError: the image processor makes images that the vision tower does not take.
+            UnsupportedModelError: the image processor makes images of a size that the vision tower does not take.
         """
 
     @property
     @abstractmethod
     def sample_sizes(self) -> tuple[tuple[int, int], ...]:
-        """(height, width), in pixels, of the images that a package is verified on, in turns.
+        """(height, width), in pixels, of the images that a package is verified with, used in turn.
 
         Together they should exercise every case of the layout.
         """
@@ -148,7 +148,7 @@ class Family(ABC):
         """Return what replaces an image's placeholders if only some tokens are kept: ``[placeholders, D]``.
 
         Args:
-            reference: of the image.
+            reference: the reference of the image.
             token_indices: int64 ``[T]``, as in ``promprune.runtime.TokenSelection``.
         """
         return reference.features[0, token_indices]
@@ -156,22 +156,22 @@ class Family(ABC):
     def position_ids(self, input_ids: Tensor, reference: VisionReference) -> Tensor | None:
         """Return the positions of a prompt with one image that has all its placeholders: ``[*position_axes, 1, S]``.
 
-        None if the model counts the tokens that it is given, so that kept tokens move together.
+        None if the model numbers the tokens that it receives, so that kept tokens have consecutive positions.
         """
         return None
 
     def choose_grids(self, grids: Grids) -> Grids:
-        """Return the sizes of images to export, given those that were asked for.
+        """Return the sizes of images to export, given the requested ones.
 
         Raises:
-            ConfigError: sizes were asked for, and this family takes no choice.
+            ConfigError: sizes were requested, and this family has no choice of sizes.
             UnsupportedModelError: the model takes no images of such a size.
         """
         if grids:
             raise ConfigError(
                 f"received --image-grid for a model of the family {self.model_type!r}",
-                expected="none: its images have one size, or choose theirs",
-                fix="leave it out",
+                expected="no grid: the images of this family have a fixed size, or their size is chosen per image",
+                fix="omit --image-grid",
             )
         return ()
 
@@ -221,6 +221,6 @@ class Family(ABC):
 
 
 def grids_of(image: ImageRecord) -> Grids:
-    """Return the grids that a package was exported for; none if its family takes no choice."""
+    """Return the grids that a package was exported for; empty if its family has no choice of sizes."""
     layout = image.layout
     return tuple((grid.rows, grid.columns) for grid in layout.grids) if isinstance(layout, GridLayout) else ()

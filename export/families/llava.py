@@ -1,4 +1,4 @@
-"""LLaVA-1.5 and its like: a vision tower (CLIP or SigLIP), an MLP projector, and a decoder-only language model."""
+"""LLaVA-1.5 and similar models: a vision tower (CLIP or SigLIP), an MLP projector, a decoder-only language model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Llava(Family):
 
     model_type = "llava"
     model_class = "LlavaForConditionalGeneration"
-    towers: ClassVar[Collection[str]] = tuple(TOWERS)  # that this family is exported with
+    towers: ClassVar[Collection[str]] = tuple(TOWERS)  # the towers that this family is exported with
 
     def build_vision_modules(self) -> tuple[VisionModule, ...]:
         """Return the tower and the projector."""
@@ -33,7 +33,7 @@ class Llava(Family):
         return (VisionModule(module=encoder, inputs={"pixel_values": pixel_values}, num_tokens=patches**2),)
 
     def build_layout(self) -> CropLayout | AnyresLayout:
-        """Return a square crop; refuse preprocessing that makes another one."""
+        """Return a square crop; refuse preprocessing with a different crop."""
         side, patches = self.side, self.patches
         self.refuse_other_size("set crop_size in its preprocessor_config.json")
         return CropLayout(height=side, width=side, patch_rows=patches, patch_columns=patches)
@@ -53,12 +53,12 @@ class Llava(Family):
 
     @property
     def side(self) -> int:
-        """Side of what the vision tower takes, in pixels."""
+        """Side of the images that the vision tower takes, in pixels."""
         return int(self.config.vision_config.image_size)
 
     @property
     def patches(self) -> int:
-        """Patches in a row, and in a column, of what the vision tower takes."""
+        """Patches per row and per column of the images that the vision tower takes."""
         return self.side // int(self.config.vision_config.patch_size)
 
     def encode_with_saliency(self, encode: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
@@ -68,9 +68,9 @@ class Llava(Family):
             encode: runs the tower once, on B images.
 
         Returns:
-            What ``encode`` returned, and the saliency ``[B, N]``, fp32, mean over heads: in the layer that the
-            features are read from, what the CLS token pays to each patch; without a CLS token, what each patch
-            receives from all.
+            What ``encode`` returned, and the saliency ``[B, N]``, fp32: the attention from the CLS token to each
+            patch in the layer that the features are taken from, mean over heads; without a CLS token, the mean
+            attention that each patch receives from all patches.
         """
         layer = self.config.vision_feature_layer  # hidden_states[k] is the output of layer k, counted from 1
         attention = self.model.model.vision_tower.encoder.layers[layer if layer < 0 else layer - 1].self_attn
@@ -82,12 +82,14 @@ class Llava(Family):
             features = encode()
         finally:
             hook.remove()
-        has_cls = self.config.vision_feature_select_strategy == "default"  # as of every tower that is exported
+        has_cls = (
+            self.config.vision_feature_select_strategy == "default"
+        )  # true of every exported tower with this strategy
         weights = torch.cat(list(_attention_weights(attention, seen[0])))  # [B, L, L]
         return features, weights[:, 0, 1:] if has_cls else weights.mean(dim=1)
 
     def refuse_other_size(self, fix: str) -> None:
-        """Refuse an image processor whose crops are not what the vision tower takes."""
+        """Refuse an image processor whose crops have another size than the vision tower takes."""
         blank = Image.new("RGB", (64, 48))
         values = self.processor.image_processor(images=[blank], return_tensors="np")["pixel_values"]
         height, width = values[0].shape[-2:]
@@ -100,9 +102,9 @@ class Llava(Family):
 
 
 def _attention_weights(attention: Any, hidden_states: Tensor) -> Iterator[Tensor]:
-    """Yield the attention weights of a layer of transformers, image by image, mean over heads: fp32 ``[1, L, L]``."""
+    """Yield the attention weights of a transformers layer for each image, mean over heads: fp32 ``[1, L, L]``."""
     eager = copy.copy(attention)
     eager.config = copy.copy(attention.config)
-    eager.config._attn_implementation = "eager"  # no other one returns its weights
+    eager.config._attn_implementation = "eager"  # the only implementation that returns its weights
     for states in hidden_states.split(1):
         yield eager(hidden_states=states, attention_mask=None)[1].float().mean(dim=1)

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT: LLaVA's vision tower on several crops of an image, which show it whole and enlarged."""
+"""LLaVA-NeXT: LLaVA's vision tower on several crops of an image: one of the entire image, the others enlarged."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ __all__ = ["LlavaNext"]
 
 @dataclass(frozen=True, kw_only=True)
 class AnyresReference(VisionReference):
-    """A reference whose features are those of crops.
+    """A reference with the features of several crops.
 
     Attributes:
-        all_features: of every crop, including those that show nothing but padding: ``[crops, N, D]``.
+        all_features: features of every crop, including crops that are entirely padding: ``[crops, N, D]``.
         image_size: height and width of the image, in pixels.
     """
 
@@ -32,7 +32,7 @@ class AnyresReference(VisionReference):
 
 
 class LlavaNext(Llava):
-    """LLaVA-NeXT: the selection runs in every crop, and leaves out the padding of those at the edge."""
+    """LLaVA-NeXT: the selection runs once per crop, and skips the padding of crops at the edge."""
 
     model_type = "llava_next"
     model_class = "LlavaNextForConditionalGeneration"
@@ -44,14 +44,14 @@ class LlavaNext(Llava):
         return (replace(module, token_mask=True),)
 
     def build_layout(self) -> AnyresLayout:
-        """Return the crops; refuse a model that disagrees with its preprocessing about them."""
+        """Return the layout of crops; refuse a model that disagrees with its preprocessing about it."""
         self._refuse_other_canvases()
         self.refuse_other_size("set size and crop_size in its preprocessor_config.json")
         return AnyresLayout(side=self.side, patches=self.patches, canvases=self.canvases)
 
     @property
     def canvases(self) -> tuple[tuple[int, int], ...]:
-        """(height, width), in pixels, of what an image can be enlarged to."""
+        """(height, width), in pixels, of the canvases on which an image can be placed."""
         return tuple((int(height), int(width)) for height, width in self.config.image_grid_pinpoints)
 
     @property
@@ -64,11 +64,11 @@ class LlavaNext(Llava):
 
     @property
     def arrays(self) -> Mapping[str, Tensor]:
-        """The embedding that ends every row of an image with all its tokens."""
+        """The embedding that is inserted after every row of an image if all its tokens are kept."""
         return {IMAGE_NEWLINE_FILE: self.model.model.image_newline}
 
     def reference(self, image: Image.Image) -> AnyresReference:
-        """Preprocess and encode one image with transformers; leave out crops that are nothing but padding."""
+        """Preprocess and encode one image with transformers; skip crops that are entirely padding."""
         inputs = self.processor.image_processor(images=[image], return_tensors="pt")
         image_size = (image.height, image.width)
         pixel_values = inputs["pixel_values"][0].float()
@@ -113,21 +113,20 @@ class LlavaNext(Llava):
         return torch.cat([torch.ones_like(mask[: shape[1]]), mask]).view(shape)
 
     def _unpadded(self, crops: Tensor, image_size: tuple[int, int]) -> Tensor:
-        """Put the tokens of crops ``[crops, N, D]`` together, and remove the padding: ``[D, rows, columns]``."""
+        """Arrange the tokens of crops ``[crops, N, D]`` as one image without padding: ``[D, rows, columns]``."""
         rows, columns = get_anyres_image_grid_shape(image_size, self.config.image_grid_pinpoints, self.side)
         canvas = crops.view(rows, columns, self.patches, self.patches, -1).permute(4, 0, 2, 1, 3)
         unpadded: Tensor = unpad_image(canvas.flatten(1, 2).flatten(2, 3), image_size)
         return unpadded
 
     def _refuse_other_canvases(self) -> None:
-        """Refuse canvases that are not made of whole crops, or not those of the image processor."""
+        """Refuse canvases that are not multiples of the crop size, or that differ from the image processor's."""
         side = self.side
         for height, width in self.canvases:
             if height < side or width < side or height % side or width % side:
                 raise UnsupportedModelError(
                     f"this LLaVA-NeXT has {[height, width]} among its image_grid_pinpoints",
-                    expected=f"multiples of {side}, the size of its vision tower: a partial crop has no place in the "
-                    "grid",
+                    expected=f"multiples of {side}, the size of its vision tower: partial crops are not supported",
                 )
         theirs = tuple(tuple(size) for size in self.processor.image_processor.image_grid_pinpoints)
         if not self.canvases or theirs != self.canvases:

@@ -1,7 +1,7 @@
-"""Qwen2.5-VL: a vision tower of windows for images of any size, a decoder with three rotary positions per token.
+"""Qwen2.5-VL: a vision tower with windowed attention, and a decoder with three rotary positions per token.
 
-The tower takes a fixed grid here: everything that depends on the size of the image (the windows, their masks, the
-rotary tables, the way back to raster order) is computed once and becomes a constant of the graph.
+The exported tower takes a fixed grid: everything that depends on the size of the image (the windows, their masks, the
+rotary tables, the permutation back to raster order) is computed once and becomes a constant of the graph.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ from promprune.package.manifest import VISION_ENCODER
 
 __all__ = ["GridVisionEncoder", "Qwen25VL", "window_order"]
 
-# Side of the grid that is exported when none is asked for, where the image processor allows it: 576 tokens, and
-# whole windows only.
+# Side of the default grid, if the image processor allows it: 576 tokens, and a multiple of the window's side.
 DEFAULT_SIDE: Final = 24
 
-MAX_ASPECT_RATIO: Final = 200  # of transformers' smart_resize
+MAX_ASPECT_RATIO: Final = 200  # the limit of transformers' smart_resize
 
 _PADDING: Final = -1
 
@@ -36,19 +35,19 @@ _PADDING: Final = -1
 class GridVisionEncoder(nn.Module):
     """A Qwen2-VL or Qwen2.5-VL vision tower for images of one size, with its projector (the merger).
 
-    Inside the tower the groups of patches that become one token lie window by window. Windows that the edge of the
-    grid cuts are filled up with padding, which nothing attends to, so that the attention of all windows is one
-    batched product; there is no padding where the sides of the grid are multiples of the window's.
+    Inside the tower the groups of patches that become one token are ordered window by window. Incomplete windows at
+    the edge of the grid are filled with masked padding, so that the attention of all windows is one batched product;
+    there is no padding if the sides of the grid are multiples of the window's side.
 
     The tower has no CLS token. The saliency of a token is the attention that its patches receive in the last block
-    with full attention: the mean over heads, over all patches that look, and over the token's own patches. It is
-    computed from the softmax that the block itself uses, in fp32.
+    with full attention: the mean over heads, over all querying patches, and over the token's own patches. It is
+    computed in fp32 from the softmax of the block itself.
 
     Args:
         visual: the tower, as transformers loads it.
-        rows, columns: of the grid of tokens (groups of ``merge_size`` x ``merge_size`` patches).
-        window: side of a window, in tokens; ``None``: the tower has none.
-        full_blocks: indices of the blocks that attend to the whole image.
+        rows, columns: size of the grid of tokens (groups of ``merge_size`` x ``merge_size`` patches).
+        window: side of a window, in tokens; None if the tower has no windows.
+        full_blocks: indices of the blocks with full attention.
     """
 
     order: Tensor
@@ -68,29 +67,29 @@ class GridVisionEncoder(nn.Module):
         self.merger = visual.merger
         self.full_blocks = frozenset(full_blocks)
         self.heads, self.head_dim, self.scaling = attention.num_heads, attention.head_dim, attention.scaling
-        self.group = visual.spatial_merge_size**2  # patches of one token
+        self.group = visual.spatial_merge_size**2  # patches per token
         self.tokens = rows * columns
 
         order = window_order(rows, columns, window)
         self.num_windows = order.shape[0]
         slots = order.flatten()
-        real = (slots != _PADDING).repeat_interleave(self.group)  # [S], S patches with their padding
+        real = (slots != _PADDING).repeat_interleave(self.group)  # [S]; S counts patches and padding
         self.padded = not bool(real.all())
         self.register_buffer("order", slots.clamp(min=0), persistent=False)
-        self.register_buffer("places", slots.argsort()[len(slots) - self.tokens :], persistent=False)  # of the tokens
+        self.register_buffer("places", slots.argsort()[len(slots) - self.tokens :], persistent=False)  # [N]
         self.register_buffer("mask", torch.where(real, 0.0, -torch.inf), persistent=False)  # [S]
         self.register_buffer("looks", real.float() / int(real.sum()), persistent=False)  # [S], adds up to 1
         cos, sin = _rotary_tables(visual, rows, columns)
-        self.register_buffer("cos", self._arranged(cos[None])[0, :, None], persistent=False)  # [S, 1, head dim]
-        self.register_buffer("sin", self._arranged(sin[None])[0, :, None], persistent=False)
+        self.register_buffer("cos", self._reorder(cos[None])[0, :, None], persistent=False)  # [S, 1, head dim]
+        self.register_buffer("sin", self._reorder(sin[None])[0, :, None], persistent=False)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """``pixel_values [B, N group, values of a patch]`` -> ``image_features [B, N, D]``, ``saliency [B, N]`` (fp32).
 
-        Tokens come and go in raster order; the patches of a token lie together.
+        Input and output tokens are in raster order; the patches of a token are adjacent.
         """
-        weight = self.patch_embed.proj.weight.flatten(1)  # the convolution sees each patch whole
-        hidden_states = self._arranged(F.linear(pixel_values.to(weight.dtype), weight))
+        weight = self.patch_embed.proj.weight.flatten(1)  # the kernel of the convolution covers one patch
+        hidden_states = self._reorder(F.linear(pixel_values.to(weight.dtype), weight))
         scored = max(self.full_blocks)
         saliency = hidden_states.new_zeros(())
         for index, block in enumerate(self.blocks):
@@ -108,20 +107,20 @@ class GridVisionEncoder(nn.Module):
         grouped = saliency.view(batch, len(self.order), self.group).mean(dim=2)
         return merged[:, self.places], grouped[:, self.places]
 
-    def _arranged(self, patches: Tensor) -> Tensor:
-        """Bring ``[B, N group, ...]`` from raster order of tokens into that of the windows, ``[B, S, ...]``."""
+    def _reorder(self, patches: Tensor) -> Tensor:
+        """Reorder ``[B, N group, ...]`` from raster order to window order, with padding: ``[B, S, ...]``."""
         if self.num_windows == 1 and not self.padded:
             return patches
         groups: Tensor = patches.unflatten(1, (self.tokens, self.group))
         return groups[:, self.order].flatten(1, 2)
 
     def _query_key_value(self, attention: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Project and rotate: three tensors ``[B, S, heads, head dim]``."""
+        """Compute query, key and value with rotary positions: ``[B, S, heads, head dim]`` each."""
         projected = attention.qkv(hidden_states).unflatten(2, (3, self.heads, self.head_dim))
         query, key, value = projected.unbind(2)
-        return self._rotated(query), self._rotated(key), value
+        return self._rotate(query), self._rotate(key), value
 
-    def _rotated(self, values: Tensor) -> Tensor:
+    def _rotate(self, values: Tensor) -> Tensor:
         wide = values.float()
         first, second = wide.chunk(2, dim=-1)
         return (wide * self.cos + torch.cat((-second, first), dim=-1) * self.sin).to(values.dtype)
@@ -139,7 +138,7 @@ class GridVisionEncoder(nn.Module):
         return attended.transpose(1, 2).reshape(batch, length, -1)
 
     def _scored_attention(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Attend to the whole image: ``[B, S, width]``, and what each patch receives, ``[B, S]``."""
+        """Compute full attention ``[B, S, width]``, and the attention that each patch receives, ``[B, S]``."""
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         scores = (query @ key.transpose(2, 3)).float() * self.scaling + self.mask
         weights = torch.softmax(scores, dim=-1)  # [B, heads, S, S]
@@ -150,15 +149,15 @@ class GridVisionEncoder(nn.Module):
 def window_order(rows: int, columns: int, window: int | None) -> Tensor:
     """Return the tokens of each window, in raster order within it: int64 ``[windows, tokens of a window]``.
 
-    A window at the right or lower edge of a grid that does not divide evenly is filled up with -1.
+    Incomplete windows at the right and lower edges of the grid are filled with -1.
     """
     grid = torch.arange(rows * columns).view(rows, columns)
     if window is None:
         return grid.view(1, -1)
     grid = F.pad(grid, (0, -columns % window, 0, -rows % window), value=_PADDING)
-    tiles = grid.unfold(0, window, window).unfold(1, window, window)  # [rows of windows, columns of them, w, w]
+    tiles = grid.unfold(0, window, window).unfold(1, window, window)  # [window rows, window columns, w, w]
     windows = tiles.reshape(-1, window * window)
-    # Within a window the tokens come first and the padding last, as the tower's own order has them.
+    # Within a window the tokens come first and the padding last, as in the original tower.
     return torch.stack([torch.cat((row[row != _PADDING], row[row == _PADDING])) for row in windows])
 
 
@@ -167,21 +166,21 @@ def _rotary_tables(visual: Any, rows: int, columns: int) -> tuple[Tensor, Tensor
     merge, rotary = visual.spatial_merge_size, visual.rotary_pos_emb
     grid = torch.tensor([[1, rows * merge, columns * merge]])
     positions = get_vision_position_ids(grid, merge)
-    # The module's own frequencies would be rounded in a model that was converted to half precision.
+    # Not the module's frequencies: they are rounded if the model was converted to half precision.
     inverse_frequencies, scaling = rotary.compute_axial_rope_parameters(visual.config)
     angles = positions[..., None].float() * inverse_frequencies
     return tuple(rotary.recomposition_frequencies(table * scaling) for table in (angles.cos(), angles.sin()))
 
 
 class Qwen25VL(Family):
-    """Qwen2.5-VL: one vision graph for each size of images that is exported."""
+    """Qwen2.5-VL: one vision graph per grid."""
 
     model_type = "qwen2_5_vl"
     model_class = "Qwen2_5_VLForConditionalGeneration"
     position_axes = (3,)
 
     def build_vision_modules(self) -> tuple[VisionModule, ...]:
-        """Return the tower and the projector once for each grid."""
+        """Return the tower and the projector for each grid."""
         self._refuse_sliding_window()
         return tuple(self._vision_module(record) for record in self.grid_records)
 
@@ -202,19 +201,19 @@ class Qwen25VL(Family):
 
     @property
     def full_blocks(self) -> Collection[int]:
-        """Indices of the tower's blocks that attend to the whole image, at least one."""
+        """Indices of the tower's blocks with full attention, at least one."""
         vision = self.config.vision_config
         full = [index for index in vision.fullatt_block_indexes if index < vision.depth]
         if not full:
             raise UnsupportedModelError(
                 f"this model has fullatt_block_indexes = {list(vision.fullatt_block_indexes)} in a tower of "
                 f"{vision.depth}",
-                expected="a block that attends to the whole image: the selection reads its attention",
+                expected="a block with full attention: the selection uses its attention weights",
             )
         return full
 
     def choose_grids(self, grids: Grids) -> Grids:
-        """Return those that were asked for, else one square grid as close as possible to ``DEFAULT_SIDE``."""
+        """Return the requested grids, or else one square grid as close as possible to ``DEFAULT_SIDE``."""
         for rows, columns in grids:
             self._refuse_impossible(rows, columns)
         if grids:
@@ -226,7 +225,7 @@ class Qwen25VL(Family):
         return ((tokens, tokens),)
 
     def reference(self, image: Image.Image) -> VisionReference:
-        """Preprocess and encode one image of the size of a grid with transformers."""
+        """Preprocess and encode one image that has the size of a grid, with transformers."""
         values = self.processor.image_processor(images=[image], return_tensors="pt")
         grid, merge = values["image_grid_thw"], self.processor.image_processor.merge_size
         _, rows, columns = (grid[0] // torch.tensor([1, merge, merge])).tolist()
@@ -238,7 +237,7 @@ class Qwen25VL(Family):
         )
 
     def position_ids(self, input_ids: Tensor, reference: VisionReference) -> Tensor:
-        """Place the tokens of a prompt with one whole image as transformers does: ``[3, 1, S]``."""
+        """Return transformers' positions for a prompt with one image that has all its tokens: ``[3, 1, S]``."""
         grid = next(record for record in self.grid_records if record.graph == reference.graph)
         merge = self.config.vision_config.spatial_merge_size
         positions: Tensor = self.model.model.get_rope_index(
@@ -283,11 +282,11 @@ class Qwen25VL(Family):
             )
 
     def _refuse_impossible(self, rows: int, columns: int) -> None:
-        """Refuse a grid that the model's image processor never makes."""
+        """Refuse a grid that the model's image processor cannot make."""
         if max(rows, columns) > MAX_ASPECT_RATIO * min(rows, columns):
             raise UnsupportedModelError(
                 f"received the image grid {rows}x{columns}",
-                expected=f"at most {MAX_ASPECT_RATIO} times as long as wide: the image processor refuses other images",
+                expected=f"an aspect ratio of at most {MAX_ASPECT_RATIO}: the image processor refuses other images",
                 fix="choose another --image-grid",
             )
         size, pixels = self.processor.image_processor.size, self.token_pixels**2
@@ -295,6 +294,6 @@ class Qwen25VL(Family):
             least, most = (round(size[name] / pixels) for name in ("shortest_edge", "longest_edge"))
             raise UnsupportedModelError(
                 f"received the image grid {rows}x{columns}, {rows * columns} tokens",
-                expected=f"{least} to {most} tokens, what the image processor of this model makes",
+                expected=f"{least} to {most} tokens, the range of this model's image processor",
                 fix="choose another --image-grid, or change min_pixels or max_pixels in its preprocessor_config.json",
             )

@@ -1,4 +1,4 @@
-"""Qwen2-VL: as Qwen2.5-VL, with a vision tower whose blocks all attend to the whole image."""
+"""Qwen2-VL: like Qwen2.5-VL, but all blocks of the vision tower have full attention."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["Qwen2VL"]
 
 
 class Qwen2VL(Qwen25VL):
-    """Qwen2-VL: no windows."""
+    """Qwen2-VL: a tower without windows."""
 
     model_type = "qwen2_vl"
     model_class = "Qwen2VLForConditionalGeneration"

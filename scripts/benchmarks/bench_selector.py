@@ -1,12 +1,12 @@
-"""How well the selector graph agrees with the float64 reference, and how fast it is.
+"""Measure how well the selector graph agrees with the float64 reference, and how fast it is.
 
     python scripts/benchmarks/bench_selector.py agreement --sets 500
     python scripts/benchmarks/bench_selector.py agreement --sets 500 --hidden-size 1024 --dtypes float32 float16
     python scripts/benchmarks/bench_selector.py speed
 
 ``speed`` compares with the method as its authors run it (eager PyTorch, an eigensolver, a Python loop); all
-contenders take turns in one process, and the ratio is between the fastest runs of each. The last line on stdout is
-JSON. On a GPU, ``scripts/gpu/report.py`` measures.
+contenders take turns in one process, and the ratio compares their fastest runs. The last line on stdout is JSON. For
+measurements on a GPU, see ``scripts/gpu/report.py``.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Agreement:
 
 
 def agreement(sets: int, n: int, d: int, threads: int, dtypes: Sequence[str], tf32: bool) -> dict[str, Any]:
-    """Share of feature sets on which each contender keeps the tokens that the float64 reference keeps."""
+    """Measure how often each contender keeps the same tokens as the float64 reference."""
     torch.set_num_threads(threads)
     full = {t: open_session(n, d, t, threads) for t in BUDGETS}
     half = {t: open_session(n, d, t, threads, dtype="float16") for t in BUDGETS if "float16" in dtypes}
@@ -93,7 +93,7 @@ def agreement(sets: int, n: int, d: int, threads: int, dtypes: Sequence[str], tf
             if half:
                 _compare_half(half[keep], x, a, keep, tally["graph, float16 features", keep])
     report = {f"{name}, T = {keep}": entry.figures() for (name, keep), entry in sorted(tally.items())}
-    print(f"{sets} feature sets of {len(KINDS)} kinds, N = {n}, D = {d}; yardstick: float64 reference\n")
+    print(f"{sets} feature sets of {len(KINDS)} kinds, N = {n}, D = {d}; compared with the float64 reference\n")
     print("| | T | identical sets | same T_sal | T_sal off by at most | sets with a duplicate |")
     print("|---|---|---|---|---|---|")
     for (name, keep), entry in sorted(tally.items()):
@@ -116,11 +116,11 @@ def _compare_half(session: ort.InferenceSession, x: Any, a: Any, keep: int, tall
 def race(
     contenders: dict[str, Callable[[], Any]], rounds: int, repeats: int, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Milliseconds of every run; the contenders take turns, each after a pause and an untimed run."""
+    """Return the milliseconds of every run; the contenders take turns, each after a pause and an untimed run."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, contender in contenders.items():
-            time.sleep(0.05)  # lets the other library's worker threads stop spinning
+            time.sleep(0.05)  # so that the other library's worker threads stop spinning
             contender()
             for _ in range(repeats):
                 start = clock()
@@ -130,7 +130,7 @@ def race(
 
 
 def speed(n: int, d: int, keep: int, threads: int, rounds: int, repeats: int, clock: str) -> dict[str, Any]:
-    """The graph in ONNX Runtime against the authors' method in eager PyTorch, on the CPU."""
+    """Compare the graph in ONNX Runtime with the authors' method in eager PyTorch, on the CPU."""
     torch.set_num_threads(threads)
     sessions = {loop: open_session(n, d, keep, threads, loop=loop) for loop in LOOP_FORMS}
     sets = [feature_set(index, n, d)[1:] for index in range(len(KINDS))]
@@ -195,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         nargs="+",
         default=["float32"],
         choices=["float32", "float16"],
-        help="of the graph's features in the agreement table; float32 is always there",
+        help="dtypes of the features in the agreement table; float32 is always included",
     )
     parser.add_argument("--tf32", action="store_true", help="also with the Gram product's factors rounded to TF32")
     parser.add_argument("--num-tokens", type=int, default=576)

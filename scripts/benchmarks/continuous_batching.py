@@ -1,12 +1,12 @@
-"""How much sooner requests are answered that share a running batch, than one by one.
+"""Measure how much sooner requests are answered in a shared running batch than one by one.
 
     python scripts/benchmarks/continuous_batching.py PACKAGE [PACKAGE ...]
     python scripts/benchmarks/continuous_batching.py PACKAGE --requests 8 --new-tokens 64 --gap-ms 50 --rounds 5
 
-Requests arrive at fixed intervals; each asks about an image that was encoded before, and is answered with exactly as
-many tokens as asked for (the end of sequence is ignored). One by one, a request starts once the one before it is
-answered; in the engine, it joins the running batch at the next step. The two take turns; a time is from the first
-arrival to the last answer. The last line on stdout is JSON.
+Requests arrive at fixed intervals. Each asks about an image that was encoded before, and is answered with exactly the
+requested number of tokens (the end of sequence is ignored). One by one, a request starts after the one before it is
+answered; in the engine, it joins the running batch at the next step. The two take turns; times are measured from the
+first arrival to the last answer. The last line on stdout is JSON.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ QUESTIONS = ("What is on the table?", "How many red shapes are there?", "Describ
 
 
 class Run(NamedTuple):
-    """One run: seconds from the first arrival to the last answer, each request's own, and the answers."""
+    """One run: seconds from the first arrival to the last answer, seconds of each request, and the answers."""
 
     total_s: float
     latencies_s: list[float]

@@ -1,10 +1,10 @@
-"""The FLOPs of LLaVA-1.5-7B and LLaVA-NeXT-7B up to the first token, counted from exported graphs.
+"""Count the FLOPs of LLaVA-1.5-7B and LLaVA-NeXT-7B up to the first token, in exported graphs.
 
     python scripts/benchmarks/count_flops.py
 
-The layers of the language model are alike, so its graph is exported with one and with two of them, of the real
-width, and the difference is added for every further one. Random weights do; 3 GB of memory are needed. The last line
-on stdout is JSON.
+All layers of the language model are alike, so its graph is exported with one layer and with two layers of the real
+width, and the difference is added for every further layer. The weights are random; 3 GB of memory are needed. The last
+line on stdout is JSON.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from promprune.export.roofline.work import count_work
 from tests.support.random_llava import TEXTS, config_of, processor_of
 
 OPSET = 20
-# Crops of an image, visual tokens of each, and how many of the image's are kept: 12 % and the paper's 320.
+# Crops per image, visual tokens per crop, and kept tokens per image: 12 %, and the paper's 320.
 MODELS = {"LLaVA-1.5-7B": (1, 576, 69), "LLaVA-NeXT-7B": (5, 576, 320)}
 
 
@@ -42,7 +42,7 @@ def small_model(layers: int) -> LlavaForConditionalGeneration:
 
 
 class Counter:
-    """Counts the graphs of a LLaVA whose language model has the shape of LLaVA-1.5-7B's."""
+    """Counts FLOPs in the graphs of a LLaVA whose language model has the shape of LLaVA-1.5-7B's."""
 
     def __init__(self) -> None:
         self.layers = TEXTS["7b"]["num_hidden_layers"]
@@ -59,7 +59,7 @@ class Counter:
         return count_work(self.encoder, {"batch_size": crops}).flops
 
     def selection(self, crops: int, tokens: int, keep: int) -> int:
-        """Per crop, as the method is applied to images of several crops."""
+        """Count the selection, which runs once per crop."""
         share = keep // crops
         selector = build_selector(tokens, TEXTS["7b"]["hidden_size"], share, batch_size="batch_size")
         return count_work(selector, {"batch_size": crops}, loop_trips=share).flops
@@ -67,7 +67,7 @@ class Counter:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text-tokens", type=int, default=60, help="of the prompt, besides the image (%(default)s)")
+    parser.add_argument("--text-tokens", type=int, default=60, help="text tokens of the prompt (%(default)s)")
     text = parser.parse_args().text_tokens
     counter, report = Counter(), {}
     print(f"TFLOP up to the first token, {text} text tokens\n")

@@ -1,9 +1,9 @@
-"""Write a LLaVA of real proportions with random weights, for benchmarks: its speed is that of a trained one.
+"""Write a LLaVA of realistic size with random weights, for benchmarks: it is as fast as a trained one.
 
     python scripts/benchmarks/make_random_llava.py random-llava-1b --size 1b
     python scripts/benchmarks/make_random_llava.py random-llava-next-7b --size 7b --family llava_next --dtype float16
 
-``tests/support/random_llava.py`` says what is in it.
+``tests/support/random_llava.py`` describes it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from tests.support.random_llava import DTYPES, FAMILIES, STD, TEXTS, config_of, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--size", choices=sorted(TEXTS), default="1b", help="of the language model (%(default)s)")
+    parser.add_argument("--size", choices=sorted(TEXTS), default="1b", help="size of the language model (%(default)s)")
     parser.add_argument("--family", choices=sorted(FAMILIES), default="llava")
-    parser.add_argument("--layers", type=int, help="of the language model, if not all: for the vision half alone")
+    parser.add_argument(
+        "--layers", type=int, help="layers of the language model, to reduce it if only the vision half is needed"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--std", type=float, default=STD, help="standard deviation of the weights (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)

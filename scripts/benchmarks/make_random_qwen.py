@@ -1,9 +1,9 @@
-"""Write a Qwen2.5-VL of 104 million random parameters that OpenVINO's converter reads too, and a square image.
+"""Write a Qwen2.5-VL of 104 million random parameters that OpenVINO can convert too, and a square image.
 
     python scripts/benchmarks/make_random_qwen.py random-qwen
 
-The image gives 576 visual tokens. The configuration has the keys of transformers 5 and of transformers 4, which
-optimum-intel needs.
+The image gives 576 visual tokens. The configuration has the keys of both transformers 5 and transformers 4; the latter
+are needed by optimum-intel.
 """
 
 from __future__ import annotations

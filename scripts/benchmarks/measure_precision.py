@@ -1,11 +1,11 @@
-"""What half precision costs PyTorch itself, beside what the verification of a package measures.
+"""Compare the error of half precision in PyTorch with the error that the verification of a package measures.
 
     python scripts/benchmarks/measure_precision.py    # tiny random models of every family, some of them deep
     python scripts/benchmarks/measure_precision.py CHECKPOINT...
 
-For each model and dtype: the error of transformers' own model in that dtype, and of the exported package, both against
-transformers in fp32 (for bf16 with weights rounded to bf16, as the verification compares), as largest difference over
-the standard deviation of the reference. The last line on stdout is JSON.
+For each model and dtype: the errors of transformers' own model in that dtype and of the exported package, both compared
+with transformers in fp32 (for bf16 with weights rounded to bf16, as in the verification). An error is the largest
+difference divided by the standard deviation of the reference. The last line on stdout is JSON.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from tests.support.tiny_models import (
 IMAGES: Final = 2
 MEASURED: Final = ("features", "logits", "saliency")
 DTYPES: Final = ("fp16", "bf16")
-# As many layers as real models have, and heads of as many dimensions: the scale of these is no power of two.
+# As many layers and head dimensions as real models; the scale of the attention is not a power of two.
 DEEP: Final = {"vision": {"num_hidden_layers": 24}, "text": {"num_hidden_layers": 32, "head_dim": 128}}
 DEEP_SIGLIP: Final = {"num_hidden_layers": 27, "num_attention_heads": 2, "hidden_size": 2 * 72}
 
@@ -71,7 +71,7 @@ TINY: Final[Mapping[str, Callable[[Path, int], Any]]] = {
 
 @torch.inference_mode()
 def values(checkpoint: Checkpoint, model: Any, texts: Sequence[str]) -> dict[str, list[Tensor]]:
-    """Features and saliency of some images, and logits behind some texts, in the model's dtype."""
+    """Return features and saliency of some images, and logits after some texts, in the model's dtype."""
     family, tokenizer = checkpoint.family(model, checkpoint.processor), checkpoint.processor.tokenizer
     samples = check_samples(IMAGES, sizes=family.sample_sizes)
     references = [family.reference(sample.image) for sample in samples]
@@ -88,7 +88,7 @@ def values(checkpoint: Checkpoint, model: Any, texts: Sequence[str]) -> dict[str
 
 
 def torch_errors(checkpoint: Checkpoint, dtype: str) -> dict[str, float]:
-    """What the dtype costs transformers' own model."""
+    """Measure the error of transformers' own model in a dtype."""
     model_class = getattr(transformers, checkpoint.family.model_class)
     texts = [sample.question for sample in check_samples(IMAGES, sizes=((64, 64),))]
     model = model_class.from_pretrained(checkpoint.folder, dtype=torch_dtype(dtype)).eval()
@@ -104,7 +104,7 @@ def torch_errors(checkpoint: Checkpoint, dtype: str) -> dict[str, float]:
 
 
 def package_errors(checkpoint: Checkpoint, dtype: Any, folder: Path) -> dict[str, float]:
-    """What the verification measures on a package."""
+    """Return the errors that the verification of a package measures."""
     config = ExportConfig(
         model=str(checkpoint.folder), dtype=dtype, ratio=0.25, verify=False, output=folder / "package", force=True
     )
@@ -128,8 +128,10 @@ def measure(folder: Path, work: Path) -> dict[str, dict[str, dict[str, float]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoints", type=Path, nargs="*", help="tiny random ones if none is given")
-    parser.add_argument("--seeds", type=int, default=2, help="tiny models of every family (%(default)s)")
+    parser.add_argument(
+        "checkpoints", type=Path, nargs="*", help="checkpoints to measure (default: tiny random models)"
+    )
+    parser.add_argument("--seeds", type=int, default=2, help="number of tiny models per family (%(default)s)")
     given = parser.parse_args()
     report = {}
     with tempfile.TemporaryDirectory() as temporary:

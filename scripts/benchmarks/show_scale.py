@@ -2,12 +2,12 @@
 
     python scripts/benchmarks/show_scale.py --work /a/disk/with/15/GB
 
-Writes a checkpoint of each (random weights in fp16, shards of 5 GB; ``tests/support/random_llava.py``), drops it from
-the page cache, and exports it with ``promprune-export --ratio 0.12 --dtype fp16``, verification included, in a
-process of its own. Exits with 1 if an export takes more memory or time than the project promises.
+Writes a checkpoint of each (random weights in fp16, shards of 5 GB; see ``tests/support/random_llava.py``), drops it
+from the page cache, and exports it with ``promprune-export --ratio 0.12 --dtype fp16``, verification included, in a
+separate process. Exits with 1 if an export takes more memory or time than the project promises.
 
-``resident`` is the most that the process ever had resident, as the kernel counts it: its own memory, and the pages of
-files that it has mapped. ``own`` is the first part alone, looked at every 20 ms.
+``resident`` is the peak resident memory of the process, as counted by the kernel: anonymous memory and the pages of
+mapped files. ``own`` is the anonymous memory alone, sampled every 20 ms.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ EXPORT = Path(sys.executable).with_name("promprune-export")
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """One export, as measured.
+    """The measurements of one export.
 
     Attributes:
-        family: of the model.
-        checkpoint_bytes: of its weights.
-        package_bytes, new_bytes: of the package; without the files that it shares with the checkpoint.
-        seconds, cpu_seconds: wall time of the process, and what it used of all CPUs.
-        resident_bytes: most memory resident, ``VmHWM``.
-        maxrss_bytes: the same as ``wait4`` reports it; on Linux at least that of the process that started it.
-        own_bytes: most anonymous memory, ``RssAnon``, as sampled.
-        checks, failed: of the verification.
-        not_verified: what it left out at this scale.
+        family: family of the model.
+        checkpoint_bytes: size of its weights.
+        package_bytes, new_bytes: size of the package, with and without the files that it shares with the checkpoint.
+        seconds, cpu_seconds: wall time of the process, and its CPU time.
+        resident_bytes: peak resident memory, ``VmHWM``.
+        maxrss_bytes: peak resident memory as ``wait4`` reports it; on Linux at least that of the parent process.
+        own_bytes: peak anonymous memory, ``RssAnon``, as sampled.
+        checks, failed: number of checks of the verification, and of failed ones.
+        not_verified: checks that the verification omits at this scale.
     """
 
     family: str
@@ -66,12 +66,12 @@ class Export:
 
     @property
     def holds(self) -> bool:
-        """Whether it is within what is promised."""
+        """Whether the export stays within the promised limits."""
         return self.resident_bytes <= MAX_RESIDENT_BYTES and self.seconds <= MAX_SECONDS and not self.failed
 
 
 def measure(family: str, checkpoint: Path, package: Path, options: Sequence[str]) -> Export:
-    """Export a checkpoint in a process of its own."""
+    """Export a checkpoint in a separate process."""
     drop_from_page_cache(checkpoint)
     command = [str(EXPORT), str(checkpoint), "-o", str(package), "--json", *options]
     started = time.perf_counter()
@@ -108,13 +108,13 @@ def measure(family: str, checkpoint: Path, package: Path, options: Sequence[str]
 
 
 def memory_of(pid: int, name: str) -> int:
-    """Bytes that the kernel states of a process; 0 once it has ended."""
+    """Return a memory figure of a process from ``/proc``, in bytes; 0 after the process has ended."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)
 
 
 def drop_from_page_cache(folder: Path) -> None:
-    """Let the export read from the disk."""
+    """Drop files from the page cache, so that the export reads them from disk."""
     for path in folder.iterdir():
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
@@ -144,11 +144,13 @@ def print_table(exports: Sequence[Export]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, help="folder for checkpoints and packages (a temporary one)")
-    parser.add_argument("--family", choices=sorted(FAMILIES), action="append", help="only this one; may be repeated")
-    parser.add_argument("--size", choices=sorted(TEXTS), default="7b", help="of the language model (%(default)s)")
-    parser.add_argument("--keep", action="store_true", help="leave what was written, and take it the next time")
+    parser.add_argument(
+        "--family", choices=sorted(FAMILIES), action="append", help="export only this family; may be repeated"
+    )
+    parser.add_argument("--size", choices=sorted(TEXTS), default="7b", help="size of the language model (%(default)s)")
+    parser.add_argument("--keep", action="store_true", help="keep the written files, and reuse them the next time")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
-    parser.add_argument("options", nargs="*", help="of promprune-export, behind a -- (--ratio 0.12 --dtype fp16)")
+    parser.add_argument("options", nargs="*", help="options of promprune-export, after -- (--ratio 0.12 --dtype fp16)")
     given = parser.parse_args()
     exports = []
     load_before = load_average()

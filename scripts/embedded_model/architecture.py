@@ -1,6 +1,6 @@
-"""The embedded model's shape, tokenizer and files: a LLaVA 1.5 in small, saved as the hub's LLaVA models are.
+"""The embedded model's architecture, tokenizer and files: a small LLaVA 1.5, saved like LLaVA models on the hub.
 
-Old key names and `rope_theta` in the configuration are on purpose: transformers 4.x and 5.x both read them,
+Old key names and `rope_theta` in the configuration are intentional: transformers 4.x and 5.x both read them,
 while neither reads everything that the other one writes.
 """
 
@@ -81,7 +81,9 @@ def model_config(image_size: int, vocab_size: int) -> LlavaConfig:
 
 
 def new_model(image_size: int, vocab_size: int, seed: int = 0) -> LlavaForConditionalGeneration:
-    """Random weights: matrices at 1/sqrt(fan in), the blocks' output matrices at zero, embeddings of length 1."""
+    """Return a model with random weights: matrices scaled by 1/sqrt(fan in), output matrices of blocks zero, embeddings
+    of length 1.
+    """
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(model_config(image_size, vocab_size))
     for name, parameter in model.named_parameters():
@@ -98,18 +100,18 @@ def new_model(image_size: int, vocab_size: int, seed: int = 0) -> LlavaForCondit
     return model
 
 
-# Where the heads of each vision layer look at first, as (rows, columns); further heads start without a place.
+# Offsets (rows, columns) that the heads of each vision layer attend to at first; other heads have none.
 _AXES = ((0, -1), (0, 1), (-1, 0), (1, 0))
 _DIAGONALS = ((-1, -1), (-1, 1), (1, -1), (1, 1))
 _HEAD_OFFSETS = (_AXES, _DIAGONALS, _AXES, _DIAGONALS)
 
 
 def init_positions(model: LlavaForConditionalGeneration) -> None:
-    """Give the first layers heads that look at a neighbour, as a convolution would.
+    """Initialise heads of the first layers to attend to one neighbour, like a convolution.
 
-    Telling shapes apart needs the patches around, and a small tower spends most of a short training on finding
-    its neighbours. So the first 64 dimensions of a patch's embedding are its row and column in sines and cosines,
-    in which a step to a neighbour is a rotation: query and key matrices that do it are set here.
+    Recognising shapes needs the surrounding patches, and a small tower would spend most of a short training on finding
+    its neighbours. So the first 64 dimensions of a patch's embedding encode its row and column as sines and cosines,
+    in which a step to a neighbour is a rotation; the query and key matrices are initialised to that rotation.
     """
     tower = model.model.vision_tower
     frequencies = 2 * math.pi / torch.logspace(math.log10(2.5), math.log10(40), 16)
@@ -141,7 +143,7 @@ def init_positions(model: LlavaForConditionalGeneration) -> None:
 
 
 def new_tokenizer() -> Tokenizer:
-    """A byte-level BPE of all words that the questions use, so that each of them is one token."""
+    """Train a byte-level BPE on all words of the questions, so that each word is one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -169,7 +171,7 @@ def _tokenizer_corpus() -> Iterator[str]:
 
 
 def prompt_tail(question: str) -> str:
-    """What follows the image in the prompt of a question, as the chat template writes it."""
+    """Return the part of a question's prompt after the image, in the format of the chat template."""
     return f"\n{question} ASSISTANT:"
 
 
@@ -209,7 +211,7 @@ def _hub_name(name: str) -> str:
 
 
 def _hub_config(config: LlavaConfig) -> dict[str, object]:
-    """`config.json` with the keys that LLaVA checkpoints on the hub have."""
+    """Return the content of `config.json` with the keys of LLaVA checkpoints on the hub."""
     vision, text = config.vision_config, config.text_config
     vision_keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size")
     vision_keys += ("patch_size", "hidden_act", "projection_dim", "layer_norm_eps")

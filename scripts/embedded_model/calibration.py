@@ -1,4 +1,4 @@
-"""What the embedded model says of its selection: mu and tau of its tower, and the limit chosen for it."""
+"""The embedded model's settings of the selection: mu and tau of its tower, and its limit of the saliency ratio."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from promprune.export.evaluation.calibration import (
 )
 
 IMAGES: Final = 512
-SALIENCY_RATIO_MAX: Final = 0.3  # docs/accuracy.md says how it was chosen
+SALIENCY_RATIO_MAX: Final = 0.3  # docs/accuracy.md explains how it was chosen
 
 
 def calibrate_folder(folder: Path) -> Calibration:

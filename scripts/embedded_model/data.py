@@ -1,4 +1,4 @@
-"""Batches of scenes: pixels, a label for every patch, and questions packed behind one image."""
+"""Training batches of scenes: pixels, a label for every patch, and several questions per image."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .architecture import BOS_ID, EOS_ID, PAD_ID, PATCH_SIZE, prompt_tail
 
 IGNORE = -100
 KINDS = (*SHAPES, *DIGITS)
-# What a patch can say, in words of the language model; class 0 of each group is "none of them".
+# The classes of a patch, as words of the language model; class 0 of each group means "none of them".
 PATCH_GROUPS: dict[str, tuple[str, ...]] = {
     "kind": KINDS,
     "colour": tuple(COLOURS),
@@ -41,7 +41,7 @@ PATCH_GROUPS: dict[str, tuple[str, ...]] = {
     "pattern": PATTERNS,
     "ground": tuple(BACKGROUND_COLOURS),
 }
-# Questions per scene: as many of each type, and later more of what is still hard.
+# Questions per scene: at first equally many of each type, later more of the types that are still hard.
 EVENLY = dict.fromkeys(QUESTION_TYPES, 3)
 MOSTLY_COUNTING = EVENLY | {"count": 8, "size": 2, "background": 1}
 
@@ -52,9 +52,9 @@ class Batch:
 
     Attributes:
         pixels: [B, side, side, 3] uint8.
-        patches: [B, P, groups] int64, a class of each of `PATCH_GROUPS` for every patch.
-        centres: [B, P] int64, 1 where an object has its centre.
-        pairs: [B, kinds * colours] float32, 1 where such an object is there; for the CLS token.
+        patches: [B, P, groups] int64, for every patch one class of each of `PATCH_GROUPS`.
+        centres: [B, P] int64, 1 if the patch contains the centre of an object.
+        pairs: [B, kinds * colours] float32, 1 if the scene has such an object; for the CLS token.
         counts: [B] int64, number of objects.
         tokens, labels: [B, Q, W] int64, the questions with their answers, padded on the right.
         types: the question type of every row, per image.
@@ -71,10 +71,10 @@ class Batch:
 
 
 def patch_labels(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """Classes [P, groups] and centres [P] of a scene's patches, in raster order.
+    """Return classes [P, groups] and centres [P] of a scene's patches, in raster order.
 
-    A patch belongs to the object whose disc its centre is in, and takes that object's words, its place included.
-    Other patches say what the background is, and in which quarter of the image they are.
+    A patch whose centre is within the disc of an object has that object's classes, including its place. All other
+    patches have the classes of the background, and of their quarter of the image.
     """
     grid = scene.image.width // PATCH_SIZE
     middle = (np.arange(grid) + 0.5) / grid
@@ -101,7 +101,7 @@ def patch_labels(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Packer:
-    """Turns questions into rows of token ids, all behind the same image."""
+    """Turns questions about one image into rows of token ids."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -114,13 +114,13 @@ class Packer:
         return self._cache[text]
 
     def row(self, question: Question) -> tuple[list[int], list[int]]:
-        """Tokens that follow the image, and labels: the token each position should predict, or IGNORE."""
+        """Return the tokens after the image, and labels: the token that each position should predict, or IGNORE."""
         prompt = self.ids(prompt_tail(question.text))
         answer = [*self.ids(f" {question.answer}"), EOS_ID]
         return prompt + answer[:-1], [IGNORE] * (len(prompt) - 1) + answer
 
     def pack(self, asked: list[list[Question]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and labels [B, Q, W] of every image's questions."""
+        """Return tokens and labels [B, Q, W] of every image's questions."""
         rows = [[self.row(question) for question in image] for image in asked]
         width = max((len(tokens) for image in rows for tokens, _ in image), default=0)
         tokens = torch.full((len(rows), max(map(len, rows)), width), PAD_ID, dtype=torch.int64)
@@ -158,7 +158,7 @@ class SceneBatches(IterableDataset[Batch]):
         self.max_objects = max_objects
 
     def same_scenes(self, other: SceneBatches) -> bool:
-        """Whether the two ask the same of their scenes; where they begin does not count."""
+        """Return whether the two data sets make the same kind of scenes, regardless of their first seed."""
         return (self.limits, self.min_objects, self.max_objects) == (
             other.limits,
             other.min_objects,
@@ -177,7 +177,7 @@ class SceneBatches(IterableDataset[Batch]):
 
 
 def make_batch(scenes: list[Scene], packer: Packer, limits: dict[str, int]) -> Batch:
-    """Label and pack the scenes, with at most so many questions of each type; an empty dict leaves them out."""
+    """Make a batch of scenes, with at most ``limits[type]`` questions of each type; none if ``limits`` is empty."""
     labelled = [patch_labels(scene) for scene in scenes]
     asked = [choose_questions(scene, limits) for scene in scenes]
     tokens, labels = packer.pack(asked)
@@ -198,7 +198,7 @@ def make_batch(scenes: list[Scene], packer: Packer, limits: dict[str, int]) -> B
 
 
 def choose_questions(scene: Scene, limits: dict[str, int]) -> list[Question]:
-    """Questions about a scene, at most so many of each type."""
+    """Choose questions about a scene, at most ``limits[type]`` of each type."""
     asked = questions(scene, per_type=max(limits.values())) if limits else []
     left = dict(limits)
     chosen = []
@@ -210,15 +210,15 @@ def choose_questions(scene: Scene, limits: dict[str, int]) -> list[Question]:
 
 
 def stream(dataset: SceneBatches) -> Iterator[Batch]:
-    """The data set's batches, rendered ahead in a process of their own."""
+    """Yield the data set's batches, which a separate process renders in advance."""
     return iter(DataLoader(dataset, batch_size=None, num_workers=1, prefetch_factor=4))
 
 
 def keep_patches(batch: Batch, keep: int, rng: random.Random) -> torch.Tensor:
-    """Indices [B, keep] of image tokens to train with: a random subset in spatial order.
+    """Choose the image tokens to train with: indices [B, keep] of a random subset, in spatial order.
 
-    Objects are favoured, their centres most, by a random amount: a kept set that lost an object would make the
-    answers wrong, and what PromPrune keeps is not random either.
+    Tokens of objects are preferred by a random amount, those of their centres most: without the tokens of an object
+    the answers would be wrong, and PromPrune does not choose at random either.
     """
     score = torch.rand(batch.centres.shape, generator=torch.Generator().manual_seed(rng.getrandbits(40)))
     score += rng.uniform(0, 0.6) * (batch.patches[:, :, 0] > 0) + 2 * batch.centres

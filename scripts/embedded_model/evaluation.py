@@ -1,4 +1,4 @@
-"""What training asks of the model on scenes of the calibration split; `promprune-eval` does the rest."""
+"""Evaluation during training, on scenes of the calibration split; `promprune-eval` measures the final accuracy."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .training import Trainer, packed_logits, vision_states
 
 @torch.inference_mode()
 def packed_accuracy(trainer: Trainer, scenes: int) -> str:
-    """Accuracy by type, all image tokens; what training prints now and then.
+    """Return the accuracy per question type with all image tokens, as text for the training log.
 
-    An answer is right if every token of it, the end included, is the likeliest one: what greedy decoding gives.
+    An answer is right if each of its tokens, including the end, is the most likely one, as in greedy decoding.
     """
     right: Counter[str] = Counter()
     asked: Counter[str] = Counter()
@@ -39,7 +39,7 @@ def packed_accuracy(trainer: Trainer, scenes: int) -> str:
 
 
 def saliency_auc(folder: Path, scenes: int = 100) -> float:
-    """How often a patch of an object gets more CLS attention than a patch of the background."""
+    """Return how often a patch of an object gets more CLS attention than a patch of the background (AUC)."""
     model = TorchModel(load_checkpoint(str(folder)))
     side = model.checkpoint.meta_model.config.vision_config.image_size
     shares = []

@@ -1,4 +1,4 @@
-"""Print how well a model's CLS attention tells objects from background, on scenes that training never saw."""
+"""Print how well a model's CLS attention separates objects from background, on scenes not used in training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ EMBEDDED = Path(__file__).resolve().parents[2] / "promprune" / "embedded" / "mod
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=EMBEDDED, help="checkpoint folder (%(default)s)")
-    parser.add_argument("--scenes", type=int, default=100, help="of the calibration split (%(default)s)")
+    parser.add_argument(
+        "--scenes", type=int, default=100, help="number of scenes of the calibration split (%(default)s)"
+    )
     args = parser.parse_args()
     print(f"object against background patches: AUC {saliency_auc(args.model, args.scenes):.3f}")
 

@@ -1,6 +1,6 @@
-"""Train the embedded model from nothing: `python scripts/embedded_model/train.py`.
+"""Train the embedded model from scratch: `python scripts/embedded_model/train.py`.
 
-The run is seeded, prints its progress, and goes on from its last checkpoint when started again. At the end the
+The run is seeded, prints its progress, and resumes from its last checkpoint when it is started again. At the end the
 checkpoint folder is written and calibrated on unlabelled images; `promprune-eval` measures its accuracy.
 """
 
@@ -49,7 +49,7 @@ def main() -> None:
     )
     save_model(model, tokenizer, args.out)
     fitted = calibrate_folder(args.out)
-    print(f"mu = {fitted.mu}, tau = {fitted.tau}; accuracy on scenes never seen: promprune-eval {args.out}")
+    print(f"mu = {fitted.mu}, tau = {fitted.tau}; to measure the accuracy on unseen scenes: promprune-eval {args.out}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -63,8 +63,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--language-steps", type=int, default=1150, help="stage 2 (%(default)s)")
     parser.add_argument("--vision-minutes", type=float, default=float("inf"), help="end stage 1 earlier")
     parser.add_argument("--language-minutes", type=float, default=float("inf"), help="end stage 2 earlier")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights (%(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="parts of a batch computed at once")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights (%(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="parts of a batch that are computed concurrently")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--untrained", action="store_true", help="only write the folder, with random weights")
     return parser.parse_args()

@@ -1,10 +1,10 @@
-"""The two training stages: the vision tower with the projector, then the language model behind them.
+"""The two training stages: first the vision tower and the projector, then the language model.
 
-1. `train_vision`: every patch, after the projector, must name what it shows by its dot product with the word
-   embeddings of the language model; the CLS token must know which objects there are, so that its attention
-   comes to point at them.
-2. `train_language`: the vision tower is frozen, and the language model learns to answer questions, from few
-   objects to many, most of the time with a part of the image tokens dropped and the rest moved up.
+1. `train_vision`: every patch, after the projector, learns to name what it shows, by its dot products with the word
+   embeddings of the language model; the CLS token learns which objects the scene contains, so that its attention
+   points at them.
+2. `train_language`: the vision tower is frozen, and the language model learns to answer questions about few objects
+   at first and many later, mostly with a part of the image tokens removed and the rest at consecutive positions.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass
 class Schedule:
-    """How far a stage is: by steps, or by minutes where a limit in minutes comes first."""
+    """Progress of a stage: by steps, or by minutes if the limit in minutes is reached first."""
 
     steps: int
     minutes: float
@@ -59,11 +59,11 @@ class Schedule:
         return min(max(self.step / self.steps, self.elapsed() / (60 * self.minutes)), 1.0)
 
     def elapsed(self) -> float:
-        """Seconds spent on this stage, earlier runs included."""
+        """Seconds spent on this stage, including earlier runs."""
         return self.seconds + time.monotonic() - self._resumed
 
     def rate(self) -> float:
-        """Learning-rate factor: 100 steps up, flat, and linearly down over the last 40 %."""
+        """Learning-rate factor: rises for 100 steps, stays constant, and falls linearly over the last 40 %."""
         return min((self.step + 1) / 100, 1.0, (1 - self.progress()) / 0.4 + 0.01)
 
 
@@ -93,7 +93,7 @@ class Trainer:
         dataset: Callable[[Schedule], SceneBatches],
         report: Callable[[], str] | None = None,
     ) -> None:
-        """Train until the schedule ends; every two minutes save a checkpoint, from which a killed run goes on.
+        """Train until the schedule ends; save a checkpoint every two minutes, from which a killed run can resume.
 
         `step` returns the loss as ``"loss"`` and further numbers to log; `dataset` may change with progress.
         """
@@ -125,9 +125,9 @@ class Trainer:
         parts: list[Batch],
         parameters: list[nn.Parameter],
     ) -> dict[str, Tensor]:
-        """Set the gradients of the mean loss of the parts, each computed by a thread of its own.
+        """Set the gradients of the mean loss of the parts of a batch, each computed by a separate thread.
 
-        On busy cores this is much faster than one computation whose every operation waits for two threads.
+        On busy cores this is much faster than one computation in which every operation waits for two threads.
         """
 
         def one(part: Batch) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
@@ -164,7 +164,7 @@ def make_optimisers(groups: list[dict[str, object]]) -> list[torch.optim.Optimiz
 
 @dataclass
 class Every:
-    """True once every so many seconds."""
+    """A timer that is due once per interval."""
 
     seconds: float
     last: float = field(default_factory=time.monotonic)
@@ -178,7 +178,7 @@ class Every:
 
 
 class Stage:
-    """The state of one stage: what is trained, how far it is, and how it has been going."""
+    """The state of one stage: trained modules, optimisers, schedule, and running means of the logged numbers."""
 
     def __init__(
         self, path: Path, schedule: Schedule, modules: nn.ModuleDict, optimisers: list[torch.optim.Optimizer]
@@ -191,7 +191,7 @@ class Stage:
         self.numbers: dict[str, float] = {}
 
     def update(self) -> None:
-        """One step of every optimiser at the schedule's present rate."""
+        """Run one step of every optimiser at the current learning rate of the schedule."""
         for optimiser, rates in zip(self.optimisers, self.base_rates, strict=True):
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
                 group["lr"] = rate * self.schedule.rate()
@@ -200,17 +200,17 @@ class Stage:
         self.schedule.step += 1
 
     def note(self, numbers: dict[str, Tensor]) -> None:
-        """Take numbers into their running means."""
+        """Update the running means with new numbers."""
         for key, value in numbers.items():
             self.numbers[key] = 0.95 * self.numbers.get(key, value.item()) + 0.05 * value.item()
 
     def line(self) -> str:
-        """One line for the log."""
+        """Return one line for the log."""
         numbers = " ".join(f"{key} {value:.3f}" for key, value in self.numbers.items())
         return f"{self.path.stem} {self.schedule.progress():6.1%} step {self.schedule.step} {numbers}"
 
     def save(self) -> None:
-        """Write the checkpoint; a run that is killed meanwhile keeps the one before."""
+        """Write the checkpoint; if the run is killed meanwhile, the previous one remains."""
         state = {
             "step": self.schedule.step,
             "seconds": self.schedule.elapsed(),
@@ -222,7 +222,7 @@ class Stage:
         part.replace(self.path)
 
     def restore(self) -> None:
-        """Go on from the checkpoint, if there is one."""
+        """Resume from the checkpoint, if there is one."""
         if not self.path.exists():
             return
         state = torch.load(self.path, weights_only=True)
@@ -243,7 +243,7 @@ def normalise(pixels: Tensor) -> Tensor:
 
 
 def vision_states(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
-    """Output of the last layer but one, [B, 1 + P, width]: what the projector reads, behind the CLS token."""
+    """Return the output of the second to last layer, [B, 1 + P, width]: the CLS token, then the projector's input."""
     tower = model.model.vision_tower
     states = tower.pre_layrnorm(tower.embeddings(normalise(pixels)))
     for layer in tower.encoder.layers[:-1]:
@@ -253,7 +253,7 @@ def vision_states(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tenso
 
 
 class Probes(nn.Module):
-    """Heads that only training needs: what the CLS token knows, and where objects have their centres."""
+    """Heads that only training needs: they predict objects from the CLS token, and object centres from patches."""
 
     def __init__(self, vision_width: int, text_width: int) -> None:
         super().__init__()
@@ -263,13 +263,13 @@ class Probes(nn.Module):
         self.centre = nn.Parameter(torch.randn(text_width) / math.sqrt(text_width))
 
     def cls_loss(self, depth: int, cls: Tensor, batch: Batch) -> Tensor:
-        """Which (kind, colour) pairs there are, and how many objects; `cls` [B, width]."""
+        """Return the loss of predicting the (kind, colour) pairs and the number of objects from `cls` [B, width]."""
         pairs = F.binary_cross_entropy_with_logits(self.cls[depth](cls).float(), batch.pairs)
         return 6 * pairs + 0.2 * F.cross_entropy(self.count[depth](cls).float(), batch.counts)
 
 
 def patch_losses(words: Tensor, groups: dict[str, Tensor], probes: Probes, batch: Batch) -> dict[str, Tensor]:
-    """How badly the projected patches, `words` [B, P, D], name what they show; and how often the kind is right."""
+    """Return the losses of naming patches by their projection `words` [B, P, D], and their accuracy on objects."""
     losses: dict[str, Tensor] = {}
     is_object = batch.patches[:, :, 0] > 0
     weight = torch.where(is_object, 1.0, 0.25)
@@ -289,7 +289,7 @@ def patch_losses(words: Tensor, groups: dict[str, Tensor], probes: Probes, batch
 
 
 def word_groups(model: LlavaForConditionalGeneration, packer: Packer) -> dict[str, Tensor]:
-    """Embeddings [words, D] of the words of each of `PATCH_GROUPS`; every word is one token."""
+    """Return the embeddings [words, D] of the words of each of `PATCH_GROUPS`; every word is one token."""
     table = model.get_input_embeddings().weight
     return {name: table[[packer.ids(f" {word}")[0] for word in words]] for name, words in PATCH_GROUPS.items()}
 
@@ -354,14 +354,14 @@ def _dataset(
 def packed_logits(
     model: LlavaForConditionalGeneration, packer: Packer, image_words: Tensor, batch: Batch
 ) -> tuple[Tensor, Tensor]:
-    """Logits at the positions that have a label, and those labels.
+    """Return the logits at the positions that have a label, and those labels.
 
-    `image_words` [B, K, D] follow the prefix and are read once; each of the Q questions behind them is computed
-    as if it were asked alone.
+    `image_words` [B, K, D] follow the prefix and are computed once; each of the Q questions after them is computed
+    as if it were the only one.
     """
     language, table = model.model.language_model, model.get_input_embeddings()
     size, kept = image_words.shape[:2]
-    without = 0 if kept else 1  # with no image, the line break behind it goes too
+    without = 0 if kept else 1  # without an image, the line break after it is removed too
     tokens, labels = batch.tokens[:, :, without:], batch.labels[:, :, without:].flatten(1)
     questions, width = tokens.shape[1:]
     prefix = table(torch.tensor(packer.prefix)).expand(size, -1, -1)
@@ -379,7 +379,7 @@ def packed_logits(
 def packed_attention(
     attention: nn.Module, states: Tensor, rotary: tuple[Tensor, Tensor], head: int, width: int
 ) -> Tensor:
-    """Causal attention in which each row of `width` tokens sees the first `head` tokens and its own row only."""
+    """Causal attention in which each row of `width` tokens attends to the first `head` tokens and to its own row."""
     size, length, _ = states.shape
     by_head = (size, length, -1, attention.head_dim)
     q, k, v = (
@@ -404,7 +404,7 @@ def packed_attention(
 
 
 def choose_kept(batch: Batch, schedule: Schedule, rng: random.Random) -> Tensor | None:
-    """The image tokens [B, K] of this step: all (None), or 12 % to 60 % of them; all become more frequent."""
+    """Choose the image tokens [B, K] of this step: 12 % to 60 % of them, or all (None), which becomes more frequent."""
     patches = batch.centres.shape[1]
     if rng.random() < 0.02:
         return torch.zeros(batch.centres.shape[0], 0, dtype=torch.int64)
@@ -415,7 +415,7 @@ def choose_kept(batch: Batch, schedule: Schedule, rng: random.Random) -> Tensor 
 
 
 def train_language(trainer: Trainer, schedule: Schedule, report: Callable[[], str]) -> None:
-    """Stage 2: language model and projector, behind the frozen vision tower."""
+    """Stage 2: language model and projector, with the vision tower frozen."""
     model = trainer.model
     projector = model.model.multi_modal_projector
     model.model.vision_tower.requires_grad_(False)
@@ -460,6 +460,6 @@ def make_trainer(
     bf16: bool,
     workers: int,
 ) -> Trainer:
-    """A trainer whose checkpoints live in `folder`."""
+    """Make a trainer that saves its checkpoints in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     return Trainer(model, Packer(tokenizer), folder, image_size, vision_batch_size, language_batch_size, bf16, workers)

@@ -1,9 +1,9 @@
-"""Fit the polynomial of promprune/entropy_table.py, and print it with its error bound.
+"""Fit the polynomial of promprune/method/entropy_table.py, and print it with its error bound.
 
     python scripts/figures/fit_entropy_polynomial.py --products 9
 
-One linear program: the c_ij that make the largest |error| / (x + x0) on [0, 1] least, exact at x = 0 so that
-missing rank costs nothing, with every |c_ij| max |V_i V_j| at most 20 so that float32 does not cancel the gain away.
+A linear program finds the c_ij that minimise the largest |error| / (x + x0) on [0, 1]. The error is 0 at x = 0, so that
+zero eigenvalues add none, and every |c_ij| max |V_i V_j| is at most 20, which limits cancellation in float32.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _COEFFICIENT_LIMIT = 20.0
 
 
 def grid(points: int) -> Array:
-    """Points of (0, 1], dense at both ends: logarithmic towards 0, and Chebyshev's."""
+    """Return points in (0, 1] that are dense at both ends: logarithmic points towards 0, and Chebyshev points."""
     logarithmic = np.logspace(-7, 0, points)
     chebyshev = (1 - np.cos(np.linspace(0, np.pi, points))) / 2
     merged = np.unique(np.concatenate([logarithmic, chebyshev]))
@@ -32,7 +32,7 @@ def grid(points: int) -> Array:
 
 
 def chain(x: Array, multiplier: float, products: int) -> list[Array]:
-    """V_0 .. V_K of the scalar x; V_0 = (a^2/4) x, so that every V stays in [0, a^2/4]."""
+    """Return V_0 .. V_K of the scalar x; V_0 = (a^2/4) x, so that every V stays in [0, a^2/4]."""
     values = [multiplier**2 / 4 * x]
     for _ in range(products):
         values.append(values[-1] * (multiplier - values[-1]))
@@ -40,20 +40,20 @@ def chain(x: Array, multiplier: float, products: int) -> list[Array]:
 
 
 def evaluate(table: EntropyTable, x: Array) -> Array:
-    """The table's approximation of x ln x."""
+    """Return the table's approximation of x ln x."""
     v = chain(x, table.multiplier, table.products)
     total: Array = table.linear * x + sum(c * v[i] * v[j] for i, j, c in table.pairs)
     return total
 
 
 def error_bound(table: EntropyTable, points: int = 200_000) -> float:
-    """Largest |error| / (x + x0) on a grid much finer than the one of the fit."""
+    """Return the largest |error| / (x + x0) on a grid much finer than that of the fit."""
     x = grid(points)
     return float((np.abs(evaluate(table, x) - x * np.log(x)) / (x + table.x0)).max())
 
 
 def fit(products: int, multiplier: float, x0: float, points: int = 800) -> EntropyTable:
-    """Solve the linear program and round the coefficients to what float32 keeps."""
+    """Solve the linear program and round the coefficients to float32."""
     x = grid(points)
     v = chain(x, multiplier, products)
     index = [(i, j) for i in range(products + 1) for j in range(i, products + 1)]
@@ -77,7 +77,7 @@ def fit(products: int, multiplier: float, x0: float, points: int = 800) -> Entro
 
 
 def as_source(table: EntropyTable, delta: float) -> str:
-    """The table as it stands in promprune/entropy_table.py."""
+    """Return the table as Python source for promprune/method/entropy_table.py."""
     lines = [f"        ({i}, {j}, {c:.9g})," for i, j, c in table.pairs]
     return "\n".join(
         [

@@ -28,7 +28,7 @@ MULTIPLIERS = (3.3, 3.4, 3.5, 3.6, 3.7)
 
 
 def spectrum(index: int) -> NDArray[np.float64]:
-    """Normalised covariance eigenvalues of one feature set."""
+    """Return the normalised covariance eigenvalues of one feature set."""
     _, x, _ = feature_set(index, N, D)
     unit = x / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
     centred = unit - unit.mean(axis=0)
@@ -37,7 +37,7 @@ def spectrum(index: int) -> NDArray[np.float64]:
 
 
 def entropy_errors(table: EntropyTable, spectra: list[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """|dH| of each spectrum, in exact arithmetic."""
+    """Return |dH| of each spectrum, in float64."""
     errors = []
     for p in spectra:
         s = np.sqrt((p**2).sum())
@@ -59,7 +59,7 @@ def main() -> None:
         typical.append(np.sqrt((errors**2).mean()))
         print(f"K = {products}: bound {bounds[-1]:.2g}, largest {largest[-1]:.2g}, rms {typical[-1]:.2g}")
     figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
-    axes.semilogy(PRODUCTS, bounds, "o--", color="0.6", label="guaranteed for all of them")
+    axes.semilogy(PRODUCTS, bounds, "o--", color="0.6", label="guaranteed bound")
     axes.semilogy(PRODUCTS, largest, "s-", color="tab:blue", label=f"largest of {SETS} feature sets")
     axes.semilogy(PRODUCTS, typical, "^-", color="tab:orange", label="root mean square")
     axes.axvline(ENTROPY_TABLE.products, color="tab:green", lw=1, label="used")

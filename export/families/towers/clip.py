@@ -1,4 +1,4 @@
-"""CLIP, the vision tower of the paper: its CLS token says how salient each patch is."""
+"""CLIP, the vision tower of the paper: a patch is as salient as the attention it receives from the CLS token."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ __all__ = ["ClipVisionEncoder", "cls_attention"]
 
 
 class ClipVisionEncoder(nn.Module):
-    """CLIP up to the layer that the model reads its features from, then the projector.
+    """CLIP up to the layer that produces the features, then the projector.
 
-    Only the layers that contribute are run. The saliency is the attention from CLS to the patches in the layer
-    that produced the features (as in the authors' code), computed from that layer's own
-    query and key projections, so that it is there whatever attention implementation the tower uses.
+    Only the layers that contribute are run. The saliency is the attention from CLS to the patches in the layer that
+    produces the features (as in the authors' code), computed from that layer's query and key projections, so that it
+    is available with every attention implementation of the tower.
     """
 
     def __init__(self, vision_tower: Any, projector: nn.Module, num_layers: int) -> None:
         super().__init__()
         self.embeddings = vision_tower.embeddings
-        self.pre_layernorm = vision_tower.pre_layrnorm  # spelled so in transformers
+        self.pre_layernorm = vision_tower.pre_layrnorm  # the misspelling is transformers' own
         self.layers = vision_tower.encoder.layers[:num_layers]
         self.projector = projector
 
@@ -37,14 +37,14 @@ class ClipVisionEncoder(nn.Module):
 
 
 def cls_attention(attention: Any, hidden_states: Tensor) -> Tensor:
-    """Attention that every patch receives from CLS, mean over heads.
+    """Return the attention that every patch receives from CLS, mean over heads.
 
     Args:
         attention: a CLIP self-attention layer with H heads.
         hidden_states: its input, ``[B, 1 + N, width]``, CLS first.
 
     Returns:
-        ``[B, N]``, fp32, at least 0; a row sums to 1 less what CLS pays to itself.
+        ``[B, N]``, fp32, at least 0; a row sums to 1 minus the attention of CLS to itself.
     """
     batch, length, _ = hidden_states.shape
     heads, head_dim = attention.num_heads, attention.head_dim

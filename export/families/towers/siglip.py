@@ -11,11 +11,11 @@ __all__ = ["SiglipVisionEncoder", "received_attention"]
 
 
 class SiglipVisionEncoder(nn.Module):
-    """SigLIP up to the layer that the model reads its features from, then the projector.
+    """SigLIP up to the layer that produces the features, then the projector.
 
-    Only the layers that contribute are run. The saliency is what the patches of the whole image pay to each patch in
-    the layer that produced the features, computed from that layer's own query and key projections, so that it is
-    there whatever attention implementation the tower uses. The paper scores by CLS attention; this takes its place.
+    Only the layers that contribute are run. The saliency is the attention that each patch receives from all patches in
+    the layer that produces the features, computed from that layer's query and key projections, so that it is
+    available with every attention implementation of the tower. It replaces the CLS attention of the paper.
     """
 
     def __init__(self, vision_tower: Any, projector: nn.Module, num_layers: int) -> None:
@@ -36,7 +36,7 @@ class SiglipVisionEncoder(nn.Module):
 
 
 def received_attention(attention: Any, hidden_states: Tensor) -> Tensor:
-    """Attention that every patch receives, mean over heads and over the patches that look.
+    """Return the attention that every patch receives, mean over heads and over all querying patches.
 
     Args:
         attention: a SigLIP self-attention layer with H heads.

@@ -20,9 +20,9 @@ class Tower:
     """A kind of vision tower.
 
     Attributes:
-        encoder: its graph, made of the tower, the projector and the number of layers that run.
-        strategy: the ``vision_feature_select_strategy`` under which its visual tokens are its patches.
-        reason: why no other one.
+        encoder: class of its graph; called with the tower, the projector and the number of layers that run.
+        strategy: the only supported ``vision_feature_select_strategy``: the one whose visual tokens are the patches.
+        reason: why only this one is supported; ends the error message.
     """
 
     encoder: type[nn.Module]
@@ -42,15 +42,14 @@ TOWERS: Final[dict[str, Tower]] = {
 
 
 def vision_encoder(model: Any, towers: Collection[str]) -> nn.Module:
-    """Return the vision tower and projector of a LLaVA as the module of its vision graph.
+    """Return the vision tower and projector of a LLaVA model as the module of its vision graph.
 
     Args:
         model: ``LlavaForConditionalGeneration`` or ``LlavaNextForConditionalGeneration``.
-        towers: those that this family is exported with.
+        towers: ``model_type`` of the towers that this family is exported with.
 
     Raises:
-        UnsupportedModelError: it has another tower, or its features are read from elsewhere than the patches of one
-            layer.
+        UnsupportedModelError: the model has another tower, or its features are not the patches of one layer.
     """
     config = model.config
     kind, layer = config.vision_config.model_type, config.vision_feature_layer
@@ -65,7 +64,7 @@ def vision_encoder(model: Any, towers: Collection[str]) -> nn.Module:
     if not isinstance(layer, int):
         raise UnsupportedModelError(
             f"this model has vision_feature_layer = {layer}",
-            expected="one layer: with several, which layer's attention to score is not defined",
+            expected="one layer: with several, it is not defined which layer's attention is the saliency",
         )
     layers = int(config.vision_config.num_hidden_layers)
     run = layer if layer >= 0 else layers + 1 + layer  # hidden_states[k] is the output of layer k
