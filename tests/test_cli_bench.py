@@ -202,7 +202,7 @@ def test_a_baseline_of_another_model_is_refused(tiny_export: ExportResult, tiny_
     assert len(outcome.error_lines) == 1
     assert f"received a baseline of {tiny_siglip}, whose weights have the digest" in outcome.error_lines[0]
     assert "the package tiny, made from tiny-llava with the digest" in outcome.error_lines[0]
-    assert "expected packages and baselines of one model" in outcome.error_lines[0]
+    assert "expected packages and baselines of the same model" in outcome.error_lines[0]
 
 
 def test_packages_are_exported_once(tiny_llava: Path, tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Contenders of the benchmark that need PyTorch, and packages made for one."""
+"""Baselines of the benchmark that need PyTorch, and a cache of packages that are exported for benchmarks."""

@@ -1,8 +1,9 @@
 """PromPrune as its authors run it: eager PyTorch, an eigensolver, a Python loop. For comparison only.
 
-Our own writing of the facts of arXiv 2603.14892 and of its published code, including the numerical choices that
-make it differ from :func:`promprune.method.reference.select_tokens`: the residual d^2 is kept instead of the loss, a
-seed chosen by saliency overlap, and a clamp that lets a token be picked twice (``repeat_fault``).
+An independent implementation of arXiv 2603.14892 and its published code, including the numerical choices in which it
+differs from :func:`promprune.method.reference.select_tokens`: it updates the residual d^2 instead of the loss, chooses
+the first token by its similarity to the saliency stage, and has a clamp that can pick a token twice
+(``repeat_fault``).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from promprune.method.config import SelectionConfig
 
 @dataclass(frozen=True)
 class AuthorsSelection:
-    """``features [B, T, D]``, ``indices [B, T]`` in selection order, ``counts`` T_sal, ``entropy``; of N tokens."""
+    """``features [B, T, D]``, ``indices [B, T]`` in selection order, ``counts`` (T_sal), ``entropy``."""
 
     features: Tensor
     indices: Tensor
@@ -42,8 +43,8 @@ def authors_select(
     """Select T tokens per image of ``features [B, N, D]`` by ``attention [B, N]``, in float32 (or float64).
 
     ``repeat_fault`` keeps the authors' clamp, which turns a picked token's minus infinity back into 0, so that a
-    token is picked again once every residual is 0; without it the picks stay distinct. ``first_token_seeds`` starts
-    from token 0 if the saliency stage is empty: there every residual is 1, and rounding decides in their code.
+    token is picked again after every residual is 0; without it the picks are distinct. ``first_token_seeds`` picks
+    token 0 first if the saliency stage is empty: every residual is then 1, and in their code rounding decides.
     """
     x = features if features.dtype == torch.float64 else features.float()
     entropy = _entropy(x)

@@ -1,4 +1,4 @@
-"""Packages made for a benchmark, kept for the next one."""
+"""A cache of packages that are exported for benchmarks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["default_cache", "packages_of"]
 
 
 def default_cache() -> Path:
-    """Return where packages are kept unless told otherwise: ``promprune/bench`` in the user's cache."""
+    """Return the default folder of the cache: ``promprune/bench`` in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "promprune" / "bench"
 
 
@@ -32,15 +32,15 @@ def packages_of(
     cache: Path,
     progress: Progress,
 ) -> dict[str, Path]:
-    """Return a package of the model for every ratio, by a name for the report; export those that are missing.
+    """Return packages of a model by their names in the report; export those that are missing.
 
     Args:
-        model: folder or hub id; ``None``: the embedded model.
-        ratios: fractions kept.
-        dtype: of the packages.
-        policies: what else chooses the tokens, at every ratio below 1.
+        model: folder or hub id; None for the embedded model.
+        ratios: ratios of the packages.
+        dtype: dtype of the packages.
+        policies: further policies; each is exported for every ratio below 1.
         cache: folder of all packages.
-        progress: told of the exports.
+        progress: receives the steps of the exports.
 
     Raises:
         PrompruneError: a package cannot be made.
@@ -50,7 +50,7 @@ def packages_of(
     for policy in policies:
         configs |= {f"{ratio:g}, {policy}": replace(plain, ratio=ratio, policy=policy) for ratio in ratios if ratio < 1}
     folders = {name: cache / _key(config) for name, config in configs.items()}
-    missing = [(configs[name], folder) for name, folder in folders.items() if not _whole(folder)]
+    missing = [(configs[name], folder) for name, folder in folders.items() if not _is_complete(folder)]
     if missing:
         _export(missing, progress)
     return folders
@@ -66,7 +66,7 @@ def _export(missing: Sequence[tuple[ExportConfig, Path]], progress: Progress) ->
             step.advance()
 
 
-def _whole(folder: Path) -> bool:
+def _is_complete(folder: Path) -> bool:
     try:
         read_manifest(folder)
     except PackageError:
@@ -75,7 +75,7 @@ def _whole(folder: Path) -> bool:
 
 
 def _key(config: ExportConfig) -> str:
-    """Name a package by everything that it is made of: weights by their names, sizes and times."""
+    """Return a name that identifies all inputs of an export; weights by their paths, sizes and modification times."""
     name = "embedded" if config.model is None else Path(config.model).name
     parts = [__version__, str(config.model), config.dtype, str(config.opset), *_weights(config.model)]
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]

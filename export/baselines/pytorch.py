@@ -1,4 +1,4 @@
-"""Baselines in PyTorch: Hugging Face ``generate`` as it is, and with the authors' selection in eager PyTorch inside.
+"""Baselines in PyTorch: Hugging Face ``generate``, unchanged or with the authors' selection in eager PyTorch.
 
 Needs the ``[export]`` extra. Both share one copy of the model.
 """
@@ -38,7 +38,7 @@ from promprune.runtime.bench.contenders import Facts, Measurable, Question, Samp
 
 __all__ = ["PytorchContender", "PytorchModel", "PytorchSettings", "check_weights", "first_token", "torch_device"]
 
-AUTHORS_FAMILY: Final = "llava"  # the one that the authors' method is written for here
+AUTHORS_FAMILY: Final = "llava"  # the only family that the authors' method is implemented for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +49,10 @@ class PytorchSettings:
         model: folder in Hugging Face format, or hub id.
         dtype: ``"fp32"``, ``"fp16"`` or ``"bf16"``.
         device: ``"cpu"`` or ``"cuda"``.
-        threads: of the CPU.
-        source: how the report names the model; ``None``: as ``model``.
-        keep_tokens: T of the authors' method; ``None``: unpruned.
-        mu, tau: of the authors' method.
+        threads: number of CPU threads.
+        source: name of the model in the report; None for ``model``.
+        keep_tokens: T of the authors' method; None for the unpruned model.
+        mu, tau: mu and tau of the authors' method.
     """
 
     model: str
@@ -69,8 +69,8 @@ class PytorchModel:
     """A model and its processor, shared by the contenders that run it.
 
     Raises:
-        ModelError: it cannot be loaded.
-        UnsupportedModelError: it is of a family that is not exported either.
+        ModelError: the model cannot be loaded.
+        UnsupportedModelError: its family is not supported.
     """
 
     def __init__(self, settings: PytorchSettings) -> None:
@@ -80,7 +80,7 @@ class PytorchModel:
         self.processor = load_processor(folder)
         self.model: Any = load_model(folder, family_of(folder), dtype=torch_dtype(settings.dtype))
         self.model.to(settings.device)
-        # Plainly greedy, and without an end: every answer has the length that was asked for.
+        # Greedy decoding without an end of sequence: every answer has the requested length.
         pad = self.model.generation_config.pad_token_id
         self.model.generation_config = transformers.GenerationConfig(
             do_sample=False, pad_token_id=0 if pad is None else pad
@@ -93,8 +93,8 @@ class PytorchModel:
         return token
 
     def unpruned_inputs(self, pictures: list[Image.Image], prompt: str) -> dict[str, Tensor]:
-        """Return what ``generate`` takes: one prompt per picture, with a placeholder for each of its visual tokens."""
-        text = self.rendered(prompt)
+        """Return the inputs of ``generate``: one prompt per picture, with a placeholder for each visual token."""
+        text = self.render(prompt)
         if not isinstance(self.processor, ImageTextProcessor):
             return dict(self.processor(images=pictures, text=[text] * len(pictures), return_tensors="pt"))
         images = self.processor.image_processor(images=pictures, return_tensors="pt")
@@ -105,17 +105,17 @@ class PytorchModel:
         types = (words["input_ids"] == self.image_token_id).int()
         return {**words, **images, "mm_token_type_ids": types}
 
-    def rendered(self, prompt: str) -> str:
+    def render(self, prompt: str) -> str:
         """Return the text of a prompt with one image, before its placeholder is repeated."""
         return prompt_text(self.processor, self.image_token_id, prompt)
 
 
 class PytorchContender(Measurable):
-    """``generate`` of Hugging Face, with stages timed where its parts begin and end.
+    """``generate`` of Hugging Face, with a clock at the start and end of its stages.
 
-    With ``keep_tokens``, the prompt has T placeholders per image and the image features are pruned before they enter
-    it; the attention that the selection reads makes the whole vision tower run in eager attention, as the authors'
-    code does.
+    With ``keep_tokens``, the prompt has T placeholders per image, and the image features are pruned before the splice.
+    The selection needs attention weights, so the entire vision tower runs with eager attention, as in the authors'
+    code.
     """
 
     concurrent = False
@@ -136,7 +136,7 @@ class PytorchContender(Measurable):
         self._prompt_tokens = self._num_tokens = 0
 
     def run(self, question: Question, batch: int) -> Sample:
-        """Answer; see :class:`Measurable`. One call at a time: the parts of the shared model are timed from outside."""
+        """Answer; see :class:`Measurable`. Not thread-safe: it temporarily replaces methods of the shared model."""
         clock = _Clock(self._settings.device)
         with Image.open(question.image) as picture:
             inputs = self._inputs([picture.convert("RGB")] * batch, question.prompt)
@@ -153,7 +153,7 @@ class PytorchContender(Measurable):
         )
 
     def facts(self, question: Question) -> Facts:
-        """Say what it is; the work up to the first token is counted by PyTorch."""
+        """Return its facts; PyTorch counts the FLOPs up to the first token."""
         settings, text = self._settings, self._model.config.text_config
         keep = settings.keep_tokens
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -177,7 +177,7 @@ class PytorchContender(Measurable):
         )
 
     def close(self) -> None:
-        """Nothing to do: the model is freed with its last contender."""
+        """Do nothing: the model is freed with its last contender."""
 
     def _inputs(self, pictures: list[Image.Image], prompt: str) -> dict[str, Tensor]:
         shared, keep = self._shared, self._settings.keep_tokens
@@ -185,7 +185,7 @@ class PytorchContender(Measurable):
             inputs = shared.unpruned_inputs(pictures, prompt)
         else:
             token = shared.processor.tokenizer.convert_ids_to_tokens(shared.image_token_id)
-            text = shared.rendered(prompt).replace(token, token * keep)
+            text = shared.render(prompt).replace(token, token * keep)
             inputs = dict(shared.processor.tokenizer([text] * len(pictures), return_tensors="pt"))
             inputs["pixel_values"] = shared.processor.image_processor(images=pictures, return_tensors="pt").pixel_values
         inputs["pixel_values"] = inputs["pixel_values"].to(torch_dtype(self._settings.dtype))
@@ -193,7 +193,7 @@ class PytorchContender(Measurable):
 
     @contextlib.contextmanager
     def _timed(self, clock: _Clock) -> Iterator[None]:
-        """Let the clock see the vision encoder and the language model, and put the selection between them."""
+        """Run with the clock around the vision encoder and the language model, and the selection between them."""
         inner, original = self._model.model, self._model.model.get_image_features
         eager = inner.vision_tower if self._settings.keep_tokens is not None else None
         inner.get_image_features = self._features(original, clock)
@@ -211,7 +211,7 @@ class PytorchContender(Measurable):
     def _features(self, original: Callable[..., Any], clock: _Clock) -> Callable[..., Any]:
         keep = self._settings.keep_tokens
 
-        @functools.wraps(original)  # transformers reads the names of its parameters
+        @functools.wraps(original)  # transformers inspects the parameter names
         def features(*args: Any, **options: Any) -> Any:
             clock.mark("vision begins")
             if keep is None:
@@ -241,7 +241,7 @@ class PytorchContender(Measurable):
 
 
 class _Clock:
-    """Points in time, each after the device has finished."""
+    """Records points in time, each after the device has finished."""
 
     def __init__(self, device: str) -> None:
         self._cuda = device == "cuda"
@@ -249,7 +249,7 @@ class _Clock:
         self.mark("begin")
 
     def mark(self, name: str, *, first: bool = False) -> None:
-        """Remember the time; with ``first``, only the first time."""
+        """Record the time; with ``first``, keep an earlier record of the same name."""
         if first and name in self._marks:
             return
         if self._cuda:
@@ -257,7 +257,7 @@ class _Clock:
         self._marks[name] = time.perf_counter()
 
     def stages(self, new_tokens: int) -> Mapping[str, float]:
-        """Return the stages, in milliseconds."""
+        """Return the duration of each stage, in milliseconds."""
 
         def between(start: str, end: str) -> float:
             return (self._marks[end] - self._marks[start]) * 1000
@@ -279,28 +279,28 @@ class _Clock:
 
 
 class _FirstToken(transformers.generation.streamers.BaseStreamer):
-    """Marks when the first token is there: ``generate`` first gives out the prompt, then token by token."""
+    """Records the time of the first token: ``generate`` passes the prompt to a streamer, then token by token."""
 
     def __init__(self, clock: _Clock) -> None:
         self._clock = clock
         self._calls = 0
 
     def put(self, value: Tensor) -> None:
-        """Take the prompt, or the next token of every row."""
+        """Receive the prompt, or the next token of every batch row."""
         self._calls += 1
         if self._calls == 2:
             self._clock.mark("first token")
 
     def end(self) -> None:
-        """Take the end of the answer."""
+        """Receive the end of the answer."""
 
 
 def check_weights(model: str, manifests: Mapping[str, Manifest]) -> None:
-    """Refuse a model that packages, by their names, were not made from.
+    """Refuse a model if a package was exported from other weights.
 
     Raises:
-        ConfigError: its weights have another digest.
-        ModelError: it cannot be loaded.
+        ConfigError: the digest of its weights differs from that in a manifest.
+        ModelError: the model cannot be loaded.
     """
     digest = load_checkpoint(model).source.weights_sha256
     for name, manifest in manifests.items():
@@ -309,22 +309,22 @@ def check_weights(model: str, manifests: Mapping[str, Manifest]) -> None:
             raise ConfigError(
                 f"received a baseline of {model}, whose weights have the digest {digest[:12]}, and the package {name}, "
                 f"made from {made_from.model} with the digest {made_from.weights_sha256[:12]}",
-                expected="packages and baselines of one model",
-                fix="name the packages' model with --model, or export it again",
+                expected="packages and baselines of the same model",
+                fix="pass the model of the packages with --model, or export the packages again",
             )
 
 
 def torch_device(device: str) -> str:
-    """Return PyTorch's name of the device that the packages run on, ``"CPU"`` or ``"CUDA"``.
+    """Return PyTorch's name for the device that the packages run on, ``"CPU"`` or ``"CUDA"``.
 
     Raises:
-        BackendError: this PyTorch cannot use it.
+        BackendError: this PyTorch cannot use the device.
     """
     if device == "CUDA" and not torch.cuda.is_available():
         raise BackendError(
             f"the packages run on CUDA, which PyTorch {torch.__version__} cannot use for the baselines",
             expected="a PyTorch built for this machine's CUDA",
-            fix="use --provider cpu, or leave out --baseline",
+            fix="use --provider cpu, or omit --baseline",
         )
     return device.lower()
 

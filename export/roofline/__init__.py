@@ -1,1 +1,1 @@
-"""The work of a graph, and the fastest that a device can do it."""
+"""The work of a graph, and the ceilings of a device, which bound the time of that work."""

@@ -1,4 +1,4 @@
-"""How fast the device is at its best: what the roofline is drawn with."""
+"""Measuring the ceilings of a device for the roofline."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ __all__ = ["CeilingProbe", "open_ceiling_probe"]
 _COPY, _READ = "copy", "read"  # the others are named by their dtypes
 _PRODUCT_SIDE: Final = {"CPU": 2048, "CUDA": 8192}
 _MEMORY_BYTES: Final = {"CPU": 2**28, "CUDA": 2**31}
-_ROW: Final = 8192  # numbers of the memory's rows
+_ROW: Final = 8192  # numbers per row of the array that measures memory
 
 
 class CeilingProbe:
-    """Large matrix products, a large copy and a large sum in ONNX Runtime, run as often as asked; the best counts.
+    """Large matrix products, a large copy and a large sum in ONNX Runtime; the fastest of all runs counts.
 
-    The memory is measured in both ways: a copy writes as much as it reads, which the step of a decoder does not.
+    Memory is measured in two ways, because a copy writes as much as it reads, while a decode step mostly reads.
 
     Args:
-        dtypes: of the products: ``"fp32"``, ``"fp16"`` or ``"bf16"`` (measured as fp16, which is as fast).
+        dtypes: dtypes of the products: ``"fp32"``, ``"fp16"`` or ``"bf16"`` (measured as fp16, which is as fast).
         device: ``"CPU"`` or ``"CUDA"``.
-        threads: of the CPU.
+        threads: number of CPU threads.
 
     Raises:
         BackendError: ONNX Runtime cannot use the device.
@@ -49,7 +49,7 @@ class CeilingProbe:
         }
         self._inputs: dict[str, Value] = {_COPY: np.ones((rows, _ROW), np.float32)}
         for dtype in dtypes:
-            # Fed with its own result again and again; of this size, that neither grows nor vanishes.
+            # Every run's input is the result before; with this factor, it neither overflows nor vanishes.
             side = _PRODUCT_SIDE[device]
             factor = np.random.default_rng(0).normal(size=(side, side)) / np.sqrt(side)
             self._inputs[dtype] = factor.astype("float32" if dtype == "fp32" else "float16")  # bf16 is as fast as fp16
@@ -57,9 +57,9 @@ class CeilingProbe:
         self._best_s = dict.fromkeys(self._sessions, float("inf"))
 
     def run(self) -> None:
-        """Run each once; from the second time on, with inputs that are on the device already."""
+        """Run each operation once; from the second time on, its inputs are already on the device."""
         for name, session in self._sessions.items():
-            given = self._inputs[_COPY if name == _READ else name]  # what was copied is read
+            given = self._inputs[_COPY if name == _READ else name]  # the sum reads the copied array
             start = time.perf_counter()
             made = session.run_keeping({"x": given}, keep={"y"})["y"]
             self._best_s[name] = min(self._best_s[name], time.perf_counter() - start)
@@ -67,7 +67,7 @@ class CeilingProbe:
                 self._inputs[name] = made
 
     def result(self) -> Ceilings:
-        """Return what was reached at best."""
+        """Return the highest measured rates."""
         side, size = _PRODUCT_SIDE[self._device], _MEMORY_BYTES[self._device]
         dtypes = [name for name in self._sessions if name not in (_COPY, _READ)]
         return Ceilings(
@@ -80,22 +80,22 @@ class CeilingProbe:
         )
 
     def close(self) -> None:
-        """Free what it holds."""
+        """Free the sessions and arrays."""
         for session in self._sessions.values():
             session.close()
         self._inputs.clear()
 
 
 def open_ceiling_probe(dtypes: Iterable[str], *, device: str, threads: int) -> CeilingProbe | None:
-    """Return a probe of the device that the packages run on, or ``None`` where ONNX Runtime cannot use that."""
+    """Return a probe of the device that the packages run on; None if ONNX Runtime cannot use that device."""
     try:
         return CeilingProbe(dtypes, device=device, threads=threads)
-    except BackendError:  # engines run where ONNX Runtime has no CUDA
+    except BackendError:  # engines run on CUDA also if ONNX Runtime has no CUDA
         return None
 
 
 def _one_operator(operator: str, shape: list[str | int], constant: Any, config: RuntimeConfig) -> Session:
-    """Load a graph of one operator, y = operator(x, constant); x has the constant's dtype where that is a factor."""
+    """Load a graph of one operator, y = operator(x, constant); x has the constant's dtype if it is a matrix product."""
     dtype = constant.dtype if operator == "MatMul" else np.dtype("float32")
     constants = [] if constant is None else [numpy_helper.from_array(constant, "w")]
     node = helper.make_node(operator, ["x", *(tensor.name for tensor in constants)], ["y"])

@@ -1,7 +1,7 @@
-"""Counting the work of an ONNX graph from its shapes: FLOPs, and the bytes that cannot be avoided.
+"""Counting the work of an ONNX graph from its shapes: FLOPs, and the bytes that have to be moved at least.
 
-Counted are two FLOPs per multiply-add of MatMul, Gemm, Conv, Einsum and Attention, as PyTorch's ``FlopCounterMode``
-does. Sums, activations, norms and softmax are left out: less than a hundredth of a transformer's work.
+A multiply-add of MatMul, Gemm, Conv, Einsum or Attention counts as two FLOPs, as in PyTorch's ``FlopCounterMode``.
+Sums, activations, norms and softmax are not counted: they are less than a hundredth of a transformer's work.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ __all__ = ["count_work", "cut_selection", "load_graph", "package_work", "write_p
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
-_STANDARD: Final = ("", "ai.onnx")  # the domains of the standard's operators
-SELECTOR_PREFIX: Final = "selector/"  # of the names of the selection's nodes in a vision graph
+_STANDARD: Final = ("", "ai.onnx")  # the domains of standard operators
+SELECTOR_PREFIX: Final = "selector/"  # prefix of the names of the selection's nodes in a vision graph
 
 
 def load_graph(path: Path) -> onnx.ModelProto:
@@ -40,12 +40,12 @@ def count_work(model: onnx.ModelProto, dimensions: Mapping[str, int], *, loop_tr
     """Count one run of a graph.
 
     Args:
-        model: with or without its weights; not changed.
+        model: the graph, with or without its weights; not changed.
         dimensions: size of every dynamic dimension of the graph's inputs, by name.
-        loop_trips: how often a Loop or Scan runs its body.
+        loop_trips: number of iterations of each Loop or Scan.
 
     Raises:
-        PackageError: the shape of an operand of a counted operator is not known.
+        PackageError: a counted operator has an input of unknown shape.
     """
     whole = _with_sizes(model, dimensions)
     edges = (*whole.graph.input, *whole.graph.output)
@@ -58,10 +58,10 @@ def count_work(model: onnx.ModelProto, dimensions: Mapping[str, int], *, loop_tr
 
 
 def cut_selection(model: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ModelProto | None]:
-    """Cut a vision graph into the encoder and the selection behind it.
+    """Divide a vision graph into the encoder and the selection after it.
 
     Returns:
-        The encoder, whose outputs are what the selection reads, and the selection, or ``None`` where there is none.
+        The encoder, whose outputs are the inputs of the selection, and the selection, or None if there is none.
     """
     inferred = shape_inference.infer_shapes(model, data_prop=True)
     graph = inferred.graph
@@ -98,7 +98,7 @@ def _subgraph(
 
 
 def _names_read(node: onnx.NodeProto) -> Iterator[str]:
-    """Yield what a node reads, and what the nodes of its inner graphs read."""
+    """Yield the inputs of a node, and those of all nodes in its subgraphs."""
     yield from node.input
     for inner in _inner_graphs(node):
         for inside in inner.node:
@@ -119,7 +119,7 @@ def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 
 
 def _with_sizes(model: onnx.ModelProto, dimensions: Mapping[str, int]) -> onnx.ModelProto:
-    """Return the graph with numbers for its dynamic dimensions, and every shape inferred that can be."""
+    """Return the graph with numbers for its dynamic dimensions, after shape inference."""
     whole = onnx.ModelProto()
     whole.CopyFrom(model)
     for value in (*whole.graph.input, *whole.graph.output, *whole.graph.value_info):
@@ -141,7 +141,7 @@ _OPERATORS: Final[Mapping[type, Callable[[int, int], int]]] = {
 
 
 def _evaluate(expression: str, dimensions: Mapping[str, int]) -> int | None:
-    """Compute a dimension such as ``past_sequence_length + sequence_length``; ``None`` where a name is not known."""
+    """Compute a dimension such as ``past_sequence_length + sequence_length``; None if a name is not known."""
     try:
         return _value(ast.parse(expression, mode="eval").body, dimensions)
     except (SyntaxError, KeyError):
@@ -160,7 +160,7 @@ def _value(node: ast.expr, dimensions: Mapping[str, int]) -> int:
 
 
 def _shapes(graph: onnx.GraphProto) -> dict[str, Shape]:
-    """Return every shape of a graph that is known in numbers."""
+    """Return all shapes of a graph that have only numbers."""
     shapes = {name: shape for name, shape in map(_known_shape, _values(graph)) if shape is not None}
     shapes.update((tensor.name, tuple(tensor.dims)) for tensor in graph.initializer)
     return shapes
@@ -187,9 +187,9 @@ def _flops(model: onnx.ModelProto, loop_trips: int) -> int:
 
 
 def _as_model(inner: onnx.GraphProto, node: onnx.NodeProto, outer: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the body of a Loop or If as a graph of its own, with the shapes that it gets from outside.
+    """Return the body of a Loop or If as a separate graph, with the shapes of its outer values.
 
-    What a Loop carries around keeps its shape.
+    The values that a Loop carries from one iteration to the next keep their shapes.
     """
     body = onnx.GraphProto()
     body.CopyFrom(inner)
@@ -247,7 +247,7 @@ def _einsum(node: onnx.NodeProto, shapes: Shapes) -> int:
 
 
 def _attention(node: onnx.NodeProto, shapes: Shapes) -> int:
-    """Both products of ``Attention`` (opset 23); the mask saves nothing, as elsewhere."""
+    """Count both products of ``Attention`` (opset 23), including masked positions, as for unfused attention."""
     query, key, value = (_shape(name, node, shapes) for name in node.input[:3])
     past = _shape(node.input[4], node, shapes)[2] if len(node.input) > 4 and node.input[4] else 0
     if len(query) == 3:  # [batch, length, heads x size]
@@ -271,7 +271,7 @@ _COUNTED: Final[Mapping[str, Callable[[onnx.NodeProto, Shapes], int]]] = {
 
 
 def _weight_bytes(graph: onnx.GraphProto) -> int:
-    """Sum the weights that are read; of a table that is only looked up in, the rows that are."""
+    """Return the bytes of all weights; of a table that is only used by Gather, only the gathered rows count."""
     shapes, weights = _shapes(graph), {tensor.name: tensor for tensor in graph.initializer}
     whole: set[str] = set()
     rows = 0
@@ -307,18 +307,18 @@ def package_work(
 ) -> dict[str, GraphWork]:
     """Count the work of each stage for one image and a prompt.
 
-    ``decode`` is the first token after the prompt. A Loop in the selection counts as if every kept token were chosen
-    by it, which is the most it can be.
+    ``decode`` is the first decode step. A Loop in the selection counts with the largest possible number of iterations:
+    one per kept token.
 
     Args:
         folder: the package.
-        manifest: of it.
-        vision_graph: name of the one that the image goes through.
-        sizes: of that graph's dynamic dimensions, for this image.
-        prompt_tokens: length of the prompt, visual tokens included.
+        manifest: its manifest.
+        vision_graph: name of the vision graph of the image.
+        sizes: dynamic dimension of that graph -> its size for this image.
+        prompt_tokens: length of the prompt, including visual tokens.
 
     Raises:
-        PackageError: a graph's shapes are not known.
+        PackageError: a shape in a graph is not known.
     """
     graphs = {name: load_graph(folder / record.file) for name, record in manifest.graphs.items()}
     encoder, selection = cut_selection(graphs[vision_graph])
@@ -339,16 +339,16 @@ def write_parts(path: Path, folder: Path) -> tuple[Path, Path] | None:
     """Write the encoder and the selection of a vision graph as two graphs into a folder, with their weights.
 
     Returns:
-        Both files; ``None`` if the graph has no selection.
+        Both files; None if the graph has no selection.
     """
     encoder, selection = cut_selection(load_graph(path))
     if selection is None:
         return None
-    return _saved(encoder, "encoder", path, folder), _saved(selection, "selection", path, folder)
+    return _save_part(encoder, "encoder", path, folder), _save_part(selection, "selection", path, folder)
 
 
-def _saved(model: onnx.ModelProto, name: str, source: Path, folder: Path) -> Path:
-    """Write a part of a graph, with the weights of the whole beside it."""
+def _save_part(model: onnx.ModelProto, name: str, source: Path, folder: Path) -> Path:
+    """Write a part of a graph, with all weights of the graph in the same folder."""
     path = folder / f"{name}.onnx"
     onnx.save(model, str(path))
     weights = {

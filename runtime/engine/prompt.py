@@ -113,7 +113,7 @@ class PromptBuilder:
         text = self.render(messages)
         ids = self._tokenize(text)
         if not len(ids):
-            raise PromptError("the prompt has no tokens", expected="at least one", fix="ask something")
+            raise PromptError("the prompt has no tokens", expected="at least one", fix="write a prompt")
         is_image = ids == self.image_token_id
         if int(is_image.sum()) != len(image_tokens):
             raise PromptError(
@@ -158,8 +158,8 @@ class PromptBuilder:
         """Return how many tokens may be generated after a prompt.
 
         Args:
-            prompt_tokens: length of the prompt, images included.
-            new_tokens: number asked for; None for what the context leaves, at most ``at_most``.
+            prompt_tokens: length of the prompt, including images.
+            new_tokens: requested number; None for as many as fit into the context, at most ``at_most``.
             at_most: see ``new_tokens``.
 
         Raises:
@@ -202,7 +202,7 @@ class PromptBuilder:
         source = self._template_source()
         try:
             return _compile(source)
-        except Exception as error:  # of jinja, and of Python compiling jinja's output
+        except Exception as error:  # errors of jinja, and of Python when it compiles jinja's output
             reason = f"{type(error).__name__}: {error}"
             raise PackageError(f"{self.folder} has a broken chat template ({reason})", fix=_EXPORT_AGAIN) from error
 
@@ -214,7 +214,7 @@ class PromptBuilder:
             except (OSError, UnicodeDecodeError) as error:
                 raise PackageError(f"{path} cannot be read ({error})", fix=_EXPORT_AGAIN) from error
         template = self._tokenizer_config.get("chat_template")
-        if isinstance(template, list):  # several, by name
+        if isinstance(template, list):  # several named templates
             named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
             template = named.get("default")
         return template if isinstance(template, str) else FALLBACK_TEMPLATE
@@ -254,18 +254,18 @@ class PromptBuilder:
     def _split_at_special_tokens(self, text: str) -> Iterator[tuple[str, bool]]:
         """Yield the pieces of a rendered prompt, without marks, and whether a piece is a special token to escape.
 
-        The first piece never is. Special tokens of the template have no mark before or inside them.
+        The first piece is never one. Special tokens of the template have no mark before or inside them.
         """
         *texts_and_marks, last = _MARKS.split(text)
         texts, marks = texts_and_marks[::2], texts_and_marks[1::2]
         plain = "".join([*texts, last])
-        places = list(accumulate(map(len, texts)))  # of the marks in the plain text
+        places = list(accumulate(map(len, texts)))  # positions of the marks in the plain text
         literal = {place for place, mark in zip(places, marks, strict=True) if mark == _LITERAL}
         edges = {place for place, mark in zip(places, marks, strict=True) if mark == _EDGE}
         done = 0
         for match in self._special_pattern.finditer(plain):
             begin, end = match.span()
-            between = begin in literal and end in edges  # both marks: a template may have cut one off
+            between = begin in literal and end in edges  # both marks are needed: the template may have removed one
             if between or bisect_right(places, begin) < bisect_left(places, end):
                 yield plain[done:begin], False
                 yield match[0], True
@@ -273,7 +273,7 @@ class PromptBuilder:
         yield plain[done:], False
 
     def _encode_literally(self, text: str) -> list[int]:
-        """Return ordinary tokens for a special one; of its parts, if the vocabulary has it as an ordinary token too."""
+        """Return ordinary tokens for a special token; for its parts, if it is also an ordinary token."""
         ids: list[int] = self._literal_tokenizer.encode(text, add_special_tokens=False).ids
         if len(text) > 1 and not self._special_ids.isdisjoint(ids):
             return self._encode_literally(text[:1]) + self._encode_literally(text[1:])
@@ -281,7 +281,7 @@ class PromptBuilder:
 
     @cached_property
     def _literal_tokenizer(self) -> Tokenizer:
-        """The same tokenizer, which encodes special tokens and the image placeholder as ordinary characters."""
+        """A copy of the tokenizer that encodes special tokens and the image placeholder as ordinary characters."""
         from tokenizers import AddedToken
 
         tokenizer = type(self.tokenizer).from_str(self.tokenizer.to_str())
@@ -319,7 +319,7 @@ class PromptBuilder:
         role, content = str(message["role"]), message.get("content")
         if not _ROLE.fullmatch(role):
             raise PromptError(
-                f"received a message of the role {role[:100]!r}",
+                f"received a message with the role {role[:100]!r}",
                 expected="letters and underscores, as in 'user', 'assistant' or 'system'",
             )
         if isinstance(content, str):
@@ -338,12 +338,12 @@ class PromptBuilder:
             raise PromptError(
                 f"the text contains {self.image_token!r}, which stands for an image",
                 expected="text without it",
-                fix="leave it out (the image is put in front of the text), or place {'type': 'image'} parts",
+                fix="remove it (images come before the text), or use {'type': 'image'} parts for other positions",
             )
         return {"type": "text", "text": self._mark_special_tokens(text)}
 
     def _mark_special_tokens(self, text: str) -> str:
-        """Mark what is, or may become, a special token; inside surrounding space, for templates that trim it."""
+        """Mark text that is, or may become, a special token. Marks go inside outer spaces: templates may trim those."""
         content = text.strip()
         if not content:
             return text
@@ -403,7 +403,7 @@ def tokenizer_errors(received: str) -> Iterator[None]:
 
 
 def _concatenate(parts: Iterator[str]) -> str:
-    """Concatenate what a template writes, and refuse too long a text."""
+    """Concatenate the output of a template, and refuse a text that is too long."""
     taken: list[str] = []
     length = 0
     for part in parts:
