@@ -19,7 +19,7 @@ from promprune.package.manifest import DECODER, EMBED_TOKENS
 from promprune.package.package import read_package
 from promprune.runtime.chat import Chat
 from promprune.runtime.engine.cache import CachedPrefix
-from promprune.runtime.engine.config import DEFAULT_NEW_TOKENS, GenerationConfig
+from promprune.runtime.engine.config import GenerationConfig
 from promprune.runtime.engine.engine import Engine
 from promprune.runtime.engine.language_model import LanguageModel
 from promprune.runtime.engine.loading import expect_same_width, open_language_model, same_language_model
@@ -209,7 +209,7 @@ class VisionLanguagePipeline:
         with watch.stage("prompt"):
             placeholders = [image.num_placeholders for image in prepared]
             prompt_ids = self.prompts.build(as_messages(prompt, len(prepared)), placeholders)
-            limit = self.prompts.check_fits(len(prompt_ids), config.max_new_tokens, at_most=DEFAULT_NEW_TOKENS)
+            limit = self.prompts.check_fits(len(prompt_ids), config.max_new_tokens, at_most=config.DEFAULT_NEW_TOKENS)
             return Request(
                 prompt_ids=prompt_ids,
                 is_image=prompt_ids == self.prompts.image_token_id,

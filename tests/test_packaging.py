@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import os
 import subprocess
 import sys
@@ -149,8 +151,8 @@ main()
     assert '"text"' in python(run, cwd=tmp_path, **environment)
 
 
-def test_the_public_names_are_these() -> None:
-    assert promprune.__all__ == [
+PUBLIC = {
+    "promprune": [
         "PrompruneError",
         "PrunedTokens",
         "Selection",
@@ -158,7 +160,44 @@ def test_the_public_names_are_these() -> None:
         "__version__",
         "prune_tokens",
         "select_tokens",
-    ]
-    assert all(getattr(promprune, name) is not None for name in promprune.__all__)
+    ],
+    "promprune.export": ["ExportConfig", "ExportResult", "build_selector", "export_package", "verify_package"],
+    "promprune.runtime": [
+        "AnswerStream",
+        "Chat",
+        "EncodedImage",
+        "Engine",
+        "GenerationConfig",
+        "ImageEncoder",
+        "Request",
+        "Result",
+        "RuntimeConfig",
+        "Timings",
+        "TokenSelection",
+        "VisionLanguagePipeline",
+        "draw_kept_tokens",
+        "image_embeds_part",
+        "load_image",
+    ],
+}
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_the_public_names_are_these(package: str) -> None:
+    module = importlib.import_module(package)
+    assert module.__all__ == PUBLIC[package]
+    assert all(getattr(module, name) is not None for name in module.__all__)
     with pytest.raises(AttributeError, match="surprise"):
-        _ = promprune.surprise
+        _ = module.surprise
+
+
+def test_the_public_names_are_few() -> None:
+    assert sum(map(len, PUBLIC.values())) <= 30
+
+
+def test_promprune_run_uses_the_public_names_of_the_runtime_only() -> None:
+    tree = ast.parse((ROOT / "runtime/commands/run.py").read_text(encoding="utf-8"))
+    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    assert {module for module in modules if module.startswith("promprune.runtime.")} == {
+        "promprune.runtime.commands.options"  # which is a part of the command
+    }

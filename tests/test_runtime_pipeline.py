@@ -16,7 +16,6 @@ import onnx
 import pytest
 from PIL import Image
 
-import promprune.runtime
 from promprune.errors import BackendError, ConfigError, ImageError, PackageError, PrompruneError, PromptError
 from promprune.package.manifest import read_manifest
 from promprune.runtime import EncodedImage, ImageEncoder, VisionLanguagePipeline, draw_kept_tokens
@@ -528,26 +527,6 @@ def test_the_picture_wants_what_the_model_sees(pipeline: Any) -> None:
         draw_kept_tokens(picture(1), selection)
     crop = pipeline.encoder.view(picture(1))
     assert draw_kept_tokens(crop, selection).size[0] == 896
-
-
-def test_public_names() -> None:
-    assert sorted(promprune.runtime.__all__) == [
-        "AnswerStream",
-        "Chat",
-        "EncodedImage",
-        "Engine",
-        "GenerationConfig",
-        "ImageEncoder",
-        "Request",
-        "Result",
-        "RuntimeConfig",
-        "Timings",
-        "TokenSelection",
-        "VisionLanguagePipeline",
-        "draw_kept_tokens",
-        "image_embeds_part",
-        "load_image",
-    ]
 
 
 def test_the_runtime_needs_no_torch(folder: Path) -> None:

@@ -18,9 +18,18 @@ from rich.table import Table
 from promprune.errors import ConfigError, PrompruneError
 from promprune.files import check_output_file, output_errors, replace_file
 from promprune.package.describe import describe_selection
+from promprune.runtime import (
+    AnswerStream,
+    Chat,
+    GenerationConfig,
+    ImageEncoder,
+    Result,
+    RuntimeConfig,
+    TokenSelection,
+    VisionLanguagePipeline,
+    draw_kept_tokens,
+)
 from promprune.runtime.commands.options import Backend, CudaGraphs, NumThreads, Provider, Version
-from promprune.runtime.engine.config import DEFAULT_NEW_TOKENS, GenerationConfig
-from promprune.runtime.sessions.config import RuntimeConfig
 from promprune.terminal import (
     EXIT_REFUSED,
     console,
@@ -32,8 +41,6 @@ from promprune.terminal import (
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    from promprune.runtime import AnswerStream, Chat, ImageEncoder, Result, TokenSelection, VisionLanguagePipeline
 
 __all__ = ["main", "run"]
 
@@ -62,7 +69,7 @@ def run(
         typer.Option(
             help="Maximum length of the answer, in tokens.",
             parser=option_type(int, _INT),
-            show_default=f"what fits in the context, at most {DEFAULT_NEW_TOKENS}",
+            show_default=f"what fits in the context, at most {GenerationConfig.DEFAULT_NEW_TOKENS}",
             metavar="COUNT",
         ),
     ] = GenerationConfig.max_new_tokens,
@@ -201,8 +208,6 @@ class _Asked:
     as_json: bool
 
     def load(self) -> VisionLanguagePipeline:
-        from promprune.runtime import VisionLanguagePipeline
-
         pipeline = VisionLanguagePipeline.from_package(self.package, **vars(self.loading))
         if console.is_terminal and not self.as_json:
             console.print(f"[dim]on {pipeline.device}; {describe_selection(pipeline.manifest)}[/]", soft_wrap=True)
@@ -347,8 +352,6 @@ def _check_pictures(output: Path, num_images: int, *, interactive: bool) -> None
 
 def _show(asked: _Asked) -> None:
     """Draw the kept tokens of images that nothing is asked about."""
-    from promprune.runtime import ImageEncoder
-
     with ImageEncoder.from_package(asked.package, **vars(asked.loading)) as encoder:
         selections = [encoder.encode_image(path).selection for path in asked.images]
         _draw(encoder, asked, selections)
@@ -365,8 +368,6 @@ def _draw(encoder: ImageEncoder, asked: _Asked, selections: Sequence[TokenSelect
     output = asked.show_tokens
     if output is None:
         return
-    from promprune.runtime import draw_kept_tokens
-
     for number, (path, selection) in enumerate(zip(asked.images, selections, strict=True), start=1):
         target = output if number == 1 else output.with_stem(f"{output.stem}-{number}")
         _save(draw_kept_tokens(encoder.view(path), selection), target)

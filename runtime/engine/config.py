@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar
 
 from promprune.checks import check_integer, check_number, require
 
-__all__ = ["DEFAULT_NEW_TOKENS", "GenerationConfig"]
-
-DEFAULT_NEW_TOKENS: Final = 256
+__all__ = ["GenerationConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +30,8 @@ class GenerationConfig:
     Raises:
         ConfigError: a value is of another type, or out of its range.
     """
+
+    DEFAULT_NEW_TOKENS: ClassVar[int] = 256
 
     max_new_tokens: int | None = None
     temperature: float = 0.0
