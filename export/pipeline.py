@@ -31,7 +31,7 @@ from promprune.export.graphs.selector import build_selector
 from promprune.export.graphs.trace import save_graph
 from promprune.export.graphs.vision import vision_graph
 from promprune.export.verify.verification import verify_package
-from promprune.package.image import CropLayout, ImageRecord
+from promprune.package.image import ImageRecord
 from promprune.package.manifest import (
     CHAT_TEMPLATE_FILE,
     DECODER,
@@ -174,10 +174,10 @@ def write_client_files(folder: Path, checkpoint: Checkpoint, family: Family, tok
         (folder / CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
     preprocessor = processor.image_processor.to_dict()
     preprocessor["image_processor_type"] = preprocessor["image_processor_type"].removesuffix("Pil").removesuffix("Fast")
-    if isinstance(family.layout, CropLayout):
+    if family.layout.patch_pixels is not None:
         preprocessor.setdefault("do_center_crop", False)  # SigLIP's does not say it, other readers take it for true
         preprocessor["processor_class"] = type(processor).__name__
-        _write_json(folder / "processor_config.json", _placeholders(family, family.layout, tokens))
+        _write_json(folder / "processor_config.json", _placeholders(family, tokens))
     _write_json(folder / "preprocessor_config.json", preprocessor)
     (folder / "config.json").write_text(source.config.to_json_string(use_diff=False))
     (folder / "generation_config.json").write_text(source.generation_config.to_json_string())
@@ -185,12 +185,12 @@ def write_client_files(folder: Path, checkpoint: Checkpoint, family: Family, tok
         np.save(folder / name, read_linked(parameter).numpy())
 
 
-def _placeholders(family: Family, layout: CropLayout, tokens: TokenCounts) -> dict[str, Any]:
+def _placeholders(family: Family, tokens: TokenCounts) -> dict[str, Any]:
     """Make the processors of transformers and transformers.js, which count patches, write T placeholders an image."""
     return {
         "processor_class": type(family.processor).__name__,
         "image_token": family.image_token,
-        "patch_size": layout.height // layout.patch_rows,
+        "patch_size": family.layout.patch_pixels,
         "num_additional_image_tokens": tokens.keep_tokens - tokens.num_tokens,
         "vision_feature_select_strategy": "full",  # "default" would take one off for a CLS token
     }

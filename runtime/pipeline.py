@@ -205,15 +205,15 @@ class VisionLanguagePipeline:
         config = config_from_options(GenerationConfig, options)
         watch = watch or Stopwatch()
         with watch.stage("preprocess"):
-            prepared = [self.encoder.prepare(image) for image in as_image_list(images)]
+            preprocessed = [self.encoder.preprocess(image) for image in as_image_list(images)]
         with watch.stage("prompt"):
-            placeholders = [image.num_placeholders for image in prepared]
-            prompt_ids = self.prompts.build(as_messages(prompt, len(prepared)), placeholders)
+            placeholders = [image.num_placeholders for image in preprocessed]
+            prompt_ids = self.prompts.build(as_messages(prompt, len(preprocessed)), placeholders)
             limit = self.prompts.check_fits(len(prompt_ids), config.max_new_tokens, at_most=config.DEFAULT_NEW_TOKENS)
             return Request(
                 prompt_ids=prompt_ids,
                 is_image=prompt_ids == self.prompts.image_token_id,
-                images=prepared,
+                images=preprocessed,
                 config=config,
                 tokenizer=self.prompts.tokenizer,
                 eos_token_ids=() if config.ignore_eos else self._eos_token_ids,

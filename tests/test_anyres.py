@@ -18,8 +18,7 @@ from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from promprune.errors import ImageError, PackageError
 from promprune.package.image import AnyresLayout
-from promprune.runtime.images.anyres import token_places
-from promprune.runtime.images.anyres_geometry import AnyresPreprocessor, place
+from promprune.runtime.images.anyres import AnyresPreprocessor, fit_to_canvas, image_token_indices
 from promprune.runtime.images.preprocess import load_image
 from tests.test_preprocess import MODES, synthetic
 
@@ -44,7 +43,7 @@ def make_pair(folder: Path, layout: AnyresLayout, **changes: Any) -> tuple[Anyre
 
 
 def crops_of(ours: AnyresPreprocessor, layout: AnyresLayout, image: Image.Image) -> np.ndarray:
-    canvas = ours.canvas(image, place(image.height, image.width, layout))
+    canvas = ours.canvas(image, fit_to_canvas(image.height, image.width, layout))
     return ours.pixel_values([ours.whole(image), canvas])
 
 
@@ -86,27 +85,27 @@ def test_every_mode_agrees_with_hugging_face(tmp_path: Path, mode: str) -> None:
     canvases=st.sampled_from([REAL, ODD, ((336, 336),), ((336, 336), (672, 672), (1344, 336))]),
 )
 @settings(max_examples=300, deadline=None)
-def test_tokens_and_their_places_are_transformers(height: int, width: int, canvases: Any) -> None:
+def test_token_indices_are_those_of_transformers(height: int, width: int, canvases: Any) -> None:
     side, patches = (28, 2) if canvases is ODD else (336, 24)
     layout = AnyresLayout(side=side, patches=patches, canvases=canvases)
-    placement = place(height, width, layout)
+    fit = fit_to_canvas(height, width, layout)
     canvas = select_best_resolution((height, width), [list(size) for size in canvases])
-    assert placement.canvas == tuple(canvas)
-    assert placement.resized == get_patch_output_size(np.zeros((1, height, width)), canvas, "channels_first")
+    assert fit.canvas == tuple(canvas)
+    assert fit.resized == get_patch_output_size(np.zeros((1, height, width)), canvas, "channels_first")
 
     rows, columns = canvas[0] // side, canvas[1] // side
     numbers = torch.arange(rows * columns * patches**2).view(rows, columns, patches, patches, 1)
     unpadded = unpad_image(numbers.permute(4, 0, 2, 1, 3).flatten(1, 2).flatten(2, 3), (height, width)).flatten()
     expected = np.full(rows * columns * patches**2, -1)
     expected[unpadded.numpy()] = patches**2 + np.arange(len(unpadded))
-    places = token_places(placement, layout)
-    np.testing.assert_array_equal(places[0], np.arange(patches**2))
-    np.testing.assert_array_equal(places[1:].ravel(), expected)
+    indices = image_token_indices(fit, layout)
+    np.testing.assert_array_equal(indices[0], np.arange(patches**2))
+    np.testing.assert_array_equal(indices[1:].ravel(), expected)
 
     processor = LlavaNextProcessor.__new__(LlavaNextProcessor)
     processor.image_processor = LlavaNextImageProcessorPil(image_grid_pinpoints=[list(size) for size in canvases])
     processor.patch_size, processor.num_additional_image_tokens = side // patches, 0
-    tokens = int((places >= 0).sum()) + len(placement.rows)
+    tokens = int((indices >= 0).sum()) + len(fit.rows)
     assert tokens == processor._get_number_of_features(height, width, side, side)
 
 
@@ -130,10 +129,10 @@ def test_the_most_tokens_and_crops_of_an_image() -> None:
     layout = AnyresLayout(side=336, patches=24, canvases=REAL)
     counts, crops = [], []
     for height, width in [*REAL, (1, 1), (336, 336), (500, 333), (1008, 337)]:
-        placement = place(height, width, layout)
-        places = token_places(placement, layout)
-        counts.append(int((places >= 0).sum()) + len(placement.rows))
-        crops.append(int((places >= 0).any(axis=1).sum()))
+        fit = fit_to_canvas(height, width, layout)
+        indices = image_token_indices(fit, layout)
+        counts.append(int((indices >= 0).sum()) + len(fit.rows))
+        crops.append(int((indices >= 0).any(axis=1).sum()))
     assert max(counts) == layout.max_placeholders(576) == 576 + 48 * 49
     assert max(crops) == layout.max_crops == 5
     assert layout.max_placeholders(69) == 5 * 69

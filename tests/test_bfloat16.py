@@ -133,11 +133,11 @@ def test_features_for_a_language_model_elsewhere(pipeline: VisionLanguagePipelin
 
 
 def test_features_that_are_no_numbers_are_noticed(pipeline: VisionLanguagePipeline) -> None:
-    image = pipeline.encoder.prepare(PICTURE)
+    image = pipeline.encoder.preprocess(PICTURE)
     outputs = pipeline.encoder.sessions[image.graph].run(image.feeds)  # type: ignore[union-attr]
     outputs["image_features"] = np.full_like(outputs["image_features"], np.inf)
     with pytest.raises(BackendError, match="not finite numbers"):
-        pipeline.encoder.layout.pack(outputs, image)  # type: ignore[arg-type]
+        pipeline.encoder.processor.postprocess(outputs, image)  # type: ignore[arg-type]
 
 
 def test_a_package_in_bf16_has_these_edges(tiny_llava: Path, tmp_path: Path) -> None:

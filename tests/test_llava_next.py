@@ -27,13 +27,14 @@ from promprune.package.describe import describe_selection
 from promprune.package.engines import EngineConfig
 from promprune.package.image import IMAGE_NEWLINE_FILE
 from promprune.package.manifest import read_manifest, write_manifest
+from promprune.package.package import Package
 from promprune.runtime import (
     EncodedImage,
     VisionLanguagePipeline,
     draw_kept_tokens,
     image_embeds_part,
 )
-from promprune.runtime.images import layout_of
+from promprune.runtime.images import open_processor
 from tests.support.tiny_models import IMAGE_SIZE, save_tiny_llava_next, tiny_language_model
 
 DATA = Path(skimage.__file__).parent / "data"
@@ -232,7 +233,7 @@ def test_every_crop_gives_its_tokens_and_padding_none(pruned: Any) -> None:
     assert len(selection.spectral_entropies) == 5
     assert sorted(set(selection.token_indices.tolist())) == selection.token_indices.tolist()
     # A crop with fewer tokens than T gives those; one with none is not run.
-    narrow = pruned.encoder.prepare(picture((8, 100)))
+    narrow = pruned.encoder.preprocess(picture((8, 100)))
     assert len(narrow.feeds["pixel_values"]) < 4
     sums = narrow.feeds["token_mask"].sum(axis=1)
     assert (
@@ -243,12 +244,12 @@ def test_every_crop_gives_its_tokens_and_padding_none(pruned: Any) -> None:
 
 
 def test_padding_that_is_chosen_is_noticed(pruned: Any) -> None:
-    layout, prepared = pruned.encoder.layout, pruned.encoder.prepare(picture((112, 60)))
-    outputs = {k: v.copy() for k, v in pruned.encoder.sessions["vision_encoder"].run(prepared.feeds).items()}
-    padding = np.flatnonzero(prepared.places[1] < 0)
+    processor, image = pruned.encoder.processor, pruned.encoder.preprocess(picture((112, 60)))
+    outputs = {k: v.copy() for k, v in pruned.encoder.sessions["vision_encoder"].run(image.feeds).items()}
+    padding = np.flatnonzero(image.token_indices[1] < 0)
     outputs["token_indices"][1] = padding[: outputs["token_indices"].shape[1]]
     with pytest.raises(BackendError, match="not padding"):
-        layout.pack(outputs, prepared)
+        processor.postprocess(outputs, image)
 
 
 def test_the_selection_order_goes_crop_by_crop(next_export: ExportResult, tmp_path: Path) -> None:
@@ -259,10 +260,10 @@ def test_the_selection_order_goes_crop_by_crop(next_export: ExportResult, tmp_pa
     selection = msgspec.structs.replace(manifest.selection, config=config)
     write_manifest(folder, msgspec.structs.replace(manifest, selection=selection))
     with VisionLanguagePipeline.from_package(folder, provider="cpu") as other:
-        prepared = other.encoder.prepare(picture((112, 112)))
-        outputs = other.encoder.sessions["vision_encoder"].run(prepared.feeds)
+        image = other.encoder.preprocess(picture((112, 112)))
+        outputs = other.encoder.sessions["vision_encoder"].run(image.feeds)
         selection = other.encode_image(picture((112, 112))).selection
-    rows = [prepared.places[row][indices] for row, indices in enumerate(outputs["token_indices"])]
+    rows = [image.token_indices[row][indices] for row, indices in enumerate(outputs["token_indices"])]
     np.testing.assert_array_equal(selection.token_indices, np.concatenate(rows))
 
 
@@ -373,12 +374,12 @@ def test_a_package_without_its_newline_is_refused(next_full_export: ExportResult
     for content in (b"", b"no array", np.float32(1).tobytes()):
         (folder / IMAGE_NEWLINE_FILE).write_bytes(content)
         with pytest.raises(PackageError, match=IMAGE_NEWLINE_FILE):
-            layout_of(folder, manifest)
+            open_processor(Package(folder, manifest))
         with pytest.raises(PackageError, match=IMAGE_NEWLINE_FILE):
             VisionLanguagePipeline.from_package(folder)
     np.save(folder / IMAGE_NEWLINE_FILE, np.zeros(48))
     with pytest.raises(PackageError, match="float64"):
-        layout_of(folder, manifest)
+        open_processor(Package(folder, manifest))
 
 
 def test_engines_are_for_all_crops_of_an_image(next_export: ExportResult, next_full_export: ExportResult) -> None:

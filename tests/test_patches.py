@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
 from promprune.errors import PackageError
-from promprune.runtime.images.patches import PatchPreprocessor, closest_shape
+from promprune.runtime.images.grid import GridPreprocessor, closest_shape
 
 SIZE = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 64}
 
@@ -24,13 +24,13 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 @pytest.fixture
-def preprocessor(tmp_path: Path) -> PatchPreprocessor:
+def preprocessor(tmp_path: Path) -> GridPreprocessor:
     Qwen2VLImageProcessorPil(size=SIZE).save_pretrained(tmp_path)
-    return PatchPreprocessor.from_file(tmp_path / "preprocessor_config.json")
+    return GridPreprocessor.from_file(tmp_path / "preprocessor_config.json")
 
 
 @pytest.mark.parametrize(("width", "height"), [(112, 168), (300, 200), (97, 403), (56, 56), (30, 31)])
-def test_patches_are_those_of_transformers(preprocessor: PatchPreprocessor, width: int, height: int) -> None:
+def test_patches_are_those_of_transformers(preprocessor: GridPreprocessor, width: int, height: int) -> None:
     image = picture(width, height)
     reference = Qwen2VLImageProcessorPil(size=SIZE)(images=[image], return_tensors="np")
     _, rows, columns = (reference["image_grid_thw"][0] // [1, 2, 2]).tolist()
@@ -40,7 +40,7 @@ def test_patches_are_those_of_transformers(preprocessor: PatchPreprocessor, widt
     np.testing.assert_allclose(found[0], reference["pixel_values"], rtol=0, atol=1e-6)
 
 
-def test_another_grid_is_what_transformers_makes_of_the_resized_image(preprocessor: PatchPreprocessor) -> None:
+def test_another_grid_is_what_transformers_makes_of_the_resized_image(preprocessor: GridPreprocessor) -> None:
     resized = preprocessor.resized(picture(300, 200), rows=5, columns=3)
     assert resized.size == (84, 140)
     reference = Qwen2VLImageProcessorPil(size=SIZE)(images=[resized], return_tensors="np")
@@ -69,4 +69,4 @@ def test_an_unusable_file_is_refused(tmp_path: Path, change: str) -> None:
     path = tmp_path / "preprocessor_config.json"
     path.write_text(f"{{{change}}}")
     with pytest.raises(PackageError):
-        PatchPreprocessor.from_file(path)
+        GridPreprocessor.from_file(path)

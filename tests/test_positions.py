@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from promprune.runtime.images.positions import ImagePositions, grid_positions, prompt_positions
+from promprune.runtime.images.grid import grid_positions
+from promprune.runtime.images.positions import ImagePositions, prompt_positions
 from tests.support.tiny_models import tiny_qwen2_5_vl
 
 IMAGE_TOKEN_ID = 3

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from promprune.errors import ImageError, PackageError
-from promprune.runtime.images.preprocess import ImagePreprocessor, load_image
+from promprune.runtime.images.crop import CropPreprocessor
+from promprune.runtime.images.preprocess import load_image
 
 PHOTOGRAPHS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "camera.png", "retina.jpg", "logo.png")
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)[:, None, None]
@@ -29,7 +30,7 @@ def make_pair(tmp_path: Path, side: int, kind: str = "CLIPImageProcessorPil", **
     theirs = getattr(transformers, kind)(size={"shortest_edge": side}, crop_size=crop, **changes)
     path = tmp_path / "preprocessor_config.json"
     path.write_text(theirs.to_json_string())
-    return ImagePreprocessor.from_file(path, height=side, width=side), theirs
+    return CropPreprocessor.from_file(path, height=side, width=side), theirs
 
 
 def assert_within_one_level(ours: np.ndarray, theirs: np.ndarray) -> None:
@@ -103,7 +104,7 @@ def test_any_size_agrees_with_hugging_face(
     )
     path = tmp_path_factory.mktemp("any") / "preprocessor_config.json"
     path.write_text(theirs.to_json_string())
-    ours = ImagePreprocessor.from_file(path, height=side, width=side + 1)
+    ours = CropPreprocessor.from_file(path, height=side, width=side + 1)
     image = synthetic("RGB", (width, height))
     expected = theirs(image, return_tensors="np")["pixel_values"]
     assert_within_one_level(ours(image), expected)
@@ -113,7 +114,7 @@ def test_any_size_agrees_with_hugging_face(
 def test_very_long_images_agree_with_hugging_face(
     tmp_path: Path, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("promprune.runtime.images.preprocess._LARGE_PIXELS", 10_000)
+    monkeypatch.setattr("promprune.runtime.images.crop._LARGE_PIXELS", 10_000)
     ours, theirs = make_pair(tmp_path, 32)
     y, x = np.mgrid[: size[1], : size[0]] * 0.37
     waves = [128 + 120 * np.sin(x * (k + 1) / 3) * np.cos(y / (k + 2)) for k in range(3)]
@@ -155,7 +156,7 @@ def test_a_fixed_size_without_a_crop(tmp_path: Path) -> None:
     path = tmp_path / "preprocessor_config.json"
     path.write_text(theirs.to_json_string())
     image = synthetic("RGB", (64, 48))
-    ours = ImagePreprocessor.from_file(path, height=30, width=20)
+    ours = CropPreprocessor.from_file(path, height=30, width=20)
     np.testing.assert_array_equal(ours(image), theirs(image, return_tensors="np")["pixel_values"])
 
 
@@ -270,15 +271,15 @@ def test_unusable_configs_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "preprocessor_config.json"
     path.write_bytes(content)
     with pytest.raises(PackageError):
-        ImagePreprocessor.from_file(path, height=32, width=32)
+        CropPreprocessor.from_file(path, height=32, width=32)
 
 
 def test_a_missing_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PackageError, match="nowhere"):
-        ImagePreprocessor.from_file(tmp_path / "nowhere.json", height=32, width=32)
+        CropPreprocessor.from_file(tmp_path / "nowhere.json", height=32, width=32)
 
 
 def test_sizes_as_plain_numbers(tmp_path: Path) -> None:
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps({"size": 32, "crop_size": 32}))
-    assert ImagePreprocessor.from_file(path, height=32, width=32)(synthetic("RGB", (50, 40))).shape == (1, 3, 32, 32)
+    assert CropPreprocessor.from_file(path, height=32, width=32)(synthetic("RGB", (50, 40))).shape == (1, 3, 32, 32)

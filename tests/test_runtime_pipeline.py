@@ -58,7 +58,7 @@ def pipeline(folder: Path) -> Any:
 
 def expected_answer(pipeline: Any, model: FakeModel, images: list[Image.Image], text: str, count: int) -> list[int]:
     """Work out the greedy answer in numpy."""
-    features = [model.encode(pipeline.encoder.layout.preprocessor(image)[0])[0] for image in images]
+    features = [model.encode(pipeline.encoder.processor.preprocessor(image)[0])[0] for image in images]
     ids: list[int] = []
     for token in pipeline.prompts.tokenizer.encode(f"USER: {'<image>' + chr(10)}{text} ASSISTANT:").ids:
         ids += [3] * 4 * len(images) if token == 3 else [token]
@@ -84,7 +84,7 @@ def test_greedy_answers_are_those_of_the_model(pipeline: Any, model: FakeModel, 
     assert result.finish_reason == ("stop" if result.token_ids[-1] == 2 else "length")
     for image, selection in zip(images, result.selection, strict=True):
         np.testing.assert_array_equal(
-            selection.token_indices, model.encode(pipeline.encoder.layout.preprocessor(image)[0])[1]
+            selection.token_indices, model.encode(pipeline.encoder.processor.preprocessor(image)[0])[1]
         )
         np.testing.assert_array_equal(selection.saliency_mask, selection.token_indices % 2 == 0)
 
@@ -275,7 +275,7 @@ def expected_full(pipeline: Any, model: FakeModel) -> list[int]:
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}], [NUM_TOKENS]
     )
     assert (prompt == 3).sum() == NUM_TOKENS
-    return model.greedy(prompt.tolist(), model.encode(pipeline.encoder.layout.preprocessor(picture(1))[0])[0], 5)
+    return model.greedy(prompt.tolist(), model.encode(pipeline.encoder.processor.preprocessor(picture(1))[0])[0], 5)
 
 
 # Contexts

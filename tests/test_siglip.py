@@ -17,7 +17,7 @@ from promprune.export.config import ExportConfig
 from promprune.export.families.llava import Llava
 from promprune.method.reference import select_tokens
 from promprune.runtime import VisionLanguagePipeline, draw_kept_tokens
-from promprune.runtime.images.preprocess import ImagePreprocessor
+from promprune.runtime.images.crop import CropPreprocessor
 from tests.support.hugging_face import PHOTOGRAPHS, QUESTIONS, Reference, messages_of
 from tests.support.tiny_models import PATCH_SIZE, SIGLIP_IMAGE_SIZE, save_tiny_siglip_llava
 
@@ -90,7 +90,7 @@ def test_images_are_read_as_siglip_reads_them(siglip_export: ExportResult, size:
     image = Image.fromarray(noise)
     side = {"height": SIGLIP_IMAGE_SIZE, "width": SIGLIP_IMAGE_SIZE}
     theirs = SiglipImageProcessorPil(size=side)(images=[image], return_tensors="np")["pixel_values"]
-    ours = ImagePreprocessor.from_file(siglip_export.output / "preprocessor_config.json", **side)(image)
+    ours = CropPreprocessor.from_file(siglip_export.output / "preprocessor_config.json", **side)(image)
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 

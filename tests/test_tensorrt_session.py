@@ -584,8 +584,8 @@ def test_features_and_embeddings_stay_on_the_device(built: Path, device: FakeDev
 
 def encoded_outputs(package: Path, image: Image.Image) -> dict[str, np.ndarray]:
     with VisionLanguagePipeline.from_package(package, provider="cpu") as pipeline:
-        prepared: Any = pipeline.encoder.prepare(image)
-        return pipeline.sessions["vision_encoder"].run(prepared.feeds)
+        preprocessed: Any = pipeline.encoder.preprocess(image)
+        return pipeline.sessions["vision_encoder"].run(preprocessed.feeds)
 
 
 def test_rows_are_copied_as_on_the_host(built: Path, device: FakeDevice) -> None:

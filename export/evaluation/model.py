@@ -12,7 +12,6 @@ from functools import cached_property
 from itertools import groupby
 from typing import Any, Final
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -21,9 +20,6 @@ from transformers import DynamicCache
 from promprune.export.checkpoint.loading import Checkpoint
 from promprune.export.checkpoint.prompts import prompt_text
 from promprune.export.families import VisionReference
-from promprune.package.image import AnyresLayout, GridLayout
-from promprune.runtime.images.anyres import token_grids, token_places, view_of
-from promprune.runtime.images.anyres_geometry import place
 from promprune.runtime.images.encoded import TokenGrid
 
 __all__ = ["KeptTokens", "TorchModel", "VisualTokens"]
@@ -111,8 +107,10 @@ class TorchModel:
         image, vision = self.family.resize(image), self.family.vision_modules[0]
         reference = self.family.reference(image)
         saliency = vision.module(*(reference.feeds[name] for name in vision.inputs))[1]
-        places, grids, view = self._layout(image, reference)
-        return VisualTokens(reference=reference, saliency=saliency, places=places, grids=grids, view=view)
+        tokens = self.family.image_tokens(image, reference)
+        return VisualTokens(
+            reference=reference, saliency=saliency, places=tokens.indices, grids=tokens.grids, view=tokens.view
+        )
 
     def view(self, image: Image.Image) -> Image.Image:
         """What the model sees of an image, RGB."""
@@ -242,32 +240,3 @@ class TorchModel:
             use_cache=True,
         ).last_hidden_state
         return hidden
-
-    def _layout(
-        self, image: Image.Image, reference: VisionReference
-    ) -> tuple[Tensor, tuple[TokenGrid, ...], Image.Image]:
-        """Places and grids of an image's tokens, and what the model sees."""
-        layout = self.family.layout
-        if isinstance(layout, AnyresLayout):
-            placement = place(image.height, image.width, layout)
-            places = torch.from_numpy(token_places(placement, layout))
-            resample = self.checkpoint.processor.image_processor.resample
-            canvas = Image.new("RGB", placement.canvas[::-1])
-            canvas.paste(image.resize(placement.resized[::-1], resample), (placement.left, placement.top))
-            whole = image.resize((layout.side, layout.side), resample)
-            used = (places != _PADDING).any(dim=1)
-            return places[used], token_grids(placement, layout), view_of(whole, canvas, placement, layout)
-        if isinstance(layout, GridLayout):
-            rows, columns, view = layout.grids[0].rows, layout.grids[0].columns, image
-        else:
-            rows, columns = layout.patch_rows, layout.patch_columns
-            view = self._view(reference.feeds["pixel_values"][0])
-        grid = TokenGrid(rows=rows, columns=columns, left=0, top=0, width=view.width, height=view.height)
-        return torch.arange(rows * columns)[None], (grid,), view
-
-    def _view(self, pixel_values: Tensor) -> Image.Image:
-        """What the model sees, from ``pixel_values [3, H, W]``."""
-        described = self.checkpoint.processor.image_processor
-        mean, std = (torch.tensor(values)[:, None, None] for values in (described.image_mean, described.image_std))
-        pixels = ((pixel_values * std + mean) * 255).round().clamp(0, 255).byte()
-        return Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))

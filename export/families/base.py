@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from PIL.Image import Image, Resampling
 from torch import Tensor, nn
 
 from promprune.errors import ConfigError
-from promprune.package.image import AnyresLayout, CropLayout, GridLayout, ImageRecord
+from promprune.package.image import AnyresLayout, CropLayout, GridLayout
 from promprune.package.manifest import VISION_ENCODER
-from promprune.runtime.images.patches import closest_shape
+from promprune.runtime.images.encoded import TokenGrid
+from promprune.runtime.images.grid import closest_shape
 
-__all__ = ["Family", "Grids", "SampleInput", "VisionModule", "VisionReference", "grids_of"]
+__all__ = ["Family", "Grids", "ImageTokens", "SampleInput", "VisionModule", "VisionReference", "single_grid"]
 
 # Sizes of images, as (rows, columns) of visual tokens.
 Grids = tuple[tuple[int, int], ...]
@@ -76,6 +78,28 @@ class VisionReference:
     features: Tensor
     saliency: Tensor | None = None
     graph: str = VISION_ENCODER
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTokens:
+    """Where the visual tokens of one image are.
+
+    Attributes:
+        indices: int64 ``[crops, N]``, of each token among all tokens of the image; -1 for padding. One crop unless the
+            family cuts images into several.
+        grids: in which the tokens are counted.
+        view: what the model sees, RGB.
+    """
+
+    indices: Tensor
+    grids: tuple[TokenGrid, ...]
+    view: Image
+
+
+def single_grid(rows: int, columns: int, view: Image) -> ImageTokens:
+    """Return the tokens of an image that is seen as one grid of patches, in raster order."""
+    grid = TokenGrid(rows=rows, columns=columns, left=0, top=0, width=view.width, height=view.height)
+    return ImageTokens(indices=torch.arange(rows * columns)[None], grids=(grid,), view=view)
 
 
 class Family(ABC):
@@ -143,6 +167,10 @@ class Family(ABC):
     @abstractmethod
     def reference(self, image: Image) -> VisionReference:
         """Preprocess and encode one RGB image with transformers' own code, not with the exported modules."""
+
+    @abstractmethod
+    def image_tokens(self, image: Image, reference: VisionReference) -> ImageTokens:
+        """Return where the tokens of an image are, and what the model sees of it."""
 
     def kept_features(self, reference: VisionReference, token_indices: Tensor) -> Tensor:
         """Return what replaces an image's placeholders if only some tokens are kept: ``[placeholders, D]``.
@@ -218,9 +246,3 @@ class Family(ABC):
     def arrays(self) -> Mapping[str, Tensor]:
         """Parameters that the runtime reads from the package as fp32 arrays: file name -> parameter."""
         return {}
-
-
-def grids_of(image: ImageRecord) -> Grids:
-    """Return the grids that a package was exported for; empty if its family has no choice of sizes."""
-    layout = image.layout
-    return tuple((grid.rows, grid.columns) for grid in layout.grids) if isinstance(layout, GridLayout) else ()

@@ -6,12 +6,13 @@ import copy
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from promprune.errors import UnsupportedModelError
-from promprune.export.families.base import Family, SampleInput, VisionModule, VisionReference
+from promprune.export.families.base import Family, ImageTokens, SampleInput, VisionModule, VisionReference, single_grid
 from promprune.export.families.towers.table import TOWERS, vision_encoder
 from promprune.package.image import AnyresLayout, CropLayout
 
@@ -50,6 +51,14 @@ class Llava(Family):
             lambda: torch.stack(list(self.model.get_image_features(pixel_values, return_dict=True).pooler_output))
         )
         return VisionReference(feeds={"pixel_values": pixel_values}, features=features, saliency=saliency)
+
+    def image_tokens(self, image: Image.Image, reference: VisionReference) -> ImageTokens:
+        """Return the patches of the crop."""
+        described = self.processor.image_processor
+        mean, std = (torch.tensor(values)[:, None, None] for values in (described.image_mean, described.image_std))
+        pixels = ((reference.feeds["pixel_values"][0] * std + mean) * 255).round().clamp(0, 255).byte()
+        view = Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
+        return single_grid(self.patches, self.patches, view)
 
     @property
     def side(self) -> int:

@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from promprune.errors import UnsupportedModelError
-from promprune.export.families.base import VisionModule, VisionReference
+from promprune.export.families.base import ImageTokens, VisionModule, VisionReference
 from promprune.export.families.llava import Llava
 from promprune.package.image import IMAGE_NEWLINE_FILE, AnyresLayout
+from promprune.runtime.images.anyres import fit_to_canvas, image_token_indices, token_grids, view_of
 
 __all__ = ["LlavaNext"]
 
@@ -47,6 +48,11 @@ class LlavaNext(Llava):
         """Return the layout of crops; refuse a model that disagrees with its preprocessing about it."""
         self._refuse_other_canvases()
         self.refuse_other_size("set size and crop_size in its preprocessor_config.json")
+        return self.crops
+
+    @property
+    def crops(self) -> AnyresLayout:
+        """How an image is cut."""
         return AnyresLayout(side=self.side, patches=self.patches, canvases=self.canvases)
 
     @property
@@ -86,6 +92,21 @@ class LlavaNext(Llava):
             saliency=saliency[used],
             all_features=features,
             image_size=image_size,
+        )
+
+    def image_tokens(self, image: Image.Image, reference: VisionReference) -> ImageTokens:
+        """Return the tokens of the crop that shows the image whole, and of its canvas."""
+        layout = self.crops
+        fit = fit_to_canvas(image.height, image.width, layout)
+        resample = self.processor.image_processor.resample
+        canvas = Image.new("RGB", fit.canvas[::-1])
+        canvas.paste(image.resize(fit.resized[::-1], resample), (fit.left, fit.top))
+        whole = image.resize((self.side, self.side), resample)
+        indices = torch.from_numpy(image_token_indices(fit, layout))
+        return ImageTokens(
+            indices=indices[(indices >= 0).any(dim=1)],
+            grids=token_grids(fit, layout),
+            view=view_of(whole, canvas, fit, layout),
         )
 
     def kept_features(self, reference: VisionReference, token_indices: Tensor) -> Tensor:

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from transformers.vision_utils import get_vision_position_ids
 
 from promprune.errors import UnsupportedModelError
-from promprune.export.families.base import Family, Grids, SampleInput, VisionModule, VisionReference
+from promprune.export.families.base import (
+    Family,
+    Grids,
+    ImageTokens,
+    SampleInput,
+    VisionModule,
+    VisionReference,
+    single_grid,
+)
 from promprune.package.image import GridLayout, GridRecord
 from promprune.package.manifest import VISION_ENCODER
 
@@ -235,6 +243,11 @@ class Qwen25VL(Family):
             feeds={"pixel_values": values["pixel_values"][None]},
             features=torch.stack(list(features)),
         )
+
+    def image_tokens(self, image: Image.Image, reference: VisionReference) -> ImageTokens:
+        """Return the tokens of the grid."""
+        rows, columns = next((grid.rows, grid.columns) for grid in self.grid_records if grid.graph == reference.graph)
+        return single_grid(rows, columns, image)
 
     def position_ids(self, input_ids: Tensor, reference: VisionReference) -> Tensor:
         """Return transformers' positions for a prompt with one image that has all its tokens: ``[3, 1, S]``."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from promprune.export.checkpoint.loading import Checkpoint
 from promprune.export.checkpoint.out_of_core import PiecewiseSession
-from promprune.export.families import Family, grids_of
+from promprune.export.families import Family
 from promprune.package.manifest import Manifest
 from promprune.runtime.sessions.config import RuntimeConfig
 from promprune.runtime.sessions.onnxruntime import inference_session
@@ -61,7 +61,7 @@ class Subject:
         return cls(
             folder=folder,
             manifest=manifest,
-            family=checkpoint.family(source, checkpoint.processor, grids_of(manifest.image)),
+            family=checkpoint.family(source, checkpoint.processor, manifest.image.layout.grid_sizes),
             out_of_core=out_of_core,
         )
 

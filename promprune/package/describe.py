@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from promprune.package.image import GridLayout
 from promprune.package.manifest import Manifest
 
 __all__ = ["describe_selection"]
@@ -18,8 +17,8 @@ def describe_selection(manifest: Manifest) -> str:
         f"keeps {tokens.keep_tokens} of {tokens.num_tokens} visual tokens {where}"
         f"({tokens.ratio:.1%}), removes {1 - tokens.ratio:.1%}"
     )
-    layout = manifest.image.layout
-    if not isinstance(layout, GridLayout) or len(layout.grids) == 1:
+    sizes = [f"{rows}x{columns}" for rows, columns in manifest.image.layout.grid_sizes]
+    if len(sizes) <= 1:
         return kept
-    first, *others = (f"{grid.rows}x{grid.columns}" for grid in layout.grids)
+    first, *others = sizes
     return f"{kept}, in images of {first} tokens; also takes images of {', '.join(others)}"

@@ -35,6 +35,16 @@ class _Layout(Record, frozen=True):
         """Most rows of a vision graph's batch that one image takes."""
         return 1
 
+    @property
+    def grid_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of the sizes that images may have, in tokens; empty if a package has no choice of them."""
+        return ()
+
+    @property
+    def patch_pixels(self) -> int | None:
+        """Side of a patch, if an image is one crop whose patches other clients may count; else None."""
+        return None
+
     def max_placeholders(self, keep_tokens: int) -> int:
         """Return the most tokens that one image takes in a prompt, given T."""
         return keep_tokens
@@ -47,6 +57,11 @@ class CropLayout(_Layout, frozen=True, tag_field="kind", tag="crop"):
     width: Count
     patch_rows: Count  # patch_rows * patch_columns == num_tokens, in raster order
     patch_columns: Count
+
+    @property
+    def patch_pixels(self) -> int:
+        """Side of a patch."""
+        return self.height // self.patch_rows
 
 
 class AnyresLayout(_Layout, frozen=True, tag_field="kind", tag="anyres"):
@@ -89,6 +104,11 @@ class GridLayout(_Layout, frozen=True, tag_field="kind", tag="grid"):
     def vision_graphs(self) -> tuple[str, ...]:
         """Names of the vision graphs, one for each grid."""
         return tuple(grid.graph for grid in self.grids)
+
+    @property
+    def grid_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of the grids."""
+        return tuple((grid.rows, grid.columns) for grid in self.grids)
 
 
 class ImageRecord(Record, frozen=True):

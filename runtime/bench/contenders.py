@@ -17,7 +17,7 @@ from promprune.runtime.bench.plugins import plugin
 from promprune.runtime.bench.report import ColdStart, Contender, GraphWork, Kind
 from promprune.runtime.engine.loading import same_language_model
 from promprune.runtime.engine.result import Result
-from promprune.runtime.images import PreparedImage
+from promprune.runtime.images import PreprocessedImage
 from promprune.runtime.sessions import Session, Value, open_file
 from promprune.runtime.sessions.config import RuntimeConfig
 
@@ -172,7 +172,7 @@ class PackageContender(Measurable):
 
     def separate_selection(self, image: Path) -> None:
         """Cut the selection out of the vision graph, where there is one; see :class:`Measurable`."""
-        self._selection = _SelectionApart.of(self._folder, self.pipeline, self._config, self._prepared(image))
+        self._selection = _SelectionApart.of(self._folder, self.pipeline, self._config, self._preprocess(image))
 
     def selection_apart_ms(self, batch: int) -> float | None:
         """Run what was cut out; see :class:`Measurable`."""
@@ -184,9 +184,9 @@ class PackageContender(Measurable):
             raise RuntimeError("facts are asked for after the warm-up")
         manifest = self.pipeline.manifest
         prompt_tokens = self._last.timings.prompt_tokens
-        prepared = self._prepared(question.image)
-        sizes = _sizes(manifest.graphs[prepared.graph], prepared)
-        work = plugin("work").package_work(self._folder, manifest, prepared.graph, sizes, prompt_tokens)
+        preprocessed = self._preprocess(question.image)
+        sizes = _sizes(manifest.graphs[preprocessed.graph], preprocessed)
+        work = plugin("work").package_work(self._folder, manifest, preprocessed.graph, sizes, prompt_tokens)
         selection = self._last.selection[0]
         return Facts(
             name=self.name,
@@ -207,11 +207,11 @@ class PackageContender(Measurable):
             first_token_flops=sum(stage.flops for name, stage in work.items() if name != "decode"),
         )
 
-    def _prepared(self, image: Path) -> PreparedImage:
-        prepared = self.pipeline.encoder.prepare(image)
-        if not isinstance(prepared, PreparedImage):
-            raise TypeError(f"a file was prepared as {type(prepared).__name__}")
-        return prepared
+    def _preprocess(self, image: Path) -> PreprocessedImage:
+        preprocessed = self.pipeline.encoder.preprocess(image)
+        if not isinstance(preprocessed, PreprocessedImage):
+            raise TypeError(f"a file was preprocessed as {type(preprocessed).__name__}")
+        return preprocessed
 
     def close(self) -> None:
         """Free the graphs."""
@@ -254,12 +254,12 @@ def source_name(manifest: Manifest) -> str:
     return f"{manifest.source.model} {manifest.source.weights_sha256[:12]}"
 
 
-def _sizes(graph: GraphRecord, prepared: PreparedImage) -> dict[str, int]:
+def _sizes(graph: GraphRecord, preprocessed: PreprocessedImage) -> dict[str, int]:
     """Return the sizes that an image gives to the dynamic dimensions of a vision graph."""
     return {
         dimension: size
         for tensor in graph.inputs
-        for dimension, size in zip(tensor.shape, prepared.feeds[tensor.name].shape, strict=True)
+        for dimension, size in zip(tensor.shape, preprocessed.feeds[tensor.name].shape, strict=True)
         if isinstance(dimension, str)
     }
 
@@ -288,18 +288,18 @@ class _SelectionApart:
 
     @classmethod
     def of(
-        cls, folder: Path, pipeline: VisionLanguagePipeline, config: RuntimeConfig, prepared: PreparedImage
+        cls, folder: Path, pipeline: VisionLanguagePipeline, config: RuntimeConfig, preprocessed: PreprocessedImage
     ) -> _SelectionApart | None:
         """Cut it out, or return ``None`` where that cannot be done."""
         if config.backend != CUT_BACKEND:
             return None
-        path = folder / pipeline.manifest.graphs[prepared.graph].file
+        path = folder / pipeline.manifest.graphs[preprocessed.graph].file
         with tempfile.TemporaryDirectory() as scratch:
             parts = plugin("work").write_parts(path, Path(scratch))
             if parts is None:
                 return None
             before, after = (open_file(part, config) for part in parts)
-        made = before.run_keeping(prepared.feeds, keep=set(before.outputs))
+        made = before.run_keeping(preprocessed.feeds, keep=set(before.outputs))
         if pipeline.device != "CPU":
             return cls(after, {name: made[name] for name in after.inputs}, before)
         inputs = {name: made[name].numpy().copy() for name in after.inputs}

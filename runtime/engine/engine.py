@@ -23,7 +23,7 @@ from promprune.runtime.engine.cache import CachedPrefix, KVCache, Slot
 from promprune.runtime.engine.language_model import LanguageModel, Logits
 from promprune.runtime.engine.request import Request, time_stage
 from promprune.runtime.engine.scheduler import Scheduler
-from promprune.runtime.images import PreparedImage
+from promprune.runtime.images import PreprocessedImage
 from promprune.runtime.images.encoded import EncodedImage
 
 __all__ = ["Encode", "Engine", "Update"]
@@ -31,7 +31,7 @@ __all__ = ["Encode", "Engine", "Update"]
 # A request, and the text that became certain in a step.
 Update: TypeAlias = "tuple[Request, str]"
 # Returns an encoded image, and whether the vision encoder ran for it: ``ImageEncoder.encode``.
-Encode: TypeAlias = "Callable[[EncodedImage | PreparedImage], tuple[EncodedImage, bool]]"
+Encode: TypeAlias = "Callable[[EncodedImage | PreprocessedImage], tuple[EncodedImage, bool]]"
 
 
 class Engine:

@@ -18,7 +18,7 @@ from promprune.runtime.engine.language_model import PromptTokens
 from promprune.runtime.engine.prompt import TokenIds
 from promprune.runtime.engine.result import Result, Stopwatch, Timings
 from promprune.runtime.engine.sampling import FinishReason, TextStream, TokenChooser
-from promprune.runtime.images import PreparedImage
+from promprune.runtime.images import PreprocessedImage
 from promprune.runtime.images.encoded import EncodedImage
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Request:
 
     prompt_ids: TokenIds
     is_image: npt.NDArray[np.bool_]
-    images: Sequence[EncodedImage | PreparedImage]
+    images: Sequence[EncodedImage | PreprocessedImage]
     config: GenerationConfig
     tokenizer: Tokenizer
     eos_token_ids: Collection[int]

@@ -1,7 +1,7 @@
-"""The ways of an image into the model: one literal table, one file per layout record of the manifest.
+"""How images enter a model: one file a kind, with its preprocessing, its postprocessing and its positions.
 
-To add a layout: write its record in :mod:`promprune.package.manifest`, a file beside this one with an
-:class:`~promprune.runtime.images.base.ImageLayout`, and add its row below.
+To add a kind: write its record in :mod:`promprune.package.image`, a file beside this one with an
+:class:`~promprune.runtime.images.base.ImageProcessor`, and add its row below.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ from typing import Final
 
 from promprune.package.image import AnyresLayout, CropLayout, GridLayout
 from promprune.package.package import Package
-from promprune.runtime.images.anyres import Anyres
-from promprune.runtime.images.base import ImageLayout, PreparedImage
-from promprune.runtime.images.crop import Crop
-from promprune.runtime.images.grid import Grids
+from promprune.runtime.images.anyres import AnyresProcessor
+from promprune.runtime.images.base import ImageProcessor, PreprocessedImage
+from promprune.runtime.images.crop import CropProcessor
+from promprune.runtime.images.grid import GridProcessor
 
-__all__ = ["LAYOUTS", "ImageLayout", "PreparedImage", "layout_of"]
+__all__ = ["PROCESSORS", "ImageProcessor", "PreprocessedImage", "open_processor"]
 
-LAYOUTS: Final[dict[type, type[ImageLayout]]] = {
-    CropLayout: Crop,
-    AnyresLayout: Anyres,
-    GridLayout: Grids,
+PROCESSORS: Final[dict[type, type[ImageProcessor]]] = {
+    CropLayout: CropProcessor,
+    AnyresLayout: AnyresProcessor,
+    GridLayout: GridProcessor,
 }
 
 
-def layout_of(package: Package) -> ImageLayout:
-    """Return the layout of a package.
+def open_processor(package: Package) -> ImageProcessor:
+    """Return the image processor of a package.
 
     Raises:
         PackageError: its files are unusable, or do not fit the manifest.
     """
-    return LAYOUTS[type(package.manifest.image.layout)](package)
+    return PROCESSORS[type(package.manifest.image.layout)](package)

@@ -1,5 +1,9 @@
 """A batch of crops per image, of which some tokens are padding: LLaVA-NeXT.
 
+A picture is seen twice: whole, stretched to one square crop; and enlarged, with its proportions, on the canvas among
+the model's that fits it best, which is cut into crops. What the canvas has around the picture is padding; the tokens
+that see nothing else are left out. The arithmetic is transformers', rounding included.
+
 An image's tokens are counted over two grids: that of the crop that shows it whole, then that of its canvas without the
 padding. The selection runs once for every crop; a crop that shows nothing but padding is not run at all.
 
@@ -11,7 +15,8 @@ the order of this count (``order="spatial"``), or crop by crop as they were pick
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -23,15 +28,24 @@ from promprune.errors import BackendError, PackageError
 from promprune.package.image import IMAGE_NEWLINE_FILE, AnyresLayout
 from promprune.package.manifest import GraphRecord
 from promprune.package.package import Package
-from promprune.runtime.images.anyres_geometry import AnyresPreprocessor, Placement, place
-from promprune.runtime.images.base import ImageLayout, PreparedImage, expect, expected_graph, selected_tokens
+from promprune.runtime.images.base import ImageProcessor, PreprocessedImage, expect, expected_graph, selected_tokens
 from promprune.runtime.images.encoded import EncodedImage, TokenGrid, TokenSelection
+from promprune.runtime.images.preprocess import PixelConfig, SizeDict, normalize, pixel_levels, read_pixel_config
 from promprune.runtime.sessions import Array
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Anyres", "PreparedCrops", "token_grids", "token_places", "view_of"]
+__all__ = [
+    "AnyresPreprocessor",
+    "AnyresProcessor",
+    "CanvasFit",
+    "PreprocessedCrops",
+    "fit_to_canvas",
+    "image_token_indices",
+    "token_grids",
+    "view_of",
+]
 
 _PADDING: Final = -1
 _GAP: Final = 16  # pixels between the two grids in a view
@@ -39,19 +53,19 @@ _BACKGROUND: Final = (22, 24, 29)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PreparedCrops(PreparedImage):
-    """Crops that are ready for the vision graph.
+class PreprocessedCrops(PreprocessedImage):
+    """The inputs of the vision graph for the crops of one image.
 
     Attributes:
-        places: int64 [crops, N]; where each token comes in the count of the image's tokens, -1 for padding.
+        token_indices: int64 [crops, N]; index of each token among all tokens of the image, -1 for padding.
         grids: of the image's tokens.
     """
 
-    places: npt.NDArray[np.int64]
+    token_indices: npt.NDArray[np.int64]
     grids: tuple[TokenGrid, ...]
 
 
-class Anyres(ImageLayout):
+class AnyresProcessor(ImageProcessor):
     """``pixel_values [crops, 3, side, side]``, ``token_mask [crops, N]`` -> up to T tokens of every crop.
 
     Attributes:
@@ -82,57 +96,57 @@ class Anyres(ImageLayout):
 
     def view(self, image: Image) -> Image:
         """Return the whole crop, and at its right what the other crops show besides padding."""
-        placement = place(image.height, image.width, self._layout)
-        whole, canvas = self.preprocessor.whole(image), self.preprocessor.canvas(image, placement)
-        return view_of(whole, canvas, placement, self._layout)
+        fit = fit_to_canvas(image.height, image.width, self._layout)
+        whole, canvas = self.preprocessor.whole(image), self.preprocessor.canvas(image, fit)
+        return view_of(whole, canvas, fit, self._layout)
 
-    def prepare(self, image: Image) -> PreparedCrops:
+    def preprocess(self, image: Image) -> PreprocessedCrops:
         """Return the crops that show something of the image, and which of their tokens do."""
-        placement = place(image.height, image.width, self._layout)
-        whole, canvas = self.preprocessor.whole(image), self.preprocessor.canvas(image, placement)
-        places = token_places(placement, self._layout)
-        mask = places != _PADDING
+        fit = fit_to_canvas(image.height, image.width, self._layout)
+        whole, canvas = self.preprocessor.whole(image), self.preprocessor.canvas(image, fit)
+        token_indices = image_token_indices(fit, self._layout)
+        mask = token_indices != _PADDING
         used = mask.any(axis=1)
         feeds: dict[str, Array] = {"pixel_values": self.preprocessor.pixel_values([whole, canvas])[used]}
         if self._counts.is_pruned:
             feeds["token_mask"] = mask[used]
             placeholders = int(np.minimum(mask.sum(axis=1), self._counts.keep_tokens).sum())
         else:
-            placeholders = int(mask.sum()) + len(placement.rows)
-        digest = hashlib.sha256(repr(placement).encode())
+            placeholders = int(mask.sum()) + len(fit.rows)
+        digest = hashlib.sha256(repr(fit).encode())
         for picture in (whole, canvas):
             digest.update(picture.tobytes())
-        return PreparedCrops(
+        return PreprocessedCrops(
             graph=self.graphs[0],
             feeds=feeds,
             digest=digest.digest(),
             num_placeholders=placeholders,
-            places=places[used],
-            grids=token_grids(placement, self._layout),
+            token_indices=token_indices[used],
+            grids=token_grids(fit, self._layout),
         )
 
-    def pack(self, outputs: Mapping[str, Array], prepared: PreparedImage) -> EncodedImage:
+    def postprocess(self, outputs: Mapping[str, Array], image: PreprocessedImage) -> EncodedImage:
         """Return the kept tokens of all crops; with nothing removed, the newlines too."""
-        assert isinstance(prepared, PreparedCrops)  # as ``prepare`` returned it
-        crops = [selected_tokens(outputs, row, self._counts) for row in range(len(prepared.places))]
-        places = [row[crop.indices] for row, crop in zip(prepared.places, crops, strict=True)]
-        real = [place != _PADDING for place in places]
-        indices = np.concatenate([place[keep] for place, keep in zip(places, real, strict=True)])
+        assert isinstance(image, PreprocessedCrops)  # as ``preprocess`` returned it
+        crops = [selected_tokens(outputs, row, self._counts) for row in range(len(image.token_indices))]
+        chosen = [row[crop.indices] for row, crop in zip(image.token_indices, crops, strict=True)]
+        real = [some != _PADDING for some in chosen]
+        indices = np.concatenate([some[keep] for some, keep in zip(chosen, real, strict=True)])
         features = np.concatenate([crop.features[keep] for crop, keep in zip(crops, real, strict=True)])
         order = np.arange(len(indices)) if self._config.order == "selection" else np.argsort(indices)
         if not self._counts.is_pruned:
-            selection = TokenSelection(prepared.grids, np.arange(len(indices)))
-            return EncodedImage(self._with_newlines(features[np.argsort(indices)], prepared), selection)
-        if len(indices) != prepared.num_placeholders:
+            selection = TokenSelection(image.grids, np.arange(len(indices)))
+            return EncodedImage(self._with_newlines(features[np.argsort(indices)], image), selection)
+        if len(indices) != image.num_placeholders:
             raise BackendError(
                 f"the vision graph chose {len(indices)} tokens that are not padding",
-                expected=f"{prepared.num_placeholders}",
+                expected=f"{image.num_placeholders}",
                 fix="export the package again",
             )
         saliency = [np.asarray(crop.saliency_mask)[keep] for crop, keep in zip(crops, real, strict=True)]
         entropies = tuple(crop.spectral_entropy for crop in crops if crop.spectral_entropy is not None)
         selection = TokenSelection(
-            prepared.grids, indices[order], np.concatenate(saliency)[order], entropies, self._config.policy
+            image.grids, indices[order], np.concatenate(saliency)[order], entropies, self._config.policy
         )
         return EncodedImage(features[order], selection)
 
@@ -141,8 +155,8 @@ class Anyres(ImageLayout):
         newlines = 0 if self._counts.is_pruned else sum(grid.rows for grid in selection.grids[1:])
         return selection.keep_tokens + newlines
 
-    def _with_newlines(self, features: Array, prepared: PreparedCrops) -> Array:
-        whole, *shown = prepared.grids
+    def _with_newlines(self, features: Array, image: PreprocessedCrops) -> Array:
+        whole, *shown = image.grids
         parts = [features[: whole.num_tokens]]
         for grid in shown:
             rows = features[whole.num_tokens :].reshape(grid.rows, grid.columns, features.shape[1])
@@ -151,32 +165,32 @@ class Anyres(ImageLayout):
         return np.concatenate(parts)
 
 
-def token_grids(placement: Placement, layout: AnyresLayout) -> tuple[TokenGrid, ...]:
+def token_grids(fit: CanvasFit, layout: AnyresLayout) -> tuple[TokenGrid, ...]:
     """Return the grids in which an image's tokens are counted, placed side by side; the second where it has rows."""
     side, patches = layout.side, layout.patches
     whole = TokenGrid(rows=patches, columns=patches, left=0, top=0, width=side, height=side)
-    if not placement.rows:
+    if not fit.rows:
         return (whole,)
     shown = TokenGrid(
-        rows=len(placement.rows),
-        columns=len(placement.columns),
+        rows=len(fit.rows),
+        columns=len(fit.columns),
         left=side + _GAP,
         top=0,
-        width=_pixels(len(placement.columns), layout),
-        height=_pixels(len(placement.rows), layout),
+        width=_pixels(len(fit.columns), layout),
+        height=_pixels(len(fit.rows), layout),
     )
     return whole, shown
 
 
-def view_of(whole: Image, canvas: Image, placement: Placement, layout: AnyresLayout) -> Image:
+def view_of(whole: Image, canvas: Image, fit: CanvasFit, layout: AnyresLayout) -> Image:
     """Return the crop that shows an image whole, and at its right what its canvas shows besides padding."""
     from PIL import Image as PILImage
 
-    grids = token_grids(placement, layout)
+    grids = token_grids(fit, layout)
     view = PILImage.new("RGB", _size_of(grids), _BACKGROUND)
     view.paste(whole, (0, 0))
     for grid in grids[1:]:
-        top, left = (_pixels(tokens.start, layout) for tokens in (placement.rows, placement.columns))
+        top, left = (_pixels(tokens.start, layout) for tokens in (fit.rows, fit.columns))
         view.paste(canvas.crop((left, top, left + grid.width, top + grid.height)), (grid.left, grid.top))
     return view
 
@@ -185,17 +199,17 @@ def _pixels(tokens: int, layout: AnyresLayout) -> int:
     return tokens * layout.side // layout.patches
 
 
-def token_places(placement: Placement, layout: AnyresLayout) -> npt.NDArray[np.int64]:
-    """Return the place of every token of every crop in the count of the image's tokens: int64 [crops, N], -1: padding.
+def image_token_indices(fit: CanvasFit, layout: AnyresLayout) -> npt.NDArray[np.int64]:
+    """Return the index of every token of every crop among all tokens of the image: int64 [crops, N], -1 for padding.
 
     The tokens of the whole crop come first, then those of the canvas that are not padding, in raster order.
     """
     n = layout.patches
-    rows, columns = placement.canvas[0] // layout.side, placement.canvas[1] // layout.side
+    rows, columns = fit.canvas[0] // layout.side, fit.canvas[1] // layout.side
     canvas = np.full((rows * n, columns * n), _PADDING, np.int64)
-    shape = (len(placement.rows), len(placement.columns))
+    shape = (len(fit.rows), len(fit.columns))
     inner = n * n + np.arange(shape[0] * shape[1]).reshape(shape)
-    canvas[placement.rows.start : placement.rows.stop, placement.columns.start : placement.columns.stop] = inner
+    canvas[fit.rows.start : fit.rows.stop, fit.columns.start : fit.columns.stop] = inner
     crops = canvas.reshape(rows, n, columns, n).swapaxes(1, 2).reshape(-1, n * n)
     return np.concatenate([np.arange(n * n)[None], crops])
 
@@ -217,3 +231,140 @@ def _read_newline(path: Path) -> npt.NDArray[np.float32]:
             fix="export again",
         )
     return newline
+
+
+class _Config(PixelConfig, frozen=True):
+    """What is read of ``preprocessor_config.json``; the defaults are LlavaNextImageProcessor's."""
+
+    size: SizeDict = SizeDict(shortest_edge=224)
+    do_center_crop: bool = True
+    crop_size: SizeDict = SizeDict(height=224, width=224)
+    image_grid_pinpoints: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class CanvasFit:
+    """Where a picture lies on its canvas.
+
+    Attributes:
+        canvas: height and width, in pixels.
+        resized: height and width of the picture on it, in pixels.
+        top, left: where it begins, in pixels.
+        rows, columns: of the canvas' tokens, those that are not padding.
+    """
+
+    canvas: tuple[int, int]
+    resized: tuple[int, int]
+    top: int
+    left: int
+    rows: range
+    columns: range
+
+
+def fit_to_canvas(height: int, width: int, layout: AnyresLayout) -> CanvasFit:
+    """Return where a picture of ``height`` x ``width`` pixels lies, and which tokens see it."""
+    canvas = _best_canvas(height, width, layout.canvases)
+    resized = _fitted(height, width, canvas)
+    grid = (canvas[0] // layout.side * layout.patches, canvas[1] // layout.side * layout.patches)
+    rows, columns = _tokens_of_picture(height, width, grid)
+    return CanvasFit(
+        canvas=canvas,
+        resized=resized,
+        top=(canvas[0] - resized[0]) // 2,
+        left=(canvas[1] - resized[1]) // 2,
+        rows=rows,
+        columns=columns,
+    )
+
+
+@dataclass(frozen=True)
+class AnyresPreprocessor:
+    """Resize, place, cut, rescale and normalise."""
+
+    _config: _Config
+    _side: int
+    _levels: npt.NDArray[np.float32]  # [3, 256]: what each 8-bit level of each channel becomes
+
+    @classmethod
+    def from_file(cls, path: Path, layout: AnyresLayout) -> AnyresPreprocessor:
+        """Read a ``preprocessor_config.json``.
+
+        Raises:
+            PackageError: it cannot be read, asks for something that is not supported, or makes other crops than
+                ``layout`` says.
+        """
+        config = read_pixel_config(path, _Config)
+        size = config.size
+        square = (size.height, size.width) if size.height and size.width else (size.shortest_edge, size.shortest_edge)
+        crop = (config.crop_size.height, config.crop_size.width) if config.do_center_crop else square
+        if not config.do_resize or not square == crop == (layout.side, layout.side):
+            raise PackageError(
+                f"{path} makes crops of {crop[0]} x {crop[1]} pixels from pictures of {square[0]} x {square[1]}",
+                expected=f"do_resize, and {layout.side} x {layout.side} for both, as the vision graph takes",
+                fix="export again",
+            )
+        if config.image_grid_pinpoints != layout.canvases:
+            raise PackageError(
+                f"{path} has other image_grid_pinpoints than the manifest", expected="the same", fix="export again"
+            )
+        return cls(config, layout.side, pixel_levels(config, path))
+
+    def whole(self, image: Image) -> Image:
+        """Return an RGB picture stretched to one crop, 8 bits."""
+        return image.resize((self._side, self._side), resample=self._config.resample)
+
+    def canvas(self, image: Image, fit: CanvasFit) -> Image:
+        """Return an RGB picture on its canvas, 8 bits."""
+        from PIL import Image as PILImage
+
+        height, width = fit.resized
+        canvas = PILImage.new("RGB", fit.canvas[::-1])
+        canvas.paste(image.resize((width, height), resample=self._config.resample), (fit.left, fit.top))
+        return canvas
+
+    def pixel_values(self, pictures: Sequence[Image]) -> npt.NDArray[np.float32]:
+        """Return the crops of some pictures, cut row by row: float32 [crops, 3, side, side]."""
+        pixels = np.concatenate([self._cut(np.asarray(picture)) for picture in pictures])
+        return normalize(pixels, self._levels, axis=1)
+
+    def _cut(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        side = self._side
+        rows, columns = pixels.shape[0] // side, pixels.shape[1] // side
+        return pixels.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
+
+
+def _best_canvas(height: int, width: int, canvases: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Return the canvas on which the picture has most pixels; of several, the one with least padding, then the first.
+
+    Enlarging adds no pixels.
+    """
+
+    def rank(canvas: tuple[int, int]) -> tuple[int, int]:
+        scale = min(canvas[1] / width, canvas[0] / height)
+        used = min(int(width * scale) * int(height * scale), width * height)
+        return -used, canvas[0] * canvas[1] - used
+
+    return min(canvases, key=rank)
+
+
+def _fitted(height: int, width: int, canvas: tuple[int, int]) -> tuple[int, int]:
+    """Return the height and width of a picture that is scaled to fill one side of a canvas."""
+    scale_width, scale_height = canvas[1] / width, canvas[0] / height
+    if scale_width < scale_height:
+        return min(math.ceil(height * scale_width), canvas[0]), canvas[1]
+    return canvas[0], min(math.ceil(width * scale_height), canvas[1])
+
+
+def _tokens_of_picture(height: int, width: int, grid: tuple[int, int]) -> tuple[range, range]:
+    """Return the rows and columns of a grid of tokens that are not padding, as transformers counts them.
+
+    Of a picture so long that it is less than a token high, or wide, nothing is left.
+    """
+    rows, columns = grid
+    if width / height > columns / rows:
+        left = int(round(height * (columns / width), 7))
+        padding = (rows - left) // 2
+        return range(padding, rows - padding), range(columns)
+    left = int(round(width * (rows / height), 7))
+    padding = (columns - left) // 2
+    return range(rows), range(padding, columns - padding)

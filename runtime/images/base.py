@@ -1,4 +1,4 @@
-"""What a layout provides, and what all layouts share."""
+"""The interface of image processors, one for each kind of image handling, and what they share."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from promprune.runtime.sessions import Array
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ImageLayout", "PreparedImage", "SelectedTokens", "expect", "expected_graph", "selected_tokens"]
+__all__ = ["ImageProcessor", "PreprocessedImage", "SelectedTokens", "expect", "expected_graph", "selected_tokens"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PreparedImage:
-    """An image that is ready for a vision graph.
+class PreprocessedImage:
+    """The inputs of a vision graph for one image.
 
     Attributes:
         graph: name of that graph in the manifest.
@@ -40,8 +40,8 @@ class PreparedImage:
     num_placeholders: int
 
 
-class ImageLayout(ABC):
-    """How a picture becomes the inputs of a vision graph, and what that returns becomes an encoded image.
+class ImageProcessor(ABC):
+    """Turns a picture into the inputs of a vision graph, and the graph's outputs into an encoded image.
 
     Safe to use from several threads at once.
 
@@ -56,7 +56,7 @@ class ImageLayout(ABC):
 
     @abstractmethod
     def __init__(self, package: Package) -> None:
-        """Read what the layout needs of the package.
+        """Read what preprocessing and postprocessing need of the package.
 
         Raises:
             PackageError: a file is unusable, or does not fit the manifest.
@@ -64,19 +64,19 @@ class ImageLayout(ABC):
 
     @abstractmethod
     def expected(self, graph: str) -> GraphRecord:
-        """Return the inputs that this layout feeds a vision graph, and the outputs that it reads from it."""
+        """Return the inputs and outputs that a vision graph must have for preprocessing and postprocessing."""
 
     @abstractmethod
     def view(self, image: Image) -> Image:
         """Return what the model sees of an 8-bit RGB image; ``TokenSelection.grids`` are boxes in it."""
 
     @abstractmethod
-    def prepare(self, image: Image) -> PreparedImage:
+    def preprocess(self, image: Image) -> PreprocessedImage:
         """Return the inputs of the vision graph for an 8-bit RGB image."""
 
     @abstractmethod
-    def pack(self, outputs: Mapping[str, Array], prepared: PreparedImage) -> EncodedImage:
-        """Return ``prepared.num_placeholders`` features, and say which tokens they are.
+    def postprocess(self, outputs: Mapping[str, Array], image: PreprocessedImage) -> EncodedImage:
+        """Return ``image.num_placeholders`` features, and say which tokens they are.
 
         Raises:
             BackendError: the outputs are not what the manifest promises, or not numbers.

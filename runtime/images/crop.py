@@ -1,26 +1,46 @@
-"""One crop of a fixed size per image: LLaVA-1.5."""
+"""One crop of a fixed size per image, preprocessed as CLIP and LLaVA image processors do: LLaVA-1.5."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
+import numpy as np
+import numpy.typing as npt
+
+from promprune.errors import ImageError, PackageError
 from promprune.package.image import CropLayout
 from promprune.package.manifest import GraphRecord
 from promprune.package.package import Package
-from promprune.runtime.images.base import ImageLayout, PreparedImage, expect, expected_graph, selected_tokens
+from promprune.runtime.images.base import ImageProcessor, PreprocessedImage, expect, expected_graph, selected_tokens
 from promprune.runtime.images.encoded import EncodedImage, TokenGrid, TokenSelection
-from promprune.runtime.images.preprocess import ImagePreprocessor
+from promprune.runtime.images.preprocess import (
+    Channels,
+    PixelConfig,
+    Pixels,
+    Size,
+    SizeDict,
+    max_decodable_pixels,
+    normalize,
+    pixel_levels,
+    read_pixel_config,
+)
 from promprune.runtime.sessions import Array
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Crop"]
+__all__ = ["CropPreprocessor", "CropProcessor"]
+
+_FILTER_REACH: Final = 4  # output or input pixels, whichever is larger, beyond which no filter looks
+_LARGE_PIXELS: Final = 16_000_000  # a resized image larger than this is computed only where the crop needs it
 
 
-class Crop(ImageLayout):
+class CropProcessor(ImageProcessor):
     """``pixel_values [1, 3, height, width]`` -> T tokens.
 
     Attributes:
@@ -31,7 +51,7 @@ class Crop(ImageLayout):
         manifest, layout = package.manifest, package.manifest.image.layout
         self._package = package
         assert isinstance(layout, CropLayout)  # as the table says
-        self.preprocessor = ImagePreprocessor.from_file(
+        self.preprocessor = CropPreprocessor.from_file(
             package.folder / "preprocessor_config.json", height=layout.height, width=layout.width
         )
         self._counts = manifest.tokens_of()
@@ -55,17 +75,17 @@ class Crop(ImageLayout):
         """Return the part of the crop that patches are made of."""
         return self.preprocessor.crop(image).crop((0, 0, self._grid.width, self._grid.height))
 
-    def prepare(self, image: Image) -> PreparedImage:
+    def preprocess(self, image: Image) -> PreprocessedImage:
         """Return ``pixel_values [1, 3, height, width]``."""
         crop = self.preprocessor.crop(image)
-        return PreparedImage(
+        return PreprocessedImage(
             graph=self.graphs[0],
             feeds={"pixel_values": self.preprocessor.pixel_values(crop)},
             digest=hashlib.sha256(crop.tobytes()).digest(),
             num_placeholders=self._counts.keep_tokens,
         )
 
-    def pack(self, outputs: Mapping[str, Array], prepared: PreparedImage) -> EncodedImage:
+    def postprocess(self, outputs: Mapping[str, Array], image: PreprocessedImage) -> EncodedImage:
         """Return the T kept tokens."""
         tokens = selected_tokens(outputs, 0, self._counts)
         entropies = () if tokens.spectral_entropy is None else (tokens.spectral_entropy,)
@@ -75,3 +95,152 @@ class Crop(ImageLayout):
     def num_placeholders(self, selection: TokenSelection) -> int:
         """Return T."""
         return self._counts.keep_tokens
+
+
+class _Config(PixelConfig, frozen=True):
+    """What is read of ``preprocessor_config.json``; the defaults are CLIPImageProcessor's."""
+
+    image_processor_type: str = "CLIPImageProcessor"
+    size: SizeDict | Size = SizeDict(shortest_edge=224)
+    do_center_crop: bool = True
+    crop_size: SizeDict | Size = SizeDict(height=224, width=224)
+    do_pad: bool | None = None
+
+
+@dataclass(frozen=True)
+class CropPreprocessor:
+    """Resize, centre crop, rescale and normalise.
+
+    Attributes:
+        height, width: of what comes out, in pixels.
+    """
+
+    height: int
+    width: int
+    _config: _Config
+    _levels: npt.NDArray[np.float32]  # [3, 256]: what each 8-bit level of each channel becomes
+
+    @classmethod
+    def from_file(cls, path: Path, *, height: int, width: int) -> CropPreprocessor:
+        """Read a ``preprocessor_config.json``.
+
+        Args:
+            path: the file.
+            height, width: what the vision graph takes, in pixels; the file has to lead there.
+
+        Raises:
+            PackageError: it cannot be read, asks for something that is not supported, or leads to another size.
+        """
+        config = read_pixel_config(path, _Config)
+        final = _final_size(config, path)
+        if final != (height, width):
+            raise PackageError(
+                f"{path} makes images of {final[0]} x {final[1]} pixels",
+                expected=f"{height} x {width}, as the vision graph takes",
+                fix="export again",
+            )
+        return cls(height, width, config, pixel_levels(config, path))
+
+    def crop(self, image: Image) -> Image:
+        """Return the part of an RGB image that the model sees, ``height`` x ``width`` pixels, 8 bits."""
+        from PIL import Image as PILImage
+
+        if self._config.do_pad:
+            image = _padded_to_square(image, self._config.image_mean)
+        if self._config.do_resize:
+            image = self._resized(image)
+        if self._config.do_center_crop:
+            image = PILImage.fromarray(_center_crop(np.asarray(image), self.height, self.width))
+        return image
+
+    def pixel_values(self, crop: Image) -> npt.NDArray[np.float32]:
+        """Return what the vision graph takes of one cropped image: float32 [1, 3, height, width]."""
+        return normalize(np.asarray(crop), self._levels)[None]
+
+    def __call__(self, image: Image) -> npt.NDArray[np.float32]:
+        """Return ``pixel_values(crop(image))``: float32 [1, 3, height, width]."""
+        return self.pixel_values(self.crop(image))
+
+    def _resized(self, image: Image) -> Image:
+        height, width = _resized_size(self._config, image.height, image.width)
+        if self._config.do_center_crop and height * width > _LARGE_PIXELS:
+            return self._resized_middle(image, height, width)
+        return image.resize((width, height), resample=self._config.resample)
+
+    def _resized_middle(self, image: Image, height: int, width: int) -> Image:
+        """Resize only what the crop will keep of a very long image, which could be too large for memory.
+
+        Within one level (1/255) of resizing all of it, but for noise that the filter overshoots on: there the
+        order of Pillow's two passes shows, which depends on the sizes.
+        """
+        x0, x1 = _window(width, self.width, image.width)
+        y0, y1 = _window(height, self.height, image.height)
+        box = (
+            x0 * image.width / width,
+            y0 * image.height / height,
+            x1 * image.width / width,
+            y1 * image.height / height,
+        )
+        return image.resize((x1 - x0, y1 - y0), resample=self._config.resample, box=box)
+
+
+def _final_size(config: _Config, path: Path) -> tuple[int, int]:
+    if config.do_pad and not config.image_processor_type.startswith("Llava"):
+        raise PackageError(f"{path} has do_pad with {config.image_processor_type}", expected="do_pad off")
+    size = config.crop_size if config.do_center_crop else config.size
+    fixed = (size, size) if isinstance(size, int) and config.do_center_crop else None
+    if isinstance(size, SizeDict) and size.height and size.width:
+        fixed = (size.height, size.width)
+    if fixed is None or not (config.do_center_crop or config.do_resize):
+        raise PackageError(f"{path} leads to no fixed size", expected="crop_size, or size with height and width")
+    if config.do_resize and isinstance(config.size, SizeDict):
+        known = config.size.shortest_edge or (config.size.height and config.size.width)
+        if not known or config.size.longest_edge:
+            raise PackageError(f"{path} has size {config.size}", expected="shortest_edge, or height and width")
+    return fixed
+
+
+def _resized_size(config: _Config, height: int, width: int) -> tuple[int, int]:
+    size = config.size
+    if isinstance(size, SizeDict) and size.height and size.width:
+        return size.height, size.width
+    shortest = size if isinstance(size, int) else size.shortest_edge or 1
+    longest = int(shortest * max(height, width) / min(height, width))
+    return (longest, shortest) if width <= height else (shortest, longest)
+
+
+def _window(resized: int, kept: int, original: int) -> tuple[int, int]:
+    """Return the part of one side to compute: what the crop keeps and what its filters look at, centred."""
+    margin = math.ceil(_FILTER_REACH * max(1.0, resized / original))
+    start = (resized - kept) // 2 - margin
+    return (0, resized) if start <= 0 else (start, start + kept + 2 * margin)
+
+
+def _center_crop(pixels: Pixels, height: int, width: int) -> Pixels:
+    """Cut [height, width, 3] out of the middle; where the image is smaller, zeros surround it."""
+    missing = [max(0, height - pixels.shape[0]), max(0, width - pixels.shape[1])]
+    if any(missing):
+        before = [(missing[0] + 1) // 2, (missing[1] + 1) // 2]
+        pixels = np.pad(pixels, [(before[i], missing[i] - before[i]) for i in range(2)] + [(0, 0)])
+    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+    return pixels[top : top + height, left : left + width]
+
+
+def _padded_to_square(image: Image, mean: Channels) -> Image:
+    """Centre the image on a square of the mean colour (LlavaImageProcessor with ``do_pad``).
+
+    Raises:
+        ImageError: the square would have more pixels than are decoded.
+    """
+    from PIL import Image as PILImage
+
+    side = max(image.size)
+    if side * side > max_decodable_pixels():
+        raise ImageError(
+            f"the image is {image.width} x {image.height} pixels, and this model pads it to {side} x {side}",
+            expected=f"at most {max_decodable_pixels()} pixels then",
+            fix="resize or crop it first",
+        )
+    square = PILImage.new("RGB", (side, side), (int(mean[0] * 255), int(mean[1] * 255), int(mean[2] * 255)))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square

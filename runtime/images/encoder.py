@@ -18,7 +18,7 @@ from promprune.errors import ConfigError
 from promprune.package.agree import check_graph
 from promprune.package.manifest import Manifest
 from promprune.package.package import Package, read_package
-from promprune.runtime.images import ImageLayout, PreparedImage, layout_of
+from promprune.runtime.images import ImageProcessor, PreprocessedImage, open_processor
 from promprune.runtime.images.encoded import EncodedImage
 from promprune.runtime.images.preprocess import load_image
 from promprune.runtime.sessions import Session, open_session
@@ -42,17 +42,17 @@ class ImageEncoder:
 
     Attributes:
         manifest: what the package says of itself.
-        layout: from pictures to the inputs of a vision graph, and from its outputs to encoded images.
+        processor: turns pictures into the inputs of a vision graph, and its outputs into encoded images.
         device: where the graphs run: ``"CPU"`` or ``"CUDA"``.
         sessions: the loaded graphs, by name.
     """
 
     def __init__(
-        self, manifest: Manifest, layout: ImageLayout, sessions: Mapping[str, Session], config: RuntimeConfig
+        self, manifest: Manifest, processor: ImageProcessor, sessions: Mapping[str, Session], config: RuntimeConfig
     ) -> None:
         self.manifest = manifest
-        self.layout = layout
-        self.device = sessions[layout.graphs[0]].device
+        self.processor = processor
+        self.device = sessions[processor.graphs[0]].device
         self.sessions = sessions
         self._cache = _ImageCache(config.image_cache_size)
 
@@ -77,12 +77,12 @@ class ImageEncoder:
             PackageError: they are not what the manifest says.
             BackendError: one of them, or the provider that was asked for, cannot be loaded.
         """
-        layout = layout_of(package)
-        sessions = {name: open_session(package, name, config) for name in layout.graphs}
+        processor = open_processor(package)
+        sessions = {name: open_session(package, name, config) for name in processor.graphs}
         for name, session in sessions.items():
-            file, expected = package.graph_file(name), layout.expected(name)
+            file, expected = package.graph_file(name), processor.expected(name)
             check_graph(file, session.inputs.values(), session.outputs.values(), expected, source="its preprocessing")
-        return cls(package.manifest, layout, sessions, config)
+        return cls(package.manifest, processor, sessions, config)
 
     def encode_image(self, image: ImageSource) -> EncodedImage:
         """Return the kept visual tokens of one image.
@@ -91,7 +91,7 @@ class ImageEncoder:
             ImageError: it cannot be read.
             BackendError: the vision graph failed, or returned something that is not a number.
         """
-        return self.encode(self.prepare(image))[0]
+        return self.encode(self.preprocess(image))[0]
 
     def view(self, image: str | Path | bytes | Image | npt.NDArray[np.uint8]) -> Image:
         """Return what the model sees of an image, in the size in which it sees it; 8-bit RGB.
@@ -99,9 +99,9 @@ class ImageEncoder:
         Raises:
             ImageError: it cannot be read.
         """
-        return self.layout.view(load_image(image))
+        return self.processor.view(load_image(image))
 
-    def prepare(self, source: ImageSource) -> EncodedImage | PreparedImage:
+    def preprocess(self, source: ImageSource) -> EncodedImage | PreprocessedImage:
         """Read and preprocess one image; one that was encoded by this package before is returned as it is.
 
         Raises:
@@ -109,9 +109,9 @@ class ImageEncoder:
             ConfigError: it was encoded by a package of another shape.
         """
         if not isinstance(source, EncodedImage):
-            return self.layout.prepare(load_image(source))
-        size = self.sessions[self.layout.graphs[0]].outputs["image_features"].shape[-1]
-        expected = (self.layout.num_placeholders(source.selection), size)
+            return self.processor.preprocess(load_image(source))
+        size = self.sessions[self.processor.graphs[0]].outputs["image_features"].shape[-1]
+        expected = (self.processor.num_placeholders(source.selection), size)
         if source.image_features.shape != expected:
             raise ConfigError(
                 f"received an encoded image of shape {list(source.image_features.shape)}",
@@ -120,7 +120,7 @@ class ImageEncoder:
             )
         return source
 
-    def encode(self, image: EncodedImage | PreparedImage) -> tuple[EncodedImage, bool]:
+    def encode(self, image: EncodedImage | PreprocessedImage) -> tuple[EncodedImage, bool]:
         """Return an encoded image, and whether the vision encoder had to run for it.
 
         Raises:
@@ -136,16 +136,16 @@ class ImageEncoder:
         self._cache.put(image.digest, encoded)
         return encoded, True
 
-    def _run(self, image: PreparedImage) -> EncodedImage:
+    def _run(self, image: PreprocessedImage) -> EncodedImage:
         session = self.sessions[image.graph]
         if not session.copies_on_device:
-            return self.layout.pack(session.run(image.feeds), image)
+            return self.processor.postprocess(session.run(image.feeds), image)
         outputs = session.run_keeping(image.feeds, keep=["image_features"])
         features = outputs["image_features"]
-        encoded = self.layout.pack({name: output.numpy() for name, output in outputs.items()}, image)
-        # A layout may have put them in another order, with others between.
-        as_they_are = np.shares_memory(encoded.image_features, features.numpy())
-        return replace(encoded, on_device=features) if as_they_are and features.shape[0] == 1 else encoded
+        encoded = self.processor.postprocess({name: output.numpy() for name, output in outputs.items()}, image)
+        # Postprocessing may have reordered the features, or inserted others.
+        unchanged = np.shares_memory(encoded.image_features, features.numpy())
+        return replace(encoded, on_device=features) if unchanged and features.shape[0] == 1 else encoded
 
     @property
     def notes(self) -> tuple[str, ...]:

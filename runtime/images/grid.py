@@ -1,27 +1,38 @@
-"""One of several sizes for every image, each with a vision graph: Qwen2-VL and Qwen2.5-VL."""
+"""One of several sizes for every image, each with a vision graph: Qwen2-VL and Qwen2.5-VL.
+
+A picture is resized to one of the grids that a package has graphs for, whatever its own size; where that is the
+size which ``smart_resize`` would have chosen, the patches are those of transformers.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
+
+from promprune.errors import PackageError
 from promprune.package.image import GridLayout, GridRecord
 from promprune.package.manifest import GraphRecord
 from promprune.package.package import Package
-from promprune.runtime.images.base import ImageLayout, PreparedImage, expect, expected_graph, selected_tokens
+from promprune.runtime.images.base import ImageProcessor, PreprocessedImage, expect, expected_graph, selected_tokens
 from promprune.runtime.images.encoded import EncodedImage, TokenGrid, TokenSelection
-from promprune.runtime.images.patches import PatchPreprocessor, closest_shape
-from promprune.runtime.images.positions import grid_positions
+from promprune.runtime.images.positions import ImagePositions
+from promprune.runtime.images.preprocess import PixelConfig, normalize, pixel_levels, read_pixel_config
 from promprune.runtime.sessions import Array
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Grids"]
+__all__ = ["GridPreprocessor", "GridProcessor", "closest_shape", "grid_positions"]
 
 
-class Grids(ImageLayout):
+class GridProcessor(ImageProcessor):
     """``pixel_values [1, patches, values of a patch]`` -> T tokens, with their places in the grid.
 
     Attributes:
@@ -33,7 +44,7 @@ class Grids(ImageLayout):
         self._package = package
         assert isinstance(layout, GridLayout)  # as the table says
         path = package.folder / "preprocessor_config.json"
-        self.preprocessor = PatchPreprocessor.from_file(path)
+        self.preprocessor = GridPreprocessor.from_file(path)
         expect(f"pixels of a token in {path}", self.preprocessor.token_pixels, layout.token_pixels)
         self.graphs = layout.vision_graphs
         self._grids = {grid.graph: grid for grid in layout.grids}
@@ -51,21 +62,21 @@ class Grids(ImageLayout):
         """Return the image in the size of its grid."""
         return self._resized(image, self._grid_for(image))
 
-    def prepare(self, image: Image) -> PreparedImage:
+    def preprocess(self, image: Image) -> PreprocessedImage:
         """Return ``pixel_values [1, patches, values of a patch]`` for the grid that distorts the image least."""
         grid = self._grid_for(image)
         resized = self._resized(image, grid)
-        return PreparedImage(
+        return PreprocessedImage(
             graph=grid.graph,
             feeds={"pixel_values": self.preprocessor.pixel_values(resized)},
             digest=hashlib.sha256(grid.graph.encode() + resized.tobytes()).digest(),
             num_placeholders=self._counts[grid.graph].keep_tokens,
         )
 
-    def pack(self, outputs: Mapping[str, Array], prepared: PreparedImage) -> EncodedImage:
+    def postprocess(self, outputs: Mapping[str, Array], image: PreprocessedImage) -> EncodedImage:
         """Return the T kept tokens."""
-        grid = self._grids[prepared.graph]
-        tokens = selected_tokens(outputs, 0, self._counts[prepared.graph])
+        grid = self._grids[image.graph]
+        tokens = selected_tokens(outputs, 0, self._counts[image.graph])
         side = self.preprocessor.token_pixels
         box = TokenGrid(
             rows=grid.rows, columns=grid.columns, left=0, top=0, width=grid.columns * side, height=grid.rows * side
@@ -88,3 +99,96 @@ class Grids(ImageLayout):
 
     def _resized(self, image: Image, grid: GridRecord) -> Image:
         return self.preprocessor.resized(image, rows=grid.rows, columns=grid.columns)
+
+
+class _Config(PixelConfig, frozen=True):
+    """What is read of ``preprocessor_config.json``; the defaults are Qwen2VLImageProcessor's."""
+
+    image_processor_type: str = "Qwen2VLImageProcessor"
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+
+
+@dataclass(frozen=True)
+class GridPreprocessor:
+    """Resize, rescale, normalise, and cut into patches."""
+
+    _config: _Config
+    _levels: npt.NDArray[np.float32]  # [3, 256]: what each 8-bit level of each channel becomes
+
+    @classmethod
+    def from_file(cls, path: Path) -> GridPreprocessor:
+        """Read a ``preprocessor_config.json``.
+
+        Raises:
+            PackageError: it cannot be read, or asks for something that is not supported.
+        """
+        config = read_pixel_config(path, _Config)
+        if min(config.patch_size, config.temporal_patch_size, config.merge_size) < 1 or not config.do_resize:
+            raise PackageError(
+                f"{path} has patch_size {config.patch_size}, temporal_patch_size {config.temporal_patch_size}, "
+                f"merge_size {config.merge_size} and do_resize {config.do_resize}",
+                expected="sizes of at least 1, and do_resize",
+                fix="export again",
+            )
+        return cls(config, pixel_levels(config, path))
+
+    @property
+    def token_pixels(self) -> int:
+        """Side of the square of pixels that becomes one token."""
+        return self._config.patch_size * self._config.merge_size
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers that describe one patch: three channels, at several times, of a square of pixels."""
+        return 3 * self._config.temporal_patch_size * self._config.patch_size**2
+
+    @property
+    def group(self) -> int:
+        """Patches of one token."""
+        return self._config.merge_size**2
+
+    def resized(self, image: Image, *, rows: int, columns: int) -> Image:
+        """Return an RGB image in the size of a grid of tokens, 8 bits."""
+        size = (columns * self.token_pixels, rows * self.token_pixels)
+        return image.resize(size, resample=self._config.resample)
+
+    def pixel_values(self, resized: Image) -> npt.NDArray[np.float32]:
+        """Return the patches of a resized image, those of one token together: float32 [1, patches, patch_values]."""
+        side, merge, times = self._config.patch_size, self._config.merge_size, self._config.temporal_patch_size
+        pixels = np.asarray(resized)
+        channels = normalize(pixels, self._levels)
+        rows, columns = pixels.shape[0] // self.token_pixels, pixels.shape[1] // self.token_pixels
+        # channel, token row, patch in it, pixel in that; the same for columns
+        patches = channels.reshape(3, rows, merge, side, columns, merge, side).transpose(1, 4, 2, 5, 0, 3, 6)
+        moving = np.repeat(patches[:, :, :, :, :, None], times, axis=5)  # a still image, at several times
+        return moving.reshape(1, rows * columns * self.group, self.patch_values)
+
+
+def closest_shape(height: int, width: int, grids: Iterable[tuple[int, int]]) -> int:
+    """Return which grid distorts a picture least; of several, the one nearest in size.
+
+    Args:
+        height, width: of the picture, in pixels.
+        grids: height and width of each, in pixels.
+    """
+
+    def distance(grid: tuple[int, int]) -> tuple[float, float]:
+        aspect = (grid[1] * height) / (grid[0] * width)
+        area = (grid[0] * grid[1]) / (height * width)
+        return abs(math.log(aspect)), abs(math.log(area))
+
+    distances = [distance(grid) for grid in grids]
+    return distances.index(min(distances))
+
+
+def grid_positions(indices: npt.NDArray[np.int64], *, rows: int, columns: int) -> ImagePositions:
+    """Return the positions of some tokens of a grid.
+
+    Args:
+        indices: int64 [T], in raster order of the grid.
+        rows, columns: of the whole grid.
+    """
+    row, column = np.divmod(indices, columns)
+    return ImagePositions(np.stack([np.zeros_like(row), row, column]), max(rows, columns))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ImagePositions", "PromptPositions", "grid_positions", "prompt_positions"]
+__all__ = ["ImagePositions", "PromptPositions", "prompt_positions"]
 
 Positions = npt.NDArray[np.int64]
 
@@ -41,17 +41,6 @@ class PromptPositions:
 
     ids: Positions
     rope_delta: npt.NDArray[np.int64]
-
-
-def grid_positions(indices: npt.NDArray[np.int64], *, rows: int, columns: int) -> ImagePositions:
-    """Return the positions of some tokens of a grid.
-
-    Args:
-        indices: int64 [T], in raster order of the grid.
-        rows, columns: of the whole grid.
-    """
-    row, column = np.divmod(indices, columns)
-    return ImagePositions(np.stack([np.zeros_like(row), row, column]), max(rows, columns))
 
 
 def prompt_positions(

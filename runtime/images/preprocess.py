@@ -1,4 +1,4 @@
-"""From a picture to ``pixel_values``, as the Hugging Face CLIP and LLaVA image processors do it.
+"""Reading pictures, and what the preprocessing of every kind of image handling shares.
 
 Where they leave a choice, this is what happens:
 
@@ -12,9 +12,7 @@ Where they leave a choice, this is what happens:
 from __future__ import annotations
 
 import io
-import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
 
@@ -27,7 +25,18 @@ from promprune.errors import ImageError, PackageError, first_line
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ImagePreprocessor", "PixelConfig", "load_image", "pixel_levels", "read_pixel_config"]
+__all__ = [
+    "Channels",
+    "PixelConfig",
+    "Pixels",
+    "Size",
+    "SizeDict",
+    "load_image",
+    "max_decodable_pixels",
+    "normalize",
+    "pixel_levels",
+    "read_pixel_config",
+]
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -36,8 +45,6 @@ Pixels = npt.NDArray[np.uint8]
 _COMMON_FORMATS: Final = ("PNG", "JPEG", "GIF", "BMP", "PPM")
 _FORMATS: Final = (*_COMMON_FORMATS, "WEBP", "TIFF", "AVIF", "JPEG2000", "TGA", "ICO")
 _READABLE: Final = "a picture Pillow can read (PNG, JPEG, WebP, GIF, BMP, TIFF, ...)"
-_FILTER_REACH: Final = 4  # output or input pixels, whichever is larger, beyond which no filter looks
-_LARGE_PIXELS: Final = 16_000_000  # a resized image larger than this is computed only where the crop needs it
 
 Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
 Channels = tuple[float, float, float]
@@ -64,95 +71,7 @@ class PixelConfig(msgspec.Struct, frozen=True):
     image_std: Channels = (0.26862954, 0.26130258, 0.27577711)
 
 
-class _Config(PixelConfig, frozen=True):
-    """What is read of ``preprocessor_config.json``; the defaults are CLIPImageProcessor's."""
-
-    image_processor_type: str = "CLIPImageProcessor"
-    size: SizeDict | Size = SizeDict(shortest_edge=224)
-    do_center_crop: bool = True
-    crop_size: SizeDict | Size = SizeDict(height=224, width=224)
-    do_pad: bool | None = None
-
-
 ConfigT = TypeVar("ConfigT", bound=PixelConfig)
-
-
-@dataclass(frozen=True)
-class ImagePreprocessor:
-    """Resize, centre crop, rescale and normalise.
-
-    Attributes:
-        height, width: of what comes out, in pixels.
-    """
-
-    height: int
-    width: int
-    _config: _Config
-    _levels: npt.NDArray[np.float32]  # [3, 256]: what each 8-bit level of each channel becomes
-
-    @classmethod
-    def from_file(cls, path: Path, *, height: int, width: int) -> ImagePreprocessor:
-        """Read a ``preprocessor_config.json``.
-
-        Args:
-            path: the file.
-            height, width: what the vision graph takes, in pixels; the file has to lead there.
-
-        Raises:
-            PackageError: it cannot be read, asks for something that is not supported, or leads to another size.
-        """
-        config = read_pixel_config(path, _Config)
-        final = _final_size(config, path)
-        if final != (height, width):
-            raise PackageError(
-                f"{path} makes images of {final[0]} x {final[1]} pixels",
-                expected=f"{height} x {width}, as the vision graph takes",
-                fix="export again",
-            )
-        return cls(height, width, config, pixel_levels(config, path))
-
-    def crop(self, image: Image) -> Image:
-        """Return the part of an RGB image that the model sees, ``height`` x ``width`` pixels, 8 bits."""
-        from PIL import Image as PILImage
-
-        if self._config.do_pad:
-            image = _padded_to_square(image, self._config.image_mean)
-        if self._config.do_resize:
-            image = self._resized(image)
-        if self._config.do_center_crop:
-            image = PILImage.fromarray(_center_crop(np.asarray(image), self.height, self.width))
-        return image
-
-    def pixel_values(self, crop: Image) -> npt.NDArray[np.float32]:
-        """Return what the vision graph takes of one cropped image: float32 [1, 3, height, width]."""
-        pixels = np.asarray(crop)
-        return np.stack([self._levels[channel][pixels[..., channel]] for channel in range(3)])[None]
-
-    def __call__(self, image: Image) -> npt.NDArray[np.float32]:
-        """Return ``pixel_values(crop(image))``: float32 [1, 3, height, width]."""
-        return self.pixel_values(self.crop(image))
-
-    def _resized(self, image: Image) -> Image:
-        height, width = _resized_size(self._config, image.height, image.width)
-        if self._config.do_center_crop and height * width > _LARGE_PIXELS:
-            return self._resized_middle(image, height, width)
-        return image.resize((width, height), resample=self._config.resample)
-
-    def _resized_middle(self, image: Image, height: int, width: int) -> Image:
-        """Resize only what the crop will keep of a very long image, which could be too large for memory.
-
-        Within one level (1/255) of resizing all of it, but for noise that the filter overshoots on: there the
-        order of Pillow's two passes shows, which depends on the sizes.
-        """
-        x0, x1 = _window(width, self.width, image.width)
-        y0, y1 = _window(height, self.height, image.height)
-        box = (
-            x0 * image.width / width,
-            y0 * image.height / height,
-            x1 * image.width / width,
-            y1 * image.height / height,
-        )
-        return image.resize((x1 - x0, y1 - y0), resample=self._config.resample, box=box)
 
 
 def load_image(source: str | Path | bytes | Image | Pixels) -> Image:
@@ -254,7 +173,7 @@ def _undecodable(name: str, error: Exception) -> ImageError:
     if isinstance(error, PILImage.DecompressionBombError):
         return ImageError(
             f"{name} has too many pixels to decode safely",
-            expected=f"at most {_most_pixels()} pixels",
+            expected=f"at most {max_decodable_pixels()} pixels",
             fix="resize it first",
         )
     if isinstance(error, MemoryError):
@@ -264,7 +183,7 @@ def _undecodable(name: str, error: Exception) -> ImageError:
     )
 
 
-def _most_pixels() -> int:
+def max_decodable_pixels() -> int:
     """Return how many pixels Pillow decodes: it refuses a picture of more."""
     from PIL import Image as PILImage
 
@@ -299,6 +218,11 @@ def pixel_levels(config: PixelConfig, path: Path) -> npt.NDArray[np.float32]:
     return table
 
 
+def normalize(pixels: Pixels, levels: npt.NDArray[np.float32], *, axis: int = 0) -> npt.NDArray[np.float32]:
+    """Return what every 8-bit level of ``pixels [..., 3]`` becomes, with the channels at ``axis``: float32."""
+    return np.stack([levels[channel][pixels[..., channel]] for channel in range(3)], axis=axis)
+
+
 def _levels(config: PixelConfig) -> npt.NDArray[np.float32]:
     levels = np.arange(256, dtype=np.float64)
     with np.errstate(all="ignore"):  # the caller refuses what is not finite
@@ -308,65 +232,3 @@ def _levels(config: PixelConfig) -> npt.NDArray[np.float32]:
             mean = np.array(config.image_mean, np.float32)[:, None]
             table = (table - mean) / np.array(config.image_std, np.float32)[:, None]
     return table.astype(np.float32)
-
-
-def _final_size(config: _Config, path: Path) -> tuple[int, int]:
-    if config.do_pad and not config.image_processor_type.startswith("Llava"):
-        raise PackageError(f"{path} has do_pad with {config.image_processor_type}", expected="do_pad off")
-    size = config.crop_size if config.do_center_crop else config.size
-    fixed = (size, size) if isinstance(size, int) and config.do_center_crop else None
-    if isinstance(size, SizeDict) and size.height and size.width:
-        fixed = (size.height, size.width)
-    if fixed is None or not (config.do_center_crop or config.do_resize):
-        raise PackageError(f"{path} leads to no fixed size", expected="crop_size, or size with height and width")
-    if config.do_resize and isinstance(config.size, SizeDict):
-        known = config.size.shortest_edge or (config.size.height and config.size.width)
-        if not known or config.size.longest_edge:
-            raise PackageError(f"{path} has size {config.size}", expected="shortest_edge, or height and width")
-    return fixed
-
-
-def _resized_size(config: _Config, height: int, width: int) -> tuple[int, int]:
-    size = config.size
-    if isinstance(size, SizeDict) and size.height and size.width:
-        return size.height, size.width
-    shortest = size if isinstance(size, int) else size.shortest_edge or 1
-    longest = int(shortest * max(height, width) / min(height, width))
-    return (longest, shortest) if width <= height else (shortest, longest)
-
-
-def _window(resized: int, kept: int, original: int) -> tuple[int, int]:
-    """Return the part of one side to compute: what the crop keeps and what its filters look at, centred."""
-    margin = math.ceil(_FILTER_REACH * max(1.0, resized / original))
-    start = (resized - kept) // 2 - margin
-    return (0, resized) if start <= 0 else (start, start + kept + 2 * margin)
-
-
-def _center_crop(pixels: Pixels, height: int, width: int) -> Pixels:
-    """Cut [height, width, 3] out of the middle; where the image is smaller, zeros surround it."""
-    missing = [max(0, height - pixels.shape[0]), max(0, width - pixels.shape[1])]
-    if any(missing):
-        before = [(missing[0] + 1) // 2, (missing[1] + 1) // 2]
-        pixels = np.pad(pixels, [(before[i], missing[i] - before[i]) for i in range(2)] + [(0, 0)])
-    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
-    return pixels[top : top + height, left : left + width]
-
-
-def _padded_to_square(image: Image, mean: Channels) -> Image:
-    """Centre the image on a square of the mean colour (LlavaImageProcessor with ``do_pad``).
-
-    Raises:
-        ImageError: the square would have more pixels than are decoded.
-    """
-    from PIL import Image as PILImage
-
-    side = max(image.size)
-    if side * side > _most_pixels():
-        raise ImageError(
-            f"the image is {image.width} x {image.height} pixels, and this model pads it to {side} x {side}",
-            expected=f"at most {_most_pixels()} pixels then",
-            fix="resize or crop it first",
-        )
-    square = PILImage.new("RGB", (side, side), (int(mean[0] * 255), int(mean[1] * 255), int(mean[2] * 255)))
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
