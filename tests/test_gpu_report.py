@@ -11,22 +11,26 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import LlavaForConditionalGeneration
 
 from scripts.gpu import fill_docs, report
 from scripts.gpu.carried import LIMIT_BYTES, carried_bytes
 from scripts.gpu.goals import goals
 from scripts.gpu.measure import count_flops, device_ms
+from scripts.gpu.models import llava_config, random_model
 from scripts.gpu.page import section
 from scripts.gpu.parts import PART_BYTES, join, split
 from scripts.gpu.plan import RUNS, limits_s, plan_lines
 from scripts.gpu.record import Record, read_record
 from scripts.gpu.shares import bound_ms, ceilings_of
+from scripts.gpu.sizes import FULL, prompt_lengths
 from scripts.gpu.stages.gpu_tests import junit_rows
 
 ROOT = Path(__file__).parents[1]
@@ -231,6 +235,15 @@ def test_the_plan_fits_one_run() -> None:
     seconds = [int(line.split(" s ")[0].split()[-1]) for line in lines]
     assert sum(seconds[:-1]) == seconds[-1] <= report.DEFAULT_BUDGET_S <= 9 * 60
     assert limits_s(RUNS["pytorch"], 150) == [120, 30, 0, 0, 0, 0]
+
+
+def test_the_real_models_have_their_sizes() -> None:
+    """LLaVA-1.5-7B has 7.06 billion parameters; prompts have 60 tokens of text."""
+    sizes = replace(FULL, device="meta")
+    model = random_model(LlavaForConditionalGeneration, llava_config(sizes), sizes)
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(7.06e9, rel=0.01)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert prompt_lengths(sizes) == [60 + 69, 60 + 5 * 69, 60 + 576, 60 + 5 * 576]
 
 
 def test_few_files_come_back() -> None:
