@@ -30,6 +30,7 @@ from promprune.export.graphs.external_data import ExternalData
 from promprune.export.graphs.selector import build_selector
 from promprune.export.graphs.trace import save_graph
 from promprune.export.graphs.vision import vision_graph
+from promprune.export.lower.build import try_to_lower
 from promprune.export.verify.verification import verify_package
 from promprune.package.image import ImageRecord
 from promprune.package.manifest import (
@@ -48,6 +49,7 @@ from promprune.package.manifest import (
     write_manifest,
     writing_package,
 )
+from promprune.package.package import Package
 from promprune.progress import NO_PROGRESS, Progress
 
 __all__ = ["ExportResult", "default_output", "export_package"]
@@ -63,11 +65,13 @@ class ExportResult:
         output: its folder.
         manifest: as written.
         seconds: wall time of the whole export.
+        not_lowered: why there is no lowered decoder; empty if there is one, or no decoder at all.
     """
 
     output: Path
     manifest: Manifest
     seconds: float
+    not_lowered: str = ""
 
 
 def export_package(config: ExportConfig, *, progress: Progress = NO_PROGRESS) -> ExportResult:
@@ -78,7 +82,7 @@ def export_package(config: ExportConfig, *, progress: Progress = NO_PROGRESS) ->
     """
     started = time.perf_counter()
     output = config.output or default_output(config)
-    progress.announce(2 + config.verify)
+    progress.announce(3 + config.verify)
     with writing_package(output, force=config.force) as folder:
         with progress.step("read the checkpoint"):
             checkpoint = load_checkpoint(config.model, dtype=torch_dtype(config.dtype))
@@ -103,7 +107,10 @@ def export_package(config: ExportConfig, *, progress: Progress = NO_PROGRESS) ->
             with progress.step("verify against the model"):
                 manifest = verified(folder, manifest, checkpoint)
                 write_manifest(folder, manifest)
-    return ExportResult(output=output, manifest=manifest, seconds=time.perf_counter() - started)
+        with progress.step("lower the decoder for ONNX Runtime"):
+            not_lowered = try_to_lower(Package(folder, manifest))
+    seconds = time.perf_counter() - started
+    return ExportResult(output=output, manifest=manifest, seconds=seconds, not_lowered=not_lowered)
 
 
 def selection_record(config: ExportConfig, own: Mapping[str, float]) -> SelectionRecord:

@@ -120,7 +120,7 @@ def test_the_decoder_equals_transformers(
         embeds = reference.get_input_embeddings()(input_ids).numpy()
     decoder = session(tiny_export, "decoder_model_merged")
     caches = [value.name for value in decoder.get_inputs() if value.name.startswith("past_key_values.")]
-    cache = {name: np.zeros((2, 2, 0, 12), np.float32) for name in caches}
+    cache = {name: np.zeros((2, 2, 0, 8), np.float32) for name in caches}
     for begin, end in ((0, past), (past, total)) if past else ((0, total),):
         logits, *present = decoder.run(
             None,

@@ -1,7 +1,8 @@
-"""``promprune-build``: build TensorRT engines from a package, for one or more kinds of GPU."""
+"""``promprune-build``: build TensorRT engines from a package, or lower its decoder for ONNX Runtime."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -9,7 +10,10 @@ import msgspec
 import typer
 from rich.table import Table
 
+from promprune.checks import require
 from promprune.package.engines import ENGINE_BACKENDS, EngineConfig
+from promprune.package.lowered import LOWERED_BACKEND
+from promprune.package.package import read_package
 from promprune.runtime.commands.options import Version
 from promprune.terminal import console, missing_extra, option_type, print_json, run_command, show_progress
 
@@ -81,14 +85,19 @@ def build(
 ) -> None:
     """Build TensorRT engines of a package, in PACKAGE/engines. Engines that are up to date are kept.
 
+    The backend onnxruntime lowers the decoder for ONNX Runtime, as an export does, over the weights of the package.
+
     Examples:
 
       promprune-build promprune-embedded-0.12 --target sm89,sm120
 
       promprune-build llava-0.12 --backend tensorrt --max-batch 4 --workspace-mib 4096
+
+      promprune-build llava-0.12 --backend onnxruntime
     """
+    lower = backend == LOWERED_BACKEND
     config = EngineConfig(
-        backend=backend,  # type: ignore[arg-type]  # validated by EngineConfig
+        backend=DEFAULTS.backend if lower else backend,  # type: ignore[arg-type]  # validated by EngineConfig
         targets=tuple(part.strip() for part in target.split(",") if part.strip()),
         max_prompt_tokens=max_prompt_tokens,
         max_new_tokens=max_new_tokens,
@@ -97,6 +106,10 @@ def build(
         workspace_mib=workspace_mib,
         rebuild=rebuild,
     )
+    if lower:
+        require(config == replace(DEFAULTS, rebuild=rebuild), "backend", backend, "no options of engines with it")
+        _lower(package, rebuild=rebuild, as_json=as_json)
+        return
     with missing_extra(backend):
         from promprune.export.engine import build_engines
     with show_progress() as progress:
@@ -110,6 +123,21 @@ def build(
 def main() -> None:
     """Entry point of ``promprune-build``."""
     run_command(build)
+
+
+def _lower(package: Path, *, rebuild: bool, as_json: bool) -> None:
+    with missing_extra("export"):
+        from promprune.export.lower.build import lower_package
+    with show_progress() as progress, progress.step("lower the decoder for ONNX Runtime"):
+        lowered = lower_package(read_package(package, check_weights=rebuild), rebuild=rebuild)
+    if as_json:
+        content = {"built": lowered.built, **msgspec.to_builtins(lowered.manifest)}
+        print_json({"package": str(package), "lowered": {"folder": str(lowered.folder), **content}})
+        return
+    for check in lowered.manifest.checks:
+        console.print(f"{check.name}: {check.measured:.1e}, at most {check.limit:.0e}", soft_wrap=True)
+    state = "built" if lowered.built else "up to date"
+    print(f"{lowered.folder}: {LOWERED_BACKEND} {lowered.manifest.tool_version}, {state}")
 
 
 def _as_json(result: BuiltEngines) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from promprune.terminal import (
     console,
     missing_extra,
     option_type,
+    plain,
     print_json,
     run_command,
     show_progress,
@@ -224,6 +225,8 @@ def _print_summary(result: ExportResult, seconds: float) -> None:
     verified = "not verified" if manifest.verification is None else "verified"
     print(f"{result.output}: {describe_selection(manifest)}, {manifest.dtype}, {size_mb:.1f} MB, {verified}")
     answers = "promprune-run {} --image FILE --prompt TEXT" if manifest.has_language_model else "see docs/runtime.md"
+    if result.not_lowered:
+        console.print(f"[yellow]note:[/] no lowered decoder: {plain(result.not_lowered)}", soft_wrap=True)
     console.print(f"exported in {seconds:.1f} s; next: {answers.format(result.output)}", soft_wrap=True)
 
 

@@ -27,7 +27,7 @@ from promprune.export.graphs.passes.attention import simplify_attention
 from promprune.export.graphs.passes.layers import Repetition, repeat_layer
 from promprune.package.manifest import GraphRecord, TensorRecord, TokenCounts
 
-__all__ = ["graph_from_module", "save_graph"]
+__all__ = ["graph_from_module", "save_graph", "tensor_record"]
 
 # All rules of torch.onnx but one, which compares every pair of nodes and takes most of the time in a deep graph.
 _RULES: Final = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule.name != "SlicesSplit"]
@@ -106,8 +106,8 @@ def save_graph(model: ir.Model, name: str, data: ExternalData, tokens: TokenCoun
     return GraphRecord(
         file=f"{data.folder.name}/{name}.onnx",
         weights=tuple(f"{data.folder.name}/{file}" for file in weights),
-        inputs=tuple(_tensor_record(value) for value in model.graph.inputs),
-        outputs=tuple(_tensor_record(value) for value in model.graph.outputs),
+        inputs=tuple(tensor_record(value) for value in model.graph.inputs),
+        outputs=tuple(tensor_record(value) for value in model.graph.outputs),
         tokens=tokens,
     )
 
@@ -181,7 +181,8 @@ def _optimize(model: ir.Model) -> None:
     simplify_attention(model)
 
 
-def _tensor_record(value: ir.Value) -> TensorRecord:
+def tensor_record(value: ir.Value) -> TensorRecord:
+    """Describe an input or output of a graph for a manifest."""
     if value.name is None or value.dtype is None or value.shape is None:
         raise RuntimeError(f"graph value {value.name!r} has no dtype or shape")
     dims = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)

@@ -3,15 +3,15 @@
 The rows of one cache are padded on the left to a common length, and ``mask`` says where. Requests that join or leave a
 batch are gathered into a new cache, which copies it: once per change of the batch, not once per step.
 
-This file alone knows how keys and values are laid out and handed to the graph; the other files of the engine pass
-:class:`KVCache` and :class:`Slot` around.
+This file and ``slots.py``, for lowered decoders, alone know how keys and values are laid out and handed to the graph;
+the other files of the engine pass a :class:`Cache` and :class:`Slot` around.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final, NamedTuple
+from typing import Any, Final, Generic, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,15 +20,72 @@ from promprune.errors import PackageError
 from promprune.package.manifest import TensorRecord
 from promprune.runtime.sessions import Array, RowCopy, Session, Value
 
-__all__ = ["CachedPrefix", "KVCache", "KVCacheManager", "Slot", "fixed_size", "padded_tokens", "to_host"]
+__all__ = [
+    "PAST",
+    "PRESENT",
+    "Cache",
+    "CacheManager",
+    "CachedPrefix",
+    "KVCache",
+    "KVCacheManager",
+    "Slot",
+    "cache_bytes_per_token",
+    "fixed_size",
+    "padded_tokens",
+    "to_host",
+]
 
-_PAST: Final = "past_key_values."
-_PRESENT: Final = "present."
+PAST: Final = "past_key_values."  # graph inputs begin with it
+PRESENT: Final = "present."  # graph outputs
 _UNLIMITED: Final = 1 << 62
 _CAPACITY_STEP: Final = 256  # positions by which the capacity grows if decode steps write in place
 
 TokenIds = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.int64]
+CacheT = TypeVar("CacheT", bound="Cache")
+
+
+class Cache(Protocol):
+    """Keys and values of a batch, as the engine sees them."""
+
+    @property
+    def rope_delta(self) -> npt.NDArray[np.int64]:
+        """int64 [batch]; rotary position of the next token, minus the number of tokens of its row."""
+
+    @property
+    def batch(self) -> int:
+        """Number of rows."""
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """int64 [batch]; positions of each row, without padding."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the keys and values, in bytes."""
+
+    def truncate(self, length: int) -> Self:
+        """Return a cache of the first ``length`` positions, which shares its tensors with this one."""
+
+
+class CacheManager(Protocol):
+    """Makes, extends and gathers the caches of one decoder, all of one kind."""
+
+    inputs: set[str]
+    outputs: set[str]
+    bytes_per_token: int
+
+    def empty(self, batch: int, capacity: int = 0) -> Any:
+        """Return the cache of a batch that has no tokens yet, whose longest row will have ``capacity``."""
+
+    def run(self, feeds: Mapping[str, Value], cache: Any, new: Mask) -> tuple[Array, Any]:
+        """Run the graph on new positions; return its logits, and the cache that includes them."""
+
+    def gather(self, slots: Sequence[Slot[Any]]) -> Any:
+        """Return one cache of these rows, in their order; it may take the place of those that they are from."""
+
+    def extract(self, slot: Slot[Any]) -> Any:
+        """Return a cache of one row that others of its batch do not change."""
 
 
 @dataclass(eq=False)
@@ -61,6 +118,12 @@ class KVCache:
         return len(self.mask)
 
     @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """int64 [batch]; positions of each row, without the padding on its left."""
+        lengths: npt.NDArray[np.int64] = self.mask.sum(axis=1)
+        return lengths
+
+    @property
     def length(self) -> int:
         """Positions per row, padding included."""
         return int(self.mask.shape[1])
@@ -83,21 +146,16 @@ class KVCache:
         return replace(self, mask=self.mask[:, :length])
 
 
-class Slot(NamedTuple):
+class Slot(NamedTuple, Generic[CacheT]):
     """One row of a cache: what a running request holds."""
 
-    cache: KVCache
+    cache: CacheT
     row: int
 
     @property
-    def begin(self) -> int:
-        """The first position of the row that is not padding."""
-        return int(self.cache.mask[self.row].argmax()) if self.cache.length else 0
-
-    @property
     def length(self) -> int:
-        """Positions of the row, without the padding on its left."""
-        return self.cache.length - self.begin
+        """Positions of the row, without padding."""
+        return int(self.cache.lengths[self.row])
 
     @property
     def nbytes(self) -> int:
@@ -115,7 +173,7 @@ class CachedPrefix:
     """
 
     token_ids: TokenIds
-    cache: KVCache
+    cache: Cache
 
     def common_length(self, prompt_ids: TokenIds) -> int:
         """Return how many tokens of a prompt need no prefill; at least one is left, for its logits.
@@ -152,16 +210,15 @@ class KVCacheManager:
     def __init__(self, session: Session, *, in_place: bool = False) -> None:
         self._session = session
         self._in_place = in_place
-        self._past = {name: spec for name, spec in session.inputs.items() if name.startswith(_PAST)}
-        self._present = {_PRESENT + name.removeprefix(_PAST): name for name in self._past}
+        self._past = {name: spec for name, spec in session.inputs.items() if name.startswith(PAST)}
+        self._present = {PRESENT + name.removeprefix(PAST): name for name in self._past}
         self.inputs = {"attention_mask", *self._past}
         self.outputs = set(self._present)
-        self.bytes_per_token = sum(
-            fixed_size(spec, 1) * fixed_size(spec, 3) * np.dtype(spec.dtype).itemsize for spec in self._past.values()
-        )
+        self.bytes_per_token = cache_bytes_per_token(session)
 
-    def empty(self, batch: int) -> KVCache:
-        """Return the cache of a batch that has no tokens yet."""
+    def empty(self, batch: int, capacity: int = 0) -> KVCache:
+        """Return the cache of a batch that has no tokens yet; its tensors grow, whatever their ``capacity`` will be."""
+        del capacity
         tensors: dict[str, Value] = {
             name: np.zeros((batch, fixed_size(spec, 1), 0, fixed_size(spec, 3)), spec.dtype)
             for name, spec in self._past.items()
@@ -196,7 +253,11 @@ class KVCacheManager:
         present = {past: outputs[name] for name, past in self._present.items()}
         return outputs["logits"].numpy(), KVCache(present, mask, cache.rope_delta, _Written(mask.shape[1]))
 
-    def gather(self, slots: Sequence[Slot]) -> KVCache:
+    def extract(self, slot: Slot[KVCache]) -> KVCache:
+        """Return a cache of one row."""
+        return self.gather([slot])
+
+    def gather(self, slots: Sequence[Slot[KVCache]]) -> KVCache:
         """Return one cache of these rows, in their order, without padding that all of them have in common.
 
         If the rows are a whole cache already, it is returned as it is. Otherwise they are copied, on the session's
@@ -208,29 +269,29 @@ class KVCacheManager:
         length = max(slot.length for slot in slots)
         mask = np.zeros((len(slots), length), np.int64)
         for row, slot in enumerate(slots):
-            mask[row, length - slot.length :] = slot.cache.mask[slot.row, slot.begin :]
+            mask[row, length - slot.length :] = slot.cache.mask[slot.row, _begin(slot) :]
         gather = self._gather_on_device if self._session.copies_on_device else self._gather_on_host
         tensors = {name: gather(name, slots, length) for name in self._past}
         delta = np.array([slot.cache.rope_delta[slot.row] for slot in slots])
         return KVCache(tensors, mask, delta, _Written(length))
 
-    def _gather_on_host(self, name: str, slots: Sequence[Slot], length: int) -> Value:
+    def _gather_on_host(self, name: str, slots: Sequence[Slot[KVCache]], length: int) -> Value:
         spec = self._past[name]
         gathered = np.zeros((len(slots), fixed_size(spec, 1), length, fixed_size(spec, 3)), spec.dtype)
         sources = {id(slot.cache): to_host(slot.cache.tensors[name]) for slot in slots}
         for row, slot in enumerate(slots):
-            source = sources[id(slot.cache)][slot.row, :, slot.begin : slot.cache.length]
+            source = sources[id(slot.cache)][slot.row, :, _begin(slot) : slot.cache.length]
             gathered[row, :, length - slot.length :] = source
         return gathered
 
-    def _gather_on_device(self, name: str, slots: Sequence[Slot], length: int) -> Value:
+    def _gather_on_device(self, name: str, slots: Sequence[Slot[KVCache]], length: int) -> Value:
         """Copy head by head: the positions of one head are adjacent."""
         spec = self._past[name]
         heads = fixed_size(spec, 1)
         copies = [
             RowCopy(
                 slot.cache.tensors[name],
-                start=(slot.row * heads + head) * slot.cache.capacity + slot.begin,
+                start=(slot.row * heads + head) * slot.cache.capacity + _begin(slot),
                 count=slot.length,
                 at=(row * heads + head + 1) * length - slot.length,
             )
@@ -255,6 +316,17 @@ class KVCacheManager:
     def _resize(self, cache: KVCache, capacity: int) -> KVCache:
         tensors = {n: self._session.resize(tensor, cache.length, capacity) for n, tensor in cache.tensors.items()}
         return replace(cache, tensors=tensors, written=_Written(cache.length))
+
+
+def _begin(slot: Slot[KVCache]) -> int:
+    """Return the first position of a row that is not padding."""
+    return slot.cache.length - slot.length
+
+
+def cache_bytes_per_token(session: Session) -> int:
+    """Return the memory of the keys and values of one position of a decoder, in bytes."""
+    past = [spec for name, spec in session.inputs.items() if name.startswith(PAST)]
+    return sum(fixed_size(spec, 1) * fixed_size(spec, 3) * np.dtype(spec.dtype).itemsize for spec in past)
 
 
 def fixed_size(spec: TensorRecord, axis: int) -> int:

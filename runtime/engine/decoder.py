@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from promprune.errors import PackageError
-from promprune.runtime.engine.cache import KVCache, KVCacheManager, fixed_size, to_host
+from promprune.package.lowered import SEQLENS
+from promprune.runtime.engine.cache import Cache, CacheManager, KVCacheManager, fixed_size, to_host
+from promprune.runtime.engine.slots import SlotCacheManager
 from promprune.runtime.images.positions import PromptPositions
 from promprune.runtime.sessions import Session, Value
 
@@ -16,7 +19,7 @@ __all__ = ["Decoder"]
 
 
 class Decoder:
-    """Runs ``decoder_model_merged.onnx``. Safe to use from several threads at once.
+    """Runs ``decoder_model_merged.onnx``, portable or lowered. Safe to use from several threads at once.
 
     Args:
         session: the loaded graph.
@@ -37,7 +40,8 @@ class Decoder:
 
     def __init__(self, session: Session, prefill_chunk: int | None = None, *, in_place: bool = False) -> None:
         self.session = session
-        self.caches = KVCacheManager(session, in_place=in_place)
+        lowered = SEQLENS in session.inputs
+        self.caches: CacheManager = SlotCacheManager(session) if lowered else KVCacheManager(session, in_place=in_place)
         self._prefill_chunk = prefill_chunk
         wanted = {"inputs_embeds", "position_ids", *self.caches.inputs}
         made = {"logits", *self.caches.outputs}
@@ -55,10 +59,10 @@ class Decoder:
     def forward(
         self,
         embeds: Value,
-        cache: KVCache,
+        cache: Any,
         mask: npt.NDArray[np.int64] | None = None,
         positions: PromptPositions | None = None,
-    ) -> tuple[npt.NDArray[np.float32], KVCache]:
+    ) -> tuple[npt.NDArray[np.float32], Any]:
         """Process more positions: a prompt, the rest of one, or one token per row.
 
         Args:
@@ -86,9 +90,9 @@ class Decoder:
             logits, cache = self.caches.run(feeds, cache, new[:, chunk])
         return logits[:, -1], cache
 
-    def _next_positions(self, cache: KVCache, new: npt.NDArray[np.int64]) -> PromptPositions:
+    def _next_positions(self, cache: Cache, new: npt.NDArray[np.int64]) -> PromptPositions:
         """Return the positions that follow those of a cache, one after the other."""
-        ids = np.maximum(cache.mask.sum(axis=1, keepdims=True) + new.cumsum(axis=1) - 1, 0) + cache.rope_delta[:, None]
+        ids = np.maximum(cache.lengths[:, None] + new.cumsum(axis=1) - 1, 0) + cache.rope_delta[:, None]
         return PromptPositions(np.repeat(ids[None], self.position_axes, axis=0), cache.rope_delta)
 
     def _chunks(self, length: int) -> list[slice]:

@@ -19,7 +19,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from promprune.runtime.engine.cache import CachedPrefix, KVCache, Slot
+from promprune.runtime.engine.cache import Cache, CachedPrefix, Slot
 from promprune.runtime.engine.language_model import LanguageModel, Logits
 from promprune.runtime.engine.request import Request, time_stage
 from promprune.runtime.engine.scheduler import Scheduler
@@ -118,7 +118,8 @@ class Engine:
             with time_stage("splice", group):
                 spliced = self._model.splice([request.prompt for request in group], begin)
             with time_stage("prefill", group):
-                logits, cache = self._model.prefill(spliced, group[0].prefix, begin)
+                most = max(request.most_tokens for request in group)
+                logits, cache = self._model.prefill(spliced, group[0].prefix, begin, most_tokens=most)
         except Exception as error:
             return _fail(group, error)
         return self._choose_tokens(group, logits, cache)
@@ -134,7 +135,7 @@ class Engine:
                 return _fail(running, error)
             return self._choose_tokens(running, logits, cache)
 
-    def _choose_tokens(self, requests: Sequence[Request], logits: Logits, cache: KVCache) -> list[Update]:
+    def _choose_tokens(self, requests: Sequence[Request], logits: Logits, cache: Cache) -> list[Update]:
         """Choose the next token of each row; errors of one request end that one only."""
         updates: list[Update] = []
         for row, request in enumerate(requests):
@@ -155,7 +156,7 @@ class Engine:
         request.kv_cache_bytes = request.slot.nbytes
         if request.keep_cache:
             token_ids = np.append(request.prompt_ids, request.token_ids[:-1]).astype(np.int64)
-            request.cached_prefix = CachedPrefix(token_ids, self._model.decoder.caches.gather([request.slot]))
+            request.cached_prefix = CachedPrefix(token_ids, self._model.decoder.caches.extract(request.slot))
 
 
 def _fail(requests: Sequence[Request], error: Exception) -> list[Update]:

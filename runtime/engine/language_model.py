@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from promprune.errors import ConfigError
-from promprune.runtime.engine.cache import CachedPrefix, KVCache, Slot
+from promprune.runtime.engine.cache import Cache, CachedPrefix, Slot
 from promprune.runtime.engine.decoder import Decoder
 from promprune.runtime.engine.prompt import TokenIds
 from promprune.runtime.images.encoded import EncodedImage
@@ -82,14 +82,15 @@ class LanguageModel:
         return SplicedPrompts(embeds, mask, self._positions(prompts, begin))
 
     def prefill(
-        self, spliced: SplicedPrompts, prefix: CachedPrefix | None = None, begin: int = 0
-    ) -> tuple[Logits, KVCache]:
+        self, spliced: SplicedPrompts, prefix: CachedPrefix | None = None, begin: int = 0, *, most_tokens: int = 0
+    ) -> tuple[Logits, Cache]:
         """Run the decoder on prompts.
 
         Args:
             spliced: from :meth:`splice`.
             prefix: holds the keys and values of positions before ``begin``, for a single prompt.
             begin: as given to :meth:`splice`.
+            most_tokens: positions of the longest prompt with its answer, if known.
 
         Returns:
             The logits after each prompt, float32 [batch, vocabulary], and the cache of all prompts.
@@ -98,10 +99,10 @@ class LanguageModel:
             BackendError: the backend fails.
         """
         batch = len(spliced.mask)
-        cache = prefix.cache.truncate(begin) if prefix and begin else self.decoder.caches.empty(batch)
+        cache = prefix.cache.truncate(begin) if prefix and begin else self.decoder.caches.empty(batch, most_tokens)
         return self.decoder.forward(spliced.embeds, cache, spliced.mask, spliced.positions)
 
-    def decode(self, token_ids: Sequence[int], slots: Sequence[Slot]) -> tuple[Logits, KVCache]:
+    def decode(self, token_ids: Sequence[int], slots: Sequence[Slot[Any]]) -> tuple[Logits, Cache]:
         """Run the decoder on one token per row.
 
         Args:

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from promprune.errors import PackageError
+from promprune.errors import BackendError, PackageError
+from promprune.package.lowered import LOWERED_BACKEND
 from promprune.package.manifest import DECODER, EMBED_TOKENS, VISION_ENCODER, Manifest, TensorRecord
 from promprune.package.package import Package
 from promprune.runtime.engine.decoder import Decoder
@@ -35,7 +36,7 @@ def open_language_model(package: Package, config: RuntimeConfig) -> LanguageMode
         )
     # One Gather: more threads would only compete with the decoder's.
     embed = open_session(package, EMBED_TOKENS, replace(config, num_threads=1))
-    decoder = open_session(package, DECODER, config)
+    decoder = open_decoder(package, config, embed.device)
     expect("embed_tokens' inputs", {*embed.inputs}, {"input_ids"})
     expect("embed_tokens' outputs", {*embed.outputs}, {"inputs_embeds"})
     if "inputs_embeds" in decoder.inputs:
@@ -45,6 +46,26 @@ def open_language_model(package: Package, config: RuntimeConfig) -> LanguageMode
     return LanguageModel(
         embed, Decoder(decoder, config.prefill_chunk, in_place=steps_in_place(package.folder, decoder))
     )
+
+
+def open_decoder(package: Package, config: RuntimeConfig, device: str) -> Session:
+    """Load the lowered decoder if there is one that can be used on the device, else the portable one; say which."""
+    reason = f"{config.backend} on {device} runs the portable one"
+    if config.backend == LOWERED_BACKEND and device == "CPU":
+        from promprune.runtime.sessions.onnxruntime import open_lowered_decoder
+
+        try:
+            lowered = open_lowered_decoder(package, config)
+        except (BackendError, PackageError) as error:
+            reason = str(error)
+        else:
+            if lowered is not None:
+                lowered.notes += ("decoder lowered for ONNX Runtime: keys and values are updated in place",)
+                return lowered
+            reason = "the package has none"
+    decoder = open_session(package, DECODER, config)
+    decoder.notes += (f"no lowered decoder: {reason}",)
+    return decoder
 
 
 def expect_same_width(manifest: Manifest) -> None:

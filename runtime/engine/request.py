@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -68,7 +68,7 @@ class Request:
     finish_reason: FinishReason | None = field(default=None, init=False)
     error: Exception | None = field(default=None, init=False)
     cancelled: bool = field(default=False, init=False)
-    slot: Slot | None = field(default=None, init=False)
+    slot: Slot[Any] | None = field(default=None, init=False)
     cached_prefix: CachedPrefix | None = field(default=None, init=False)
     num_encoded: int = field(default=0, init=False)
     kv_cache_bytes: int = field(default=0, init=False)

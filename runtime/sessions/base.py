@@ -151,6 +151,25 @@ class Session(ABC):
             target[:, :, at : at + new.shape[2]] = new
         return outputs
 
+    def run_into(self, inputs: Mapping[str, Value], buffers: Mapping[str, Value]) -> dict[str, DeviceTensor]:
+        """Like :meth:`run_keeping`, with outputs that are written to buffers of the caller's.
+
+        Args:
+            inputs: all of the graph's; a buffer may be one of them, if the graph allows to update it in place.
+            buffers: C-contiguous arrays by the name of an output; they have its dtype and shape.
+
+        Returns:
+            The other outputs, on the host.
+
+        Raises:
+            BackendError: a name, dtype or shape is not the graph's, or the backend fails.
+        """
+        outputs = self.run_keeping(inputs, keep=())
+        for name, buffer in buffers.items():
+            target: Any = buffer
+            target[...] = outputs.pop(name).numpy()
+        return outputs
+
     @abstractmethod
     def _run(self, inputs: Mapping[str, Value], keep: Collection[str]) -> dict[str, DeviceTensor]:
         """Run on inputs that were checked."""

@@ -7,7 +7,9 @@ import ctypes
 import io
 import os
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -15,18 +17,36 @@ import onnxruntime as ort
 
 from promprune.dtypes import BY_NAME, BY_ONNXRUNTIME
 from promprune.errors import BackendError, first_line
-from promprune.package.manifest import TensorRecord
+from promprune.package.agree import check_graph
+from promprune.package.lowered import LOWERED_FILE, read_lowered
+from promprune.package.manifest import DECODER, TensorRecord
 from promprune.package.package import Package
 from promprune.runtime.sessions.base import Array, DeviceTensor, Session, Value
 from promprune.runtime.sessions.config import RuntimeConfig
 from promprune.runtime.sessions.providers import AUTO, CPU, PROVIDERS, refused, why_not
 
-__all__ = ["Loaded", "OnnxRuntimeSession", "inference_session", "open_session", "tensor_record"]
+__all__ = ["Loaded", "OnnxRuntimeSession", "inference_session", "open_lowered_decoder", "open_session", "tensor_record"]
 
 _FATAL: Final = 4  # ORT's severity above which nothing it does is logged: every error reaches us as an exception
 _WARNING: Final = 2  # ORT's own default
 _NO_LIBRARIES: Final = "its libraries do not load"
 _BFLOAT16: Final = BY_NAME["bf16"].onnx  # ORT knows no dtype of numpy for it
+
+
+def open_lowered_decoder(package: Package, config: RuntimeConfig) -> OnnxRuntimeSession | None:
+    """Load the lowered decoder of a package, on the CPU; None if the package has none.
+
+    Raises:
+        PackageError: it is stale or damaged.
+        BackendError: it cannot be loaded.
+    """
+    lowered = read_lowered(package, tool_version=ort.__version__)
+    if lowered is None:
+        return None
+    file = package.folder / lowered.graph.file
+    session = OnnxRuntimeSession(file, replace(config, provider=CPU), weights=package.graph_file(DECODER).parent)
+    check_graph(file, session.inputs.values(), session.outputs.values(), lowered.graph, source=LOWERED_FILE)
+    return session
 
 
 def open_session(package: Package, graph: str, config: RuntimeConfig) -> OnnxRuntimeSession:
@@ -42,23 +62,35 @@ class OnnxRuntimeSession(Session):
     """An ONNX graph in ONNX Runtime.
 
     Args:
-        path: the ``.onnx`` file; external weights are beside it.
+        path: the ``.onnx`` file.
         config: provider and threads. With ``"auto"``, ``device`` says which provider was really got.
         engines: folder for engines that a provider may keep; None: it keeps none.
+        weights: folder of the external weights; None if they are beside the file.
 
     Raises:
         BackendError: the graph, or the provider that was asked for, cannot be loaded.
     """
 
-    def __init__(self, path: Path, config: RuntimeConfig, *, engines: Path | None = None) -> None:
+    def __init__(
+        self, path: Path, config: RuntimeConfig, *, engines: Path | None = None, weights: Path | None = None
+    ) -> None:
         self.name = path.name
-        loaded = inference_session(path, config, engines=engines)
+        model = path if weights is None else path.read_bytes()  # of a file, ORT looks for weights beside it only
+        loaded = inference_session(model, config, name=str(path), engines=engines, weights=weights)
         self._session: ort.InferenceSession | None = loaded.session
         self.device, self.notes = PROVIDERS[loaded.provider].device, loaded.notes
         self.inputs = {node.name: tensor_record(node, path) for node in self._session.get_inputs()}
         self.outputs = {node.name: tensor_record(node, path) for node in self._session.get_outputs()}
 
-    def _run(self, inputs: Mapping[str, Value], keep: Collection[str]) -> dict[str, DeviceTensor]:
+    def run_into(self, inputs: Mapping[str, Value], buffers: Mapping[str, Value]) -> dict[str, DeviceTensor]:
+        """Run with the buffers as the graph's own outputs: nothing is copied."""
+        self._begin(inputs)
+        outputs = self._run(inputs, keep=(), into=buffers)
+        return {name: value for name, value in outputs.items() if name not in buffers}
+
+    def _run(
+        self, inputs: Mapping[str, Value], keep: Collection[str], into: Mapping[str, Value] = MappingProxyType({})
+    ) -> dict[str, DeviceTensor]:
         session = self._session
         if session is None:
             raise BackendError(f"{self.name} was closed", fix="load the package again")
@@ -67,7 +99,10 @@ class OnnxRuntimeSession(Session):
             for name, value in inputs.items():
                 binding.bind_ortvalue_input(name, _ort_value(value))
             for name in self.outputs:
-                binding.bind_output(name, self.device.lower() if name in keep else "cpu")
+                if name in into:
+                    binding.bind_ortvalue_output(name, _ort_value(into[name]))
+                else:
+                    binding.bind_output(name, self.device.lower() if name in keep else "cpu")
             session.run_with_iobinding(binding)
             values = binding.get_outputs()
         except Exception as error:  # ORT raises bare RuntimeErrors and types of its own, in no common tree

@@ -101,7 +101,7 @@ def _text_config(config_class: Any = LlamaConfig, **changes: Any) -> Any:
         "hidden_size": 48,
         "intermediate_size": 96,
         "num_hidden_layers": 2,
-        "num_attention_heads": 4,
+        "num_attention_heads": 6,
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,
         "bos_token_id": 1,

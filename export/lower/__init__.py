@@ -1,0 +1,1 @@
+"""Graphs rewritten for one backend, over the weight files of the package."""
