@@ -22,10 +22,13 @@ from promprune.runtime.engine.cache import CachedPrefix
 from tests.support.fake_package import write_fake_package
 
 TEXTS = ("a", "What is it?", "How many red shapes are there? " * 3, "Is the circle left of the square?")
+# The embedded model ends its answers after a word, surely: a penalty, or a high temperature, lets it go on with tokens
+# that depend on everything before.
 SAMPLING: tuple[Mapping[str, Any], ...] = (
-    {"ignore_eos": True},
-    {"repetition_penalty": 1.3, "stop": ("e", "3")},
-    {"temperature": 0.8, "top_k": 20, "seed": 5, "ignore_eos": True},
+    {},
+    {"repetition_penalty": 5.0, "ignore_eos": True},
+    {"repetition_penalty": 2.0, "ignore_eos": True, "stop": ("e", "3")},
+    {"temperature": 5.0, "seed": 5, "ignore_eos": True},
 )
 LENGTHS = (1, 2, 5, 9)
 
@@ -40,7 +43,8 @@ class Ask(NamedTuple):
     Attributes:
         text, images: what is asked, about how many pictures.
         encoded: whether these are encoded before.
-        follows: whether it is the second turn of a conversation whose keys and values are kept.
+        follows: whether it is the second turn of a conversation whose keys and values are kept; some are of use only up
+            to the text of the first turn, which is another one.
         sampling, length: how, and at most how many tokens.
         arrives: the step before which it is added.
         cancelled: steps after which it is cancelled; None for never.
@@ -101,7 +105,7 @@ class Model:
         images = [*first.encoded_images, *pictures]
         parts = [{"type": "image"}] * len(pictures)
         messages = [
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": TEXTS[1]}]},
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": TEXTS[1 + 2 * (ask.text % 2)]}]},
             {"role": "assistant", "content": first.text.strip()},
             {"role": "user", "content": [*parts, {"type": "text", "text": TEXTS[ask.text]}]},
         ]
@@ -116,14 +120,27 @@ class Model:
         assert request.cached_prefix is not None
         return request, request.cached_prefix
 
-    def _alone(self, ask: Ask) -> Result:
+    def _alone(self, ask: Ask) -> tuple[Result, np.ndarray]:
         request = self.request(ask)
         request.prefix, request.reused_tokens = None, 0  # what was said before is prefilled again
-        engine = self.pipeline.engine()
+        engine, logits = self.pipeline.engine(), record_logits(request)
         engine.add(request)
         while engine.has_requests:
             engine.step()
-        return request.result()
+        return request.result(), np.stack(logits)
+
+
+def record_logits(request: Request) -> list[np.ndarray]:
+    """Return a list that gets the logits of every token that is chosen for a request."""
+    rows: list[np.ndarray] = []
+    choose = request.choose_token
+
+    def recording(logits: np.ndarray) -> str:
+        rows.append(logits.copy())
+        return choose(logits)
+
+    request.choose_token = recording  # type: ignore[method-assign]
+    return rows
 
 
 def check_schedule(model: Model, schedule: Schedule) -> None:
@@ -134,6 +151,7 @@ def check_schedule(model: Model, schedule: Schedule) -> None:
         limit += max(request.most_tokens for _, request in requests)
     engine = model.pipeline.engine(max_batch=schedule.max_batch, max_cache_tokens=limit)
     texts: dict[Request, str] = {request: "" for _, request in requests}
+    logits = {request: record_logits(request) for _, request in requests}
     for step in count():
         for ask, request in requests:
             if step == ask.arrives:
@@ -147,7 +165,9 @@ def check_schedule(model: Model, schedule: Schedule) -> None:
         if not engine.has_requests and all(step >= ask.arrives for ask in schedule.asks):
             break
     for ask, request in requests:
-        expected = model.alone(ask._replace(arrives=0, cancelled=None, encoded=True))
+        expected, expected_logits = model.alone(ask._replace(arrives=0, cancelled=None, encoded=True))
+        found_logits = np.array(logits[request]).reshape(-1, expected_logits.shape[1])
+        np.testing.assert_allclose(found_logits, expected_logits[: len(found_logits)], rtol=1e-3, atol=1e-3)
         assert request.slot is None
         if request.cancelled:
             assert tuple(request.token_ids) == expected.token_ids[: len(request.token_ids)]
