@@ -104,7 +104,7 @@ class Llava(Family):
         height, width = values[0].shape[-2:]
         if (height, width) != (self.side, self.side):
             raise UnsupportedModelError(
-                f"the preprocessing of this model makes crops of {height} x {width} pixels",
+                f"the preprocessing of this model makes images of {height} x {width} pixels",
                 expected=f"{self.side} x {self.side}, the size of its vision tower",
                 fix=fix,
             )
