@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_map_only
 from promprune.export.checkpoint.meta_model import fake_mode_of
 from promprune.export.checkpoint.weights import CheckpointTensor, initializer, linked, tensor_at
 from promprune.export.graphs.external_data import ExternalData
-from promprune.export.graphs.passes.attention import simplify_attention
-from promprune.export.graphs.passes.layers import Repetition, repeat_layer
+from promprune.export.graphs.passes.attention import RemoveNanGuards, ScaleQueriesOnly
+from promprune.export.graphs.passes.layers import RepeatLayer, Repetition
 from promprune.package.manifest import GraphRecord, TensorRecord, TokenCounts
 
 __all__ = ["graph_from_module", "save_graph", "tensor_record"]
@@ -79,7 +79,7 @@ def graph_from_module(
         raise RuntimeError("torch.onnx.export returned no program")
     model = onnx_program.model
     if repetition is not None:
-        repeat_layer(model, repetition)
+        RepeatLayer(repetition)(model)
     _link_initializers(model, module)
     _optimize(model)
     _name_dimensions(model, inputs, outputs)
@@ -178,7 +178,8 @@ def _optimize(model: ir.Model) -> None:
     ):
         step(model)
     onnx_fusions.fuse(model)
-    simplify_attention(model)
+    ScaleQueriesOnly()(model)
+    RemoveNanGuards()(model)
 
 
 def tensor_record(value: ir.Value) -> TensorRecord:

@@ -28,34 +28,32 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-__all__ = ["remove_nan_guards", "scale_queries_only", "simplify_attention"]
+__all__ = ["RemoveNanGuards", "ScaleQueriesOnly"]
 
 ROOT_TOLERANCE: Final = 1e-6  # relative error of the root of a scale in fp32, which may be rounded more than once
 
 
-def simplify_attention(model: ir.Model) -> None:
-    """Apply both functions below: scale the queries only, and remove the NaN guards."""
-    scale_queries_only(model)
-    remove_nan_guards(model)
-
-
-def scale_queries_only(model: ir.Model) -> None:
+class ScaleQueriesOnly(ir.passes.InPlacePass):
     """Multiply the queries of exported attention by the full scale, and leave the keys unscaled.
 
     Done only if the scale is ``head_dim ** -0.5``, which is known exactly. Of any other scale the graph contains only
     the rounded root, which then stays on both sides.
     """
-    for node in list(model.graph):
-        if node.op_type != "MatMul":
-            continue
-        query, key = (_match_scaling(value) for value in node.inputs)
-        if query is None or key is None or not _have_root_of_scale(query, key):
-            continue
-        name = f"{query.factor.name}_of_{query.head_dim}_whole"
-        whole = _constant(model.graph, name, query.head_dim**-0.5, query.root)
-        query.node.replace_input_with(query.node.inputs.index(query.factor), whole)
-        node.replace_input_with(1, key.value)
-    RemoveUnusedNodesPass()(model)
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Scale the queries of every product with a key."""
+        modified = False
+        for node in [node for node in model.graph if node.op_type == "MatMul"]:
+            query, key = (_match_scaling(value) for value in node.inputs)
+            if query is None or key is None or not _have_root_of_scale(query, key):
+                continue
+            name = f"{query.factor.name}_of_{query.head_dim}_whole"
+            whole = _constant(model.graph, name, query.head_dim**-0.5, query.root)
+            query.node.replace_input_with(query.node.inputs.index(query.factor), whole)
+            node.replace_input_with(1, key.value)
+            modified = True
+        RemoveUnusedNodesPass()(model)
+        return ir.passes.PassResult(model, modified)
 
 
 class _Scaled(NamedTuple):
@@ -94,20 +92,31 @@ def _have_root_of_scale(query: _Scaled, key: _Scaled) -> bool:
     return np.allclose(roots, rounded, rtol=ROOT_TOLERANCE, atol=0)
 
 
-def remove_nan_guards(model: ir.Model) -> None:
+class RemoveNanGuards(ir.passes.InPlacePass):
     """Make the masks of exported attention finite, and remove the guards against rows that are fully masked.
 
     A guard stays if its mask is not ``Where(mask, 0, lowest)``.
     """
-    for node in list(model.graph):
-        if node.op_type != "Where" or (weights := node.inputs[2]) is None:
-            continue
-        softmax, is_nan = weights.producer(), node.inputs[0].producer() if node.inputs[0] is not None else None
-        if softmax is None or softmax.op_type != "Softmax" or is_nan is None or is_nan.op_type != "IsNaN":
-            continue
-        if is_nan.inputs[0] is weights and _has_finite_mask(model.graph, softmax):
-            ir.convenience.replace_all_uses_with(node.outputs[0], weights)
-    RemoveUnusedNodesPass()(model)
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Replace every guarded value by the softmax itself."""
+        modified = False
+        for node in [node for node in model.graph if node.op_type == "Where"]:
+            softmax = _guarded_softmax(node)
+            if softmax is not None and _has_finite_mask(model.graph, softmax):
+                ir.convenience.replace_all_uses_with(node.outputs[0], softmax.outputs[0])
+                modified = True
+        RemoveUnusedNodesPass()(model)
+        return ir.passes.PassResult(model, modified)
+
+
+def _guarded_softmax(where: ir.Node) -> ir.Node | None:
+    """Return the softmax of ``Where(IsNaN(weights), 0, weights)``; None if the node is something else."""
+    condition, _, weights = where.inputs
+    softmax, is_nan = (value.producer() if value is not None else None for value in (weights, condition))
+    if softmax is None or softmax.op_type != "Softmax" or is_nan is None or is_nan.op_type != "IsNaN":
+        return None
+    return softmax if is_nan.inputs[0] is weights else None
 
 
 def _has_finite_mask(graph: ir.Graph, softmax: ir.Node) -> bool:

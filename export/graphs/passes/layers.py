@@ -18,7 +18,7 @@ from torch import nn
 
 from promprune.export.checkpoint.weights import initializer, tensor_at
 
-__all__ = ["Repetition", "alike", "repeat_layer", "with_layers"]
+__all__ = ["RepeatLayer", "Repetition", "alike", "with_layers"]
 
 _SCOPES: Final = "pkg.torch.onnx.name_scopes"
 _IGNORED_STATE: Final = frozenset({"layer_idx", "training"})  # what may differ between equal layers
@@ -53,39 +53,57 @@ def with_layers(stack: nn.Module, layers: Sequence[nn.Module]) -> Any:
     return shallow
 
 
-def repeat_layer(model: ir.Model, repetition: Repetition) -> None:
+class RepeatLayer(ir.passes.InPlacePass):
     """Insert the omitted layers after the template.
 
-    Args:
-        model: the traced graph before any optimization, with its nodes in the order of the program.
-        repetition: the layers to insert.
+    Requires a traced graph before any optimization, with its nodes in the order of the program, in which the template
+    maps hidden states to hidden states. Ensures that every layer has its own graph inputs and outputs.
 
-        Raises:
-        RuntimeError: the template does not map hidden states to hidden states.
+    Args:
+        repetition: the layers to insert.
     """
-    IdentityEliminationPass()(model)
-    graph = model.graph
-    previous = _nodes_of(graph, f"{repetition.path}.{repetition.template - 1}")
-    template = _nodes_of(graph, f"{repetition.path}.{repetition.template}")
-    prefix = f"{repetition.path}.{repetition.template}."
-    made = {value for node in template for value in node.outputs}
-    hidden_out = _only(
-        [value for value in made if not value.is_graph_output() and any(u.node not in template for u in value.uses())],
-        "value that leaves the layer",
-    )
-    hidden_in = _only(
-        [
-            value
-            for value in {value for node in template for value in node.inputs if value is not None}
-            if value.producer() in previous and (value.dtype, value.shape) == (hidden_out.dtype, hidden_out.shape)
-        ],
-        "value that enters the layer",
-    )
-    users = [use for use in hidden_out.uses() if use.node not in template]
-    last, current = template[-1], hidden_out
-    for index, layer in enumerate(repetition.layers, start=repetition.template + 1):
-        label = f"{repetition.path}[{index}]."  # unlike any name in the trace
-        known: dict[ir.Value, ir.Value] = {hidden_in: current}
+
+    def __init__(self, repetition: Repetition) -> None:
+        self._repetition = repetition
+
+    def requires(self, model: ir.Model) -> None:
+        """Check that the template and the layer before it were traced."""
+        for index in (self._repetition.template - 1, self._repetition.template):
+            _nodes_of(model.graph, f"{self._repetition.path}.{index}")
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Clone the template once for each layer, each fed by the one before."""
+        IdentityEliminationPass()(model)
+        graph, repetition = model.graph, self._repetition
+        previous = _nodes_of(graph, f"{repetition.path}.{repetition.template - 1}")
+        template = _nodes_of(graph, f"{repetition.path}.{repetition.template}")
+        hidden_in, hidden_out = _hidden_states(previous, template)
+        users = [use for use in hidden_out.uses() if use.node not in template]
+        last, current = template[-1], hidden_out
+        for index, layer in enumerate(repetition.layers, start=repetition.template + 1):
+            label = f"{repetition.path}[{index}]."  # unlike any name in the trace
+            known = {hidden_in: current, **self._weights(graph, layer, label), **self._inputs(graph, index)}
+            nodes = [_clone(node, known, label) for node in template]
+            graph.insert_after(last, nodes)
+            self._name_outputs(graph, known, index)
+            last, current = nodes[-1], known[hidden_out]
+        for node, input_index in users:
+            node.replace_input_with(input_index, current)
+        return ir.passes.PassResult(model, modified=bool(repetition.layers))
+
+    def ensures(self, model: ir.Model) -> None:
+        """Check the names of the graph's inputs and outputs."""
+        names = {value.name for value in (*model.graph.inputs, *model.graph.outputs)}
+        first = self._repetition.template + 1
+        for pattern in self._repetition.values.values():
+            for index in range(first, first + len(self._repetition.layers)):
+                if pattern.format(index) not in names:
+                    raise ir.passes.PostconditionError(f"no input or output {pattern.format(index)}")
+
+    def _weights(self, graph: ir.Graph, layer: nn.Module, label: str) -> dict[ir.Value, ir.Value]:
+        """Return the template's initializers -> new ones with the weights of a layer."""
+        prefix = f"{self._repetition.path}.{self._repetition.template}."
+        known = {}
         for name, value in list(graph.initializers.items()):
             if name.startswith(prefix):
                 tensor = tensor_at(layer, name.removeprefix(prefix))
@@ -93,19 +111,39 @@ def repeat_layer(model: ir.Model, repetition: Repetition) -> None:
                     raise RuntimeError(f"{name} is not a tensor of its layer")
                 known[value] = initializer(tensor, label + name.removeprefix(prefix))
                 graph.register_initializer(known[value])
-        for value in list(graph.inputs):
-            if value.name in repetition.values:
-                known[value] = _like(value, repetition.values[str(value.name)].format(index))
-                graph.inputs.append(known[value])
-        nodes = [_clone(node, known, label) for node in template]
-        graph.insert_after(last, nodes)
+        return known
+
+    def _inputs(self, graph: ir.Graph, index: int) -> dict[ir.Value, ir.Value]:
+        """Return the template's graph inputs -> new ones of another layer."""
+        values = self._repetition.values
+        known = {
+            value: _like(value, values[str(value.name)].format(index)) for value in graph.inputs if value.name in values
+        }
+        graph.inputs.extend(known.values())
+        return known
+
+    def _name_outputs(self, graph: ir.Graph, known: Mapping[ir.Value, ir.Value], index: int) -> None:
+        """Make the clones of the template's graph outputs outputs of another layer."""
         for value in list(graph.outputs):
-            if value.name in repetition.values:
-                known[value].name = repetition.values[str(value.name)].format(index)
+            if value.name in self._repetition.values:
+                known[value].name = self._repetition.values[str(value.name)].format(index)
                 graph.outputs.append(known[value])
-        last, current = nodes[-1], known[hidden_out]
-    for node, input_index in users:
-        node.replace_input_with(input_index, current)
+
+
+def _hidden_states(previous: Sequence[ir.Node], template: Sequence[ir.Node]) -> tuple[ir.Value, ir.Value]:
+    """Return the value that enters the template from the layer before it, and the one that leaves the template."""
+    made = {value for node in template for value in node.outputs}
+    leaving = [
+        value for value in made if not value.is_graph_output() and any(u.node not in template for u in value.uses())
+    ]
+    hidden_out = _only(leaving, "value that leaves the layer")
+    taken = {value for node in template for value in node.inputs if value is not None}
+    entering = [
+        value
+        for value in taken
+        if value.producer() in previous and (value.dtype, value.shape) == (hidden_out.dtype, hidden_out.shape)
+    ]
+    return _only(entering, "value that enters the layer"), hidden_out
 
 
 def _nodes_of(graph: ir.Graph, scope: str) -> list[ir.Node]:
