@@ -272,7 +272,7 @@ def test_a_load_without_the_reference_is_missing_and_no_mistake() -> None:
     both = msgspec.structs.replace(report, cases=(*report.cases, two_at_once))
     found = compare_reports(both, both, CompareConfig(relative_to="full"))
     assert [(d.contender, d.concurrency) for d in found.differences] == [("pruned", 1)]
-    with pytest.raises(ConfigError, match="relative to 'nobody', which a report lacks; expected one of full, pruned"):
+    with pytest.raises(ConfigError, match="relative-to 'nobody', which a report lacks; expected one of full, pruned"):
         compare_reports(both, both, CompareConfig(relative_to="nobody"))
 
 
@@ -309,7 +309,7 @@ def test_cases_that_one_report_lacks_are_named(tmp_path: Path) -> None:
         (["--threshold", "0"], 1, "received threshold = 0; expected above 0"),
         (["--threshold", "much"], 2, "received 'much'; expected a number"),
         (["--confidence", "1"], 1, "received confidence = 1; expected between 0 and 1"),
-        (["--relative-to", "nobody"], 1, "received relative to 'nobody', which a report lacks; expected one of full"),
+        (["--relative-to", "nobody"], 1, "received --relative-to 'nobody', which a report lacks; expected one of full"),
         (["--stage", "decode"], 1, "no case with the stage 'decode' in common"),
     ],
 )

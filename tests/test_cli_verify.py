@@ -105,7 +105,7 @@ def test_a_source_that_is_not_found_is_to_be_named(
     assert outcome.exit_code == 1
     (line,) = outcome.error_lines
     assert "was made from 'tiny-llava', and there is no model in a folder of that name here" in line
-    assert line.endswith("name it with --model")
+    assert line.endswith("pass it with --model")
 
 
 def test_another_models_weights_are_refused(tiny_export: ExportResult, tmp_path: Path) -> None:

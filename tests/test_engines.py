@@ -167,7 +167,7 @@ def test_engines_inside_a_package_do_not_disturb_it(tmp_path: Path, identity: En
 
 
 def test_no_engines(tmp_path: Path) -> None:
-    with pytest.raises(PackageError, match=r"holds no engines .* expected a folder that promprune-build wrote"):
+    with pytest.raises(PackageError, match=r"contains no engines .* expected a folder that promprune-build wrote"):
         read_engines(tmp_path)
 
 

@@ -796,7 +796,7 @@ def rewrite_engines(package: Path, backend: str, names: set[str]) -> None:
             "built by tensorrt 1.6; this is",
         ),
         (lambda package: rewrite_engines(package, "tensorrt", {DECODER}), "(without one of embed_tokens)"),
-        (lambda package: (engine_folder(package, "tensorrt", TARGET) / "engine.json").unlink(), "holds no engines"),
+        (lambda package: (engine_folder(package, "tensorrt", TARGET) / "engine.json").unlink(), "contains no engines"),
     ],
 )
 def test_the_other_engines_are_taken_where_the_first_cannot_be_used(

@@ -101,7 +101,7 @@ def load_checkpoint(name: str | None, *, dtype: torch.dtype = torch.float32) -> 
         name: folder or hub id; None for the embedded model. Code from a checkpoint is never run.
         dtype: dtype of the structure's parameters.
 
-        Raises:
+    Raises:
         ModelError: it is not a model, incomplete, or cannot be downloaded.
         UnsupportedModelError: its family is not exported.
     """
@@ -149,7 +149,7 @@ def resolve(name: str | None) -> tuple[Path, str | None]:
     Args:
         name: folder or hub id; None for the embedded model.
 
-        Raises:
+    Raises:
         ModelError: it is neither, or cannot be downloaded.
     """
     if name is None:

@@ -32,7 +32,7 @@ def build_meta_model(folder: Path, model_class: str, dtype: torch.dtype) -> Any:
         model_class: name of the class in ``transformers``; code from the checkpoint is never run.
         dtype: dtype of the parameters.
 
-        Raises:
+    Raises:
         ModelError: the configuration or the weights are not those of a complete checkpoint of this class.
         UnsupportedModelError: the weights are quantized, or not stored parameter by parameter.
     """

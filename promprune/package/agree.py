@@ -1,4 +1,4 @@
-"""Whether a graph has the inputs and outputs that it should have: the only comparison of names, dtypes and shapes."""
+"""Comparing the inputs and outputs of a graph with those it should have: names, dtypes and shapes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from promprune.package.manifest import TensorRecord
 
 __all__ = ["UNKNOWN", "Difference", "HasTensors", "check_graph", "differences"]
 
-UNKNOWN: Final = "?"  # as a dimension: any number, fixed or dynamic
+UNKNOWN: Final = "?"  # a dimension that agrees with every size, fixed or dynamic
 
 
 class HasTensors(Protocol):
@@ -29,12 +29,12 @@ class HasTensors(Protocol):
 
 @dataclass(frozen=True)
 class Difference:
-    """One tensor that is not as it should be.
+    """One tensor that differs from what it should be.
 
     Attributes:
-        tensor: which one, such as ``"input pixel_values"``.
+        tensor: kind and name of the tensor, such as ``"input pixel_values"``.
         found: its dtype and shape in the graph, such as ``"float32[batch_size, 3, 336, 336]"``, or ``"none"``.
-        expected: the same, as it should be.
+        expected: the dtype and shape that it should have.
     """
 
     tensor: str
@@ -54,8 +54,8 @@ def differences(
     neither; an output's may be fixed on one side only, because runtimes infer more than a file says.
 
     Args:
-        inputs, outputs: of the graph, as a runtime or a builder sees them.
-        expected: what they should be.
+        inputs, outputs: tensors of the graph, as a runtime or a builder reports them.
+        expected: the tensors that it should have.
         exact: also compare the names of dynamic dimensions, all of an output's dimensions, and the order of tensors.
     """
     return [
@@ -72,13 +72,13 @@ def check_graph(
     *,
     source: str = "the manifest",
 ) -> None:
-    """Refuse a graph that has other tensors than it should have.
+    """Refuse a graph whose tensors differ from those it should have.
 
     Args:
         file: the graph.
         inputs, outputs: its tensors.
-        expected: what they should be.
-        source: what says so.
+        expected: the tensors that it should have.
+        source: where ``expected`` comes from, for the message.
 
     Raises:
         PackageError: a tensor differs; the message names the first.

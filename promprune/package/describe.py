@@ -1,4 +1,4 @@
-"""A package in words."""
+"""Describing a package in words."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["describe_selection"]
 
 
 def describe_selection(manifest: Manifest) -> str:
-    """Say in words what is kept and what is removed."""
+    """Describe in words which share of the tokens is kept and removed."""
     tokens = manifest.tokens_of()
     where = "of each crop " if manifest.image.layout.max_crops > 1 else ""
     if not tokens.is_pruned:

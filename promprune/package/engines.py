@@ -1,4 +1,4 @@
-"""Engines built from a package: where they lie, what identifies them, and how they are written and read.
+"""Engines built from a package: their files, their identity, and how they are written and read.
 
 Layout, inside the package::
 
@@ -8,9 +8,9 @@ Layout, inside the package::
       <graph>.runtime-cache       kernels that TensorRT for RTX compiled on this machine; written by the runtime
     OUT/engines/<backend>-<target>.timing-cache   kernels that TensorRT measured; written by the builder
 
-An engine runs on one kind of GPU, under one version of one tool, and only on the weights it was built from. All
-of that is its identity; an engine whose identity is not the wanted one is refused, with the difference. Nothing
-here needs torch, onnx or TensorRT.
+An engine runs on one kind of GPU, with one version of one tool, and only for the weights it was built from. All
+of that is its identity; an engine with another identity than the expected one is refused, and the message names the
+difference. This module needs neither torch nor onnx nor TensorRT.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ EngineBackend = Literal["tensorrt", "tensorrt-rtx"]
 ENGINE_BACKENDS: Final = get_args(EngineBackend)
 ENGINE_SCHEMA_VERSION: Final = 2
 ENGINE_FILE: Final = "engine.json"
-CURRENT: Final = "current"  # as a target: whatever GPU this machine has
+CURRENT: Final = "current"  # target: the GPU of this machine
 
-# Raised when the same settings begin to give another engine; engines of an older recipe are stale.
+# Increased when the same settings would give another engine; engines of an older recipe are stale.
 RECIPE: Final = 1
 
 _MAX_BYTES: Final = 16 * 1024 * 1024
@@ -80,18 +80,18 @@ FileName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_]+\.engine$")]
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """What ``promprune-build`` is asked to do.
+    """Settings of ``promprune-build``.
 
     Attributes:
-        backend: ``"tensorrt"``, for the GPU of this machine; or ``"tensorrt-rtx"``, also for others.
+        backend: ``"tensorrt"``, which builds for the GPU of this machine; or ``"tensorrt-rtx"``, also for other GPUs.
         targets: compute capabilities such as ``"sm89"``, or ``"current"``; one folder of engines each.
-        max_prompt_tokens: longest prompt, in tokens besides those of its first image.
+        max_prompt_tokens: longest prompt, in tokens without those of its first image.
         max_new_tokens: longest answer, in tokens.
-        max_batch: most images of one vision run, and most rows of one decoder run.
-        decode_profile: give the decoder a profile of its own for single tokens; in TensorRT for RTX that doubles
+        max_batch: most images per run of the vision encoder, and most batch rows per run of the decoder.
+        decode_profile: give the decoder a separate profile for single tokens; with TensorRT for RTX this doubles
             the size of its engine.
-        workspace_mib: scratch memory one engine may use, in MiB; ``None``: all of the device's.
-        rebuild: build again what is up to date already.
+        workspace_mib: scratch memory that one engine may use, in MiB; None for all memory of the device.
+        rebuild: rebuild engines that exist.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -119,10 +119,10 @@ class EngineConfig:
 
 
 class ShapeRange(Record, frozen=True):
-    """The shapes of one input that a profile serves."""
+    """The shapes of one input that a profile accepts."""
 
     min: Dims
-    opt: Dims  # what the engine is tuned for
+    opt: Dims  # the shape that the engine is tuned for
     max: Dims
 
 
@@ -130,7 +130,7 @@ class ProfileRecord(Record, frozen=True):
     """One optimisation profile; its index in the engine is its place in :attr:`EngineRecord.profiles`."""
 
     name: str  # "any", "prefill" or "decode"
-    shapes: dict[str, ShapeRange]  # by input
+    shapes: dict[str, ShapeRange]  # by the name of the input
 
 
 class EngineRecord(Record, frozen=True):
@@ -157,13 +157,13 @@ class EngineOptions(Record, frozen=True):
 
 
 class EngineIdentity(Record, frozen=True):
-    """What must be equal for a folder of engines to be the wanted one."""
+    """Everything that must match for a folder of engines to be usable."""
 
     backend: EngineBackend
     tool_version: str
     target: str  # "sm89"
     platform: str  # "linux-x86_64"
-    graphs: dict[str, Digest]  # by graph: of its ONNX file and its weights
+    graphs: dict[str, Digest]  # graph -> digest of its ONNX file and weights
     options: EngineOptions
 
 
@@ -176,22 +176,22 @@ class EngineManifest(Record, frozen=True):
 
 
 def engine_folder(package: Path, backend: str, target: str) -> Path:
-    """Return where the engines of a package for one target lie, built or not."""
+    """Return the folder of a package's engines for one target; it may not exist."""
     return package / "engines" / f"{backend}-{target}"
 
 
 def timing_cache_file(package: Path, backend: str, target: str) -> Path:
-    """Return where the kernels measured for one target are kept; outside the folder that a rebuild replaces."""
+    """Return the file of kernels measured for one target; it is outside the folder that a rebuild replaces."""
     return package / "engines" / f"{backend}-{target}.timing-cache"
 
 
 def engine_platform() -> str:
-    """Return operating system and processor, as ``linux-x86_64``; an engine does not leave them."""
+    """Return operating system and processor, such as ``linux-x86_64``; engines run only there."""
     return f"{sys.platform}-{platform.machine().lower().replace('amd64', 'x86_64')}"
 
 
 def graph_digests(manifest: Manifest) -> dict[str, str]:
-    """Return one SHA-256 for each graph, over its ONNX file and weights as the manifest says."""
+    """Return one SHA-256 per graph, computed from those of its ONNX file and weights in the manifest."""
     digests: dict[str, str] = {}
     for name, graph in manifest.graphs.items():
         wanted = {graph.file, *graph.weights}
@@ -201,7 +201,7 @@ def graph_digests(manifest: Manifest) -> dict[str, str]:
 
 
 def identity_of(manifest: Manifest, config: EngineConfig, *, tool_version: str, target: str) -> EngineIdentity:
-    """Return the identity that engines of this package, built here with these settings, would have."""
+    """Return the identity that engines of this package would have if they were built here with these settings."""
     return EngineIdentity(
         backend=config.backend,
         tool_version=tool_version,
@@ -213,12 +213,12 @@ def identity_of(manifest: Manifest, config: EngineConfig, *, tool_version: str, 
 
 
 def difference(found: EngineIdentity, wanted: EngineIdentity, *, options: bool = True) -> str | None:
-    """Say in words why engines are not the wanted ones; ``None`` when they are.
+    """Describe in words how engines differ from the expected ones; None if they do not.
 
     Args:
-        found: of the engines.
-        wanted: what they should be.
-        options: compare the settings as well; they matter to a build, not to a run.
+        found: identity of the engines.
+        wanted: the expected identity.
+        options: also compare the settings, which matter for a build, but not for a run.
     """
     if found.backend != wanted.backend:
         return f"built by {found.backend}, not by {wanted.backend}"
@@ -240,24 +240,24 @@ def _options_difference(found: EngineOptions, wanted: EngineOptions) -> str | No
     for field in EngineOptions.__struct_fields__:
         old, new = getattr(found, field), getattr(wanted, field)
         if old != new:
-            return f"built with {field} = {_shown(old)}, not {_shown(new)}"
+            return f"built with {field} = {_format_option(old)}, not {_format_option(new)}"
     return None
 
 
-def _shown(value: int | None) -> str:
+def _format_option(value: int | None) -> str:
     return "unlimited" if value is None else str(value).lower()
 
 
 def read_engines(folder: Path, *, check_digests: bool = False) -> EngineManifest:
-    """Read and validate a folder of engines; every engine must be there with its recorded size.
+    """Read and validate a folder of engines; every engine must exist with its recorded size.
 
     Args:
-        folder: what :func:`engine_folder` returns.
-        check_digests: also compare the SHA-256 of every engine; reads them whole.
+        folder: the folder, see :func:`engine_folder`.
+        check_digests: also compare the SHA-256 of every engine, which reads all their bytes.
 
     Raises:
-        PackageError: no engines there, another schema version, one is missing or changed, or has profiles that are not
-            of its inputs.
+        PackageError: there are no engines, the schema version differs, or an engine is missing, changed, or has
+            profiles that do not match its inputs.
     """
     path = folder / ENGINE_FILE
     manifest = _parse(path)
@@ -274,10 +274,10 @@ def read_engines(folder: Path, *, check_digests: bool = False) -> EngineManifest
 
 
 def read_plan(folder: Path, record: EngineRecord) -> bytes:
-    """Return a serialized engine, whose SHA-256 is what its record says.
+    """Return a serialized engine, after comparing its SHA-256 with its record.
 
     Raises:
-        PackageError: it cannot be read, or was changed.
+        PackageError: the engine cannot be read, or was changed.
     """
     try:
         plan = (folder / record.file).read_bytes()
@@ -296,7 +296,7 @@ def _check_profiles(path: Path, record: EngineRecord) -> None:
     if not record.profiles:
         raise PackageError(f"{path} has no profile of {record.file}", expected="at least one", fix=_BUILD_AGAIN)
     for profile in record.profiles:
-        if not _fits(profile, record):
+        if not _matches_inputs(profile, record):
             raise PackageError(
                 f"{path} has a profile {profile.name!r} of {record.file} that does not fit its inputs",
                 expected=f"shapes of {', '.join(f'{t.name}{list(t.shape)}' for t in record.inputs)}",
@@ -304,8 +304,8 @@ def _check_profiles(path: Path, record: EngineRecord) -> None:
             )
 
 
-def _fits(profile: ProfileRecord, record: EngineRecord) -> bool:
-    """Say whether a profile has shapes for every input of its engine, of the same rank, and for nothing else."""
+def _matches_inputs(profile: ProfileRecord, record: EngineRecord) -> bool:
+    """Return whether a profile has exactly the inputs of its engine, with shapes of the same rank."""
     if profile.shapes.keys() != {tensor.name for tensor in record.inputs}:
         return False
     ranges = [(profile.shapes[tensor.name], len(tensor.shape)) for tensor in record.inputs]
@@ -318,7 +318,7 @@ def _parse(path: Path) -> EngineManifest:
             content = stream.read(_MAX_BYTES)
     except OSError as error:
         raise PackageError(
-            f"{path.parent} holds no engines ({error.strerror})", expected="a folder that promprune-build wrote"
+            f"{path.parent} contains no engines ({error.strerror})", expected="a folder that promprune-build wrote"
         ) from error
     try:
         version = msgspec.json.decode(content, type=Versioned).schema_version
@@ -332,7 +332,7 @@ def _parse(path: Path) -> EngineManifest:
 
 
 def write_engine_manifest(folder: Path, identity: EngineIdentity, engines: dict[str, EngineRecord]) -> EngineManifest:
-    """Write ``engine.json`` into a folder of engines that is still being made."""
+    """Write ``engine.json`` into a folder of engines before the folder is moved into place."""
     manifest = EngineManifest(schema_version=ENGINE_SCHEMA_VERSION, identity=identity, engines=engines)
     content = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
     (folder / ENGINE_FILE).write_bytes(content + b"\n")
@@ -351,7 +351,7 @@ def writing_engines(output: Path) -> Iterator[Path]:
 
 
 def parse_target(text: str) -> str:
-    """Return a target in its one spelling: ``sm89``, ``SM89``, ``8.9`` and ``89`` are ``"sm89"``.
+    """Normalise the name of a target: ``sm89``, ``SM89``, ``8.9`` and ``89`` become ``"sm89"``.
 
     Raises:
         ConfigError: it is neither a compute capability nor ``current``.
@@ -368,10 +368,10 @@ def parse_target(text: str) -> str:
 
 
 def current_target() -> str:
-    """Return the compute capability of this machine's first CUDA device, as ``sm89``.
+    """Return the compute capability of this machine's first CUDA device, such as ``sm89``.
 
     Raises:
-        BackendError: no driver, or no device.
+        BackendError: there is no driver, or no device.
     """
     try:
         cuda: Any = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
@@ -393,5 +393,5 @@ def _no_device(reason: str) -> BackendError:
     return BackendError(
         f"this machine has no usable GPU ({reason})",
         expected="an NVIDIA GPU with its driver, or a named target",
-        fix="run this where the GPU is, or build for it from here with --backend tensorrt-rtx --target sm89",
+        fix="run this on a machine with the GPU, or build for it with --backend tensorrt-rtx --target sm89",
     )

@@ -11,8 +11,8 @@ Layout (that of transformers.js and onnx-community, so that other clients can lo
       config.json  generation_config.json  preprocessor_config.json  processor_config.json
       tokenizer.json  tokenizer_config.json  chat_template.jinja
 
-Weights lie beside each graph as ``<graph>.onnx_data``, or in the checkpoint's own files, linked into ``onnx/`` as
-``*.safetensors``; a graph's record names its files. Nothing here needs torch or onnx.
+Weights are stored next to each graph as ``<graph>.onnx_data``, or in the checkpoint's files, which are linked into
+``onnx/`` as ``*.safetensors``; a graph's record names its files. This module needs neither torch nor onnx.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ CHAT_TEMPLATE_FILE: Final = "chat_template.jinja"
 EMBED_TOKENS: Final = "embed_tokens"
 DECODER: Final = "decoder_model_merged"
 TOKEN_SELECTOR: Final = "token_selector"
-_LANGUAGE_GRAPHS: Final = (EMBED_TOKENS, DECODER)  # both, or neither in a package of the vision encoder only
+_LANGUAGE_GRAPHS: Final = (EMBED_TOKENS, DECODER)  # both, or neither in a package with only the vision encoder
 
 _WEIGHTS: Final = (".onnx_data", ".safetensors")
 _MAX_MANIFEST_BYTES: Final = 16 * 1024 * 1024
@@ -77,7 +77,7 @@ _OTHER_VERSION: Final = "export the package again, or install the promprune vers
 
 
 class Versioned(msgspec.Struct):
-    """The one key of a manifest that is read before its version is known."""
+    """The key of a manifest that is read first, before its version is known."""
 
     schema_version: int
 
@@ -86,7 +86,7 @@ class SourceRecord(Record, frozen=True):
     """Where the weights came from."""
 
     model: str  # hub id, folder name, or "embedded"
-    revision: str | None  # commit of a hub repository, where known
+    revision: str | None  # commit of a hub repository, if known
     weights_sha256: Digest  # over the names and digests of the weight files, in order
 
 
@@ -94,14 +94,14 @@ class SelectionRecord(Record, frozen=True):
     """How the kept tokens are chosen; the same in every vision graph."""
 
     config: SelectionConfig
-    parameters_from: str  # who chose mu and tau: "defaults", "model", "command line"
+    parameters_from: str  # source of mu and tau: "defaults", "model" or "command line"
     loop: LoopForm  # form of the greedy stage
-    requested_ratio: Fraction | None  # the fraction KEPT that --ratio asked for; None if --keep-tokens was given
-    rounding: str  # how N and that fraction give T
+    requested_ratio: Fraction | None  # the ratio given by --ratio; None if --keep-tokens was given
+    rounding: str  # how T is computed from N and the ratio
 
 
 class TensorRecord(Record, frozen=True):
-    """One input or output of a graph; a dimension is a number, or the name of a dynamic one."""
+    """One input or output of a graph; a dimension is a number, or the name of a dynamic dimension."""
 
     name: str
     dtype: str  # numpy's name
@@ -123,12 +123,12 @@ class TokenCounts(Record, frozen=True):
 
     @property
     def ratio(self) -> float:
-        """Fraction KEPT, T / N."""
+        """The fraction of the tokens that is kept, T / N."""
         return self.keep_tokens / self.num_tokens
 
     @property
     def is_pruned(self) -> bool:
-        """Whether any token is removed; if not, the graph selects nothing and reports nothing."""
+        """Whether any token is removed; if not, the graph contains no selection."""
         return self.keep_tokens < self.num_tokens
 
 
@@ -138,8 +138,8 @@ class GraphRecord(Record, frozen=True):
     file: str
     inputs: tuple[TensorRecord, ...]
     outputs: tuple[TensorRecord, ...]
-    weights: tuple[str, ...] = ()  # files that hold its weights; graphs may share one
-    tokens: TokenCounts | None = None  # of a vision graph; None for any other
+    weights: tuple[str, ...] = ()  # files of its weights; graphs may share files
+    tokens: TokenCounts | None = None  # of a vision graph; None for other graphs
 
 
 class FileRecord(Record, frozen=True):
@@ -151,7 +151,7 @@ class FileRecord(Record, frozen=True):
 
 
 class CheckRecord(Record, frozen=True):
-    """One verification check: passed when ``measured`` is within ``limit`` as ``comparison`` says."""
+    """One verification check: passed if ``measured`` is within ``limit``, compared by ``comparison``."""
 
     name: str
     measured: float
@@ -159,22 +159,22 @@ class CheckRecord(Record, frozen=True):
     limit: float
     passed: bool
     detail: str = ""
-    advisory: bool = False  # not passing it is a warning, and does not fail the verification
+    advisory: bool = False  # a failure is a warning, and does not fail the verification
 
 
 class VerificationRecord(Record, frozen=True):
-    """What was verified when the package was written; ``None`` in the manifest means not verified."""
+    """The verification when the package was written; None in a manifest that was not verified."""
 
     passed: bool
     checks: tuple[CheckRecord, ...]
-    not_verified: tuple[str, ...] = ()  # what could not be, for lack of memory or of a runtime
+    not_verified: tuple[str, ...] = ()  # checks that could not run, for lack of memory or of a runtime
     warnings: tuple[str, ...] = ()
 
 
 class Manifest(Record, frozen=True):
     """The content of ``promprune.json``.
 
-    ``graphs`` holds the vision encoder and, unless the package is of the vision encoder only, both language graphs.
+    ``graphs`` contains the vision graphs and, unless the package has only the vision encoder, both language graphs.
     """
 
     schema_version: int
@@ -220,11 +220,11 @@ def sha256_of_file(path: Path) -> str:
 
 
 def file_records(folder: Path, *, digests: Mapping[Path, str] = MappingProxyType({})) -> tuple[FileRecord, ...]:
-    """Describe every file under ``folder`` but the manifest, in the order of their paths.
+    """Describe every file in ``folder`` except the manifest, sorted by path.
 
     Args:
         folder: the package.
-        digests: SHA-256 of files that need not be read again, by their paths.
+        digests: file -> its SHA-256, for files that need not be read again.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_FILE)
     return tuple(
@@ -238,7 +238,7 @@ def file_records(folder: Path, *, digests: Mapping[Path, str] = MappingProxyType
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest of a package that is still being made."""
+    """Write the manifest of a package before the folder is moved into place."""
     content = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
     (folder / MANIFEST_FILE).write_bytes(content + b"\n")
 
@@ -246,15 +246,16 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(folder: Path, *, check_weights: bool = False) -> Manifest:
     """Read and validate a package.
 
-    Every file must be there with its recorded size; the SHA-256 of every file but the weights
-    (which can be many gigabytes) is compared too, and that of the weights on request.
+    Every file must exist with its recorded size. The SHA-256 of every file is compared too, except that of the
+    weights (which can be many gigabytes), which is compared on request.
 
     Args:
         folder: the package.
-        check_weights: also compare the SHA-256 of the weights; reads them whole.
+        check_weights: also compare the SHA-256 of the weights, which reads all their bytes.
 
     Raises:
-        PackageError: not a package, another schema version, a file missing, changed, or outside the folder.
+        PackageError: it is not a package, has another schema version, or a file is missing, changed, or outside the
+            folder.
     """
     manifest = _parse_manifest(folder)
     listed = {record.path for record in manifest.files}
@@ -321,7 +322,7 @@ def _check_file(folder: Path, record: FileRecord, *, check_digest: bool) -> None
 
 
 def _path_inside(folder: Path, relative: str) -> Path:
-    """Return ``folder / relative``; refuse what would leave the folder, by name or through a link."""
+    """Return ``folder / relative``; refuse a path that leaves the folder, by its name or through a link."""
     parts = PurePosixPath(relative)
     clean = (
         relative not in ("", ".")
@@ -342,21 +343,22 @@ def _path_inside(folder: Path, relative: str) -> Path:
 def _leads_inside(folder: Path, path: Path) -> bool:
     try:
         return path.resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError):  # a link that leads to itself; which error that is depends on Python's version
+    except (OSError, RuntimeError):  # a link to itself; the error depends on Python's version
         return False
 
 
 def check_package_output(output: Path, *, force: bool) -> None:
-    """Refuse a folder for a package, as :func:`promprune.files.check_output_folder` says."""
+    """Refuse a folder that a package cannot be written to; see :func:`promprune.files.check_output_folder`."""
     check_output_folder(output, "-o", marker=MANIFEST_FILE, contents="an exported package", force=force, whole=True)
 
 
 @contextmanager
 def writing_package(output: Path, *, force: bool = False) -> Iterator[Path]:
-    """Yield an empty folder that becomes ``output`` when the block succeeds, as :mod:`promprune.files` says.
+    """Yield an empty folder that becomes ``output`` if the block succeeds; see :mod:`promprune.files`.
 
     Raises:
-        OutputError: ``output`` exists and ``force`` is off, or it exists and is no package, or cannot be written.
+        OutputError: ``output`` exists and ``force`` is false, or it exists and is not a package, or it cannot be
+            written.
     """
     check_package_output(output, force=force)
     with writing_folder(output, replace=force, fix="choose another output folder, or add --force") as partial:

@@ -1,4 +1,4 @@
-"""A package that was read: its folder and its manifest, handed on together."""
+"""A package that was read and checked: its folder and its manifest in one object."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Package:
     """An exported package whose files were compared with its manifest.
 
     Attributes:
-        folder: where it is.
-        manifest: what it says of itself.
+        folder: the package folder.
+        manifest: its manifest.
     """
 
     folder: Path

@@ -1,4 +1,4 @@
-"""What every record of a package's JSON files has in common."""
+"""The base class of all records in a package's JSON files."""
 
 from __future__ import annotations
 
@@ -15,4 +15,4 @@ Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of a manifest's parts: immutable, and strict about unknown keys."""
+    """Base class of a manifest's parts: immutable, and unknown keys are an error."""

@@ -1,4 +1,4 @@
-"""Manifests of schema version 1, which are no longer read: the command that exports such a package again."""
+"""Manifests of schema version 1, which are no longer supported: how to export such a package again."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ class _Manifest(msgspec.Struct):
 
 
 def export_command(content: bytes) -> str:
-    """Return the ``promprune-export`` command that makes the package of a schema 1 manifest again.
+    """Return the ``promprune-export`` command that exports the package of a schema 1 manifest again.
 
     Args:
-        content: the manifest; if it is not a complete one, the command is named without options.
+        content: the manifest; if it is incomplete, the command is returned without options.
     """
     try:
         manifest = msgspec.json.decode(content, type=_Manifest)

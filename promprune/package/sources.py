@@ -1,4 +1,4 @@
-"""Where models and images come from, as far as that can be said without PyTorch: a mistake is answered at once."""
+"""Finding models and images without importing PyTorch, so that a wrong name is refused at once."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def embedded_model_folder() -> Path:
 
 
 def local_folder(name: str | None) -> Path | None:
-    """Return the folder of a checkpoint, or ``None`` where its name can only be a hub's.
+    """Return the folder of a checkpoint, or None if its name can only be a hub id.
 
     Args:
-        name: folder or hub id; ``None`` is the embedded model.
+        name: folder or hub id; None for the embedded model.
 
     Raises:
-        ModelError: neither, or a folder that holds no model.
+        ModelError: it is neither, or a folder that contains no model.
     """
     if name is None:
         return embedded_model_folder()
@@ -54,17 +54,17 @@ def local_folder(name: str | None) -> Path | None:
 
 
 def source_of_package(package: Path, name: str) -> str | None:
-    """Return the model that a package was made from, where it can be found by what its manifest says.
+    """Find the model that a package was exported from by its name in the manifest.
 
     Args:
-        package: its folder.
-        name: of the source, in its manifest: a hub id, or of a folder without the way to it.
+        package: the package folder.
+        name: name of the source in the manifest: a hub id, or the last part of a folder's path.
 
     Returns:
-        A folder or hub id; ``None`` is the embedded model.
+        A folder or hub id; None for the embedded model.
 
     Raises:
-        ModelError: it is no hub id, and there is no such folder here.
+        ModelError: it is not a hub id, and there is no such folder here.
     """
     if name == EMBEDDED_MODEL:
         return None
@@ -73,19 +73,21 @@ def source_of_package(package: Path, name: str) -> str | None:
     except ModelError as error:
         raise ModelError(
             f"{package} was made from {name!r}, and there is no model in a folder of that name here",
-            expected="the model it was made from",
-            fix="name it with --model",
+            expected="the model that it was made from",
+            fix="pass it with --model",
         ) from error
     return name
 
 
 def folder_images(folder: Path, limit: int) -> list[Path]:
-    """Image files under a folder, at most ``limit``, evenly drawn from all in the order of their paths.
+    """Return at most ``limit`` image files in a folder, evenly spaced in the sorted list of all.
 
     Raises:
         ImageError: there are none.
     """
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
     if not found:
-        raise ImageError(f"there is no image in {folder}", expected="a folder of photographs such as those to come")
+        raise ImageError(
+            f"there is no image in {folder}", expected="a folder of photographs like those the model is for"
+        )
     return [found[i * len(found) // limit] for i in range(limit)] if len(found) > limit else found

@@ -1,4 +1,4 @@
-"""A process that loads one contender, answers with one token, and says when and with how much memory.
+"""A process that loads one contender, generates one token, and reports the time and its peak memory.
 
 Run as ``python -m promprune.runtime.bench.cold_start JSON``, where the JSON is a :class:`ColdStartRequest`. For a
 package, nothing is imported that the runtime does not need.
@@ -21,17 +21,17 @@ from promprune.runtime.bench.report import ColdStart
 
 __all__ = ["ColdStartRequest", "ProcessStart", "start_process", "summary_of"]
 
-_EXIT_REFUSED: Final = 3  # with the error's message as the last line of stdout; Python's own failures exit with 1
+_EXIT_REFUSED: Final = 3  # the last line of stdout is then the error message; other failures exit with 1
 
 
 class ColdStartRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What the process loads, and what it is asked."""
+    """What the process loads, and the question it answers."""
 
     image: str
     prompt: str
     package: str | None = None
-    options: dict[str, Any] = {}  # of the runtime, for a package
-    pytorch: dict[str, Any] | None = None  # fields of PytorchSettings, for the others
+    options: dict[str, Any] = {}  # options of the runtime, for a package
+    pytorch: dict[str, Any] | None = None  # fields of PytorchSettings, for a baseline in PyTorch
 
 
 class _Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,10 +49,10 @@ class ProcessStart(NamedTuple):
 
 
 def start_process(request: ColdStartRequest) -> ProcessStart:
-    """Start one process, and wait for its answer.
+    """Start one process, and wait for its result.
 
     Raises:
-        BackendError: it failed; the message is that of its own error, where that was raised on purpose.
+        BackendError: the process failed; the message is that of its error, if promprune raised it.
     """
     command = [sys.executable, "-m", "promprune.runtime.bench.cold_start", msgspec.json.encode(request).decode()]
     start = time.time()
@@ -61,13 +61,13 @@ def start_process(request: ColdStartRequest) -> ProcessStart:
         raise BackendError(done.stdout.splitlines()[-1])
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise BackendError(f"a process that answers with one token failed ({last})")
+        raise BackendError(f"a process that measures the cold start failed ({last})")
     outcome = msgspec.json.decode(done.stdout.splitlines()[-1], type=_Outcome)
     return ProcessStart((outcome.finished_s - start) * 1000, outcome.peak_host_bytes, outcome.peak_device_bytes)
 
 
 def summary_of(starts: Sequence[ProcessStart]) -> ColdStart:
-    """Return the medians of at least one process."""
+    """Return the medians over one or more processes."""
     devices = [start.peak_device_bytes for start in starts if start.peak_device_bytes is not None]
     return ColdStart(
         first_token_ms=round(statistics.median(start.first_token_ms for start in starts), 3),

@@ -1,4 +1,4 @@
-"""Two reports against each other: did something become slower?"""
+"""Comparing two reports: did anything become slower?"""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from promprune.runtime.sessions.providers import AUTO
 
 __all__ = ["CompareConfig", "Comparison", "Difference", "MissingCase", "compare_reports"]
 
-# What must be equal in both reports, or their times are of different work.
+# Settings that must be equal in both reports; otherwise their times are of different work.
 _SETTINGS: Final = ("prompt", "image_sha256", "new_tokens", "threads", "backend")
 _FACTS: Final = ("kind", "model", "dtype", "device", "policy", "num_tokens", "keep_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """What ``promprune-bench compare`` is asked to do.
+    """Settings of ``promprune-bench compare``.
 
     Attributes:
-        stage: whose time is compared.
-        threshold: relative slow-down that is a regression, above 0.
-        confidence: of the intervals, in (0, 1).
-        relative_to: a contender of both reports; what is compared then is every other one's time over its time in
-            the same round, which a machine that is slower today does not change.
+        stage: the stage whose time is compared.
+        threshold: relative slowdown above which a difference is a regression; above 0.
+        confidence: confidence level of the intervals, in (0, 1).
+        relative_to: a contender of both reports; the time of every other contender is then divided by this one's in
+            the same round, so that the speed of the machine cancels. None to compare times.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -56,16 +56,16 @@ class CompareConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """One case that both reports have.
+    """One case that both reports contain.
 
     Attributes:
-        contender, batch, concurrency: which.
-        before, after: medians: milliseconds, or a ratio with ``relative_to``.
-        ratio: after over before; above 1 is slower.
-        rounds: of the report that has fewer.
-        needed: rounds for an interval of the confidence that was asked for.
-        regression: whether the ratio is past the threshold, and the interval says that it is no accident; never
-            without an interval.
+        contender, batch, concurrency: the case.
+        before, after: medians, in milliseconds; ratios with ``relative_to``.
+        ratio: after / before; above 1 is slower.
+        rounds: number of rounds of the report with fewer rounds.
+        needed: number of rounds that an interval of the requested confidence needs.
+        regression: whether the ratio is above the threshold and its interval is entirely above 1; false without an
+            interval.
     """
 
     contender: str
@@ -80,7 +80,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """In words, for a person."""
+        """The result in words."""
         if self.ratio.low is None:
             return f"too few rounds for an interval ({self.rounds} of {self.needed})"
         return "SLOWER" if self.regression else "ok"
@@ -90,8 +90,8 @@ class MissingCase(NamedTuple):
     """A case whose stage was measured in one report only.
 
     Attributes:
-        contender, load: which, the load in words.
-        report: the one that lacks it: ``"A"``, the earlier one, or ``"B"``.
+        contender, load: the case; the load in words.
+        report: the report that lacks it: ``"A"``, the earlier one, or ``"B"``.
     """
 
     contender: str
@@ -100,17 +100,17 @@ class MissingCase(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """What was compared, and what could not be."""
+    """The cases that were compared, and those that could not be."""
 
     differences: list[Difference]
     missing: list[MissingCase]
 
 
 def compare_reports(before: Report, after: Report, config: CompareConfig) -> Comparison:
-    """Compare every case that both reports have, and name those that one of them lacks.
+    """Compare every case that both reports contain, and list those that one of them lacks.
 
     Raises:
-        ConfigError: they are of different work or settings, have no case in common, or ``relative_to`` is not in both.
+        ConfigError: the reports differ in work or settings, have no case in common, or one lacks ``relative_to``.
     """
     _refuse_other_work(before, after)
     for report in (before, after) if config.relative_to is not None else ():
@@ -132,7 +132,7 @@ def _refuse_other_work(before: Report, after: Report) -> None:
     for name in _SETTINGS:
         _refuse_other(name, getattr(before.settings, name), getattr(after.settings, name))
     providers = before.settings.provider, after.settings.provider
-    if AUTO not in providers:  # it became one of the others, which the devices below tell
+    if AUTO not in providers:  # "auto" stands for one of the others; the devices are compared below
         _refuse_other("provider", *providers)
     known = {contender.name: contender for contender in before.contenders}
     for other in after.contenders:
@@ -145,17 +145,17 @@ def _refuse_other(what: str, before: object, after: object) -> None:
         raise ConfigError(
             f"received reports that differ in {what}: {before!r} in A, {after!r} in B",
             expected="two measurements of the same work",
-            fix="run promprune-bench again as for the other report",
+            fix="run promprune-bench again with the settings of the other report",
         )
 
 
 def _cases(report: Report, config: CompareConfig) -> Iterator[Case]:
-    """Yield the cases that are to be compared."""
+    """Yield the cases to compare."""
     return (case for case in report.cases if _is_compared(report, case, config))
 
 
 def _is_compared(report: Report, case: Case, config: CompareConfig) -> bool:
-    """Say whether a case is to be compared: with ``relative_to``, where that was measured under the same load."""
+    """Return whether to compare a case; with ``relative_to``, only if that contender was measured under its load."""
     if case.contender == config.relative_to or config.stage not in case.stages:
         return False
     return config.relative_to is None or _reference(report, case, config.relative_to, config.stage) is not None
@@ -169,11 +169,13 @@ def _reference(report: Report, case: Case, relative_to: str, stage: str) -> Case
 def _expect_contender(report: Report, name: str | None) -> None:
     names = [contender.name for contender in report.contenders]
     if name not in names:
-        raise ConfigError(f"received relative to {name!r}, which a report lacks", expected=f"one of {', '.join(names)}")
+        raise ConfigError(
+            f"received --relative-to {name!r}, which a report lacks", expected=f"one of {', '.join(names)}"
+        )
 
 
 def _missing(report: Report, other: Report, name: str, config: CompareConfig) -> Iterator[MissingCase]:
-    """Yield the cases of a report that the other one, of that name, lacks."""
+    """Yield the cases of ``report`` that ``other``, which is called ``name``, lacks."""
     there = {(case.contender, case.batch, case.concurrency) for case in _cases(other, config)}
     for case in _cases(report, config):
         if (case.contender, case.batch, case.concurrency) not in there:
@@ -186,7 +188,7 @@ def _values(report: Report, case: Case, config: CompareConfig) -> list[float]:
     if config.relative_to is None:
         return list(own)
     reference = _reference(report, case, config.relative_to, config.stage)
-    assert reference is not None  # of every case that is compared
+    assert reference is not None  # every compared case has one
     return paired_ratios(own, reference.per_round(config.stage))
 
 

@@ -13,28 +13,29 @@ from promprune.runtime.sessions.config import RuntimeConfig
 __all__ = ["BASELINES", "Baseline", "BenchConfig"]
 
 Baseline = Literal["hf", "authors"]
-BASELINES: Final = get_args(Baseline)  # of PyTorch; selection policies are packages like any other
+BASELINES: Final = get_args(Baseline)  # baselines in PyTorch; other selection policies are measured as packages
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """What ``promprune-bench`` is asked to do.
+    """Settings of ``promprune-bench``.
 
     Attributes:
-        packages: folders by the names they have in the report.
-        image: file; ``None``: a rendered scene.
+        packages: name in the report -> folder.
+        image: image file; None for a rendered scene.
         prompt: text after the image.
-        new_tokens: length of every answer.
-        rounds: measured ones; every contender is run once in each, under every load.
-        warmup: rounds before, not counted.
-        batches: prompts answered together; one load each. With ``openvino``, 1 is one of them.
-        concurrencies: calls at the same time; one load each, PyTorch excepted.
-        cold_starts: processes started per contender, after one that is not counted; 0: none, and no peak memory.
-        baselines: ``"hf"``: Hugging Face in PyTorch, unpruned; ``"authors"``: with their selection, at every T.
-        model: folder or hub id of the baselines' model.
-        openvino: folder of the model as OpenVINO GenAI runs it, at the ratios of the packages; ``None``: not measured.
+        new_tokens: length of every answer, in tokens.
+        rounds: measured rounds; every contender runs once per round, under every load.
+        warmup: rounds before the measured ones.
+        batches: batch sizes; one load each. With ``openvino``, one of them must be 1.
+        concurrencies: numbers of concurrent calls; one load each, except for baselines in PyTorch.
+        cold_starts: processes started per contender, after one that is not counted; 0 for none, and no peak memory.
+        baselines: ``"hf"`` (Hugging Face in PyTorch, unpruned) and ``"authors"`` (with their selection, for every T).
+        model: folder or hub id of the model for the baselines.
+        openvino: folder of the model converted for OpenVINO GenAI, to measure at the ratios of the packages; None to
+            skip it.
         runtime: backend, provider and threads.
-        command: as it was typed, for the record.
+        command: the command line, for the report.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -57,7 +58,7 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         if not self.packages:
-            raise ConfigError("received no package", expected="at least one", fix="name packages, or --model")
+            raise ConfigError("received no package", expected="at least one", fix="give packages, or --model")
         for name, least in (("new_tokens", 1), ("rounds", 1), ("warmup", 1), ("cold_starts", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"received {name} = {getattr(self, name)}", expected=f"at least {least}")
@@ -68,12 +69,12 @@ class BenchConfig:
             if baseline not in BASELINES:
                 raise ConfigError(f"received baseline {baseline!r}", expected=f"one of {', '.join(BASELINES)}")
         if self.image is not None and not self.image.is_file():
-            raise ConfigError(f"received image {self.image}, which is no file", expected="an image file")
+            raise ConfigError(f"received image {self.image}, which is not a file", expected="an image file")
         if self.openvino is not None and not self.openvino.is_dir():
-            raise ConfigError(f"received peer {self.openvino}, which is no folder", expected="a converted model")
+            raise ConfigError(f"received peer {self.openvino}, which is not a folder", expected="a converted model")
         if self.openvino is not None and 1 not in self.batches:
             raise ConfigError(
                 f"received batches = {self.batches} and a peer, which answers one prompt at a time",
                 expected="1 among the batches",
-                fix="leave out the peer, or add 1 to --batch",
+                fix="omit --peer, or add 1 to --batch",
             )

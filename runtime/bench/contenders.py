@@ -1,4 +1,4 @@
-"""What can be measured: packages here; Hugging Face and the authors' method in ``promprune.export.baselines``."""
+"""Contenders of the benchmark: packages here; baselines in PyTorch are in ``promprune.export.baselines``."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ __all__ = [
     "source_name",
 ]
 
-CUT_BACKEND: Final = "onnxruntime"  # the backend that runs a graph as it is, and so the part of one
+CUT_BACKEND: Final = "onnxruntime"  # the backend that can run a part of a graph
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What every contender is asked.
+    """The question that every contender answers.
 
     Attributes:
-        image: file.
+        image: image file.
         prompt: text after the image.
-        new_tokens: length of the answer, whatever the model would stop at.
+        new_tokens: length of the answer, in tokens; the end of sequence is ignored.
     """
 
     image: Path
@@ -52,25 +52,26 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One call.
+    """The measurements of one call.
 
     Attributes:
-        stages_ms: by the names of :data:`promprune.runtime.bench.report.STAGES`; a stage that was not apart is missing.
-        token_ids: of the first answer.
+        stages_ms: stage of :data:`promprune.runtime.bench.report.STAGES` -> milliseconds; without stages that were not
+            timed separately.
+        token_ids: tokens of the first answer.
     """
 
     stages_ms: Mapping[str, float]
     token_ids: tuple[int, ...]
 
     def with_selection(self, selection_ms: float) -> Sample:
-        """Return the sample with the selection as a stage of its own, taken from the vision stage."""
+        """Return the sample with the selection as a separate stage, subtracted from the vision stage."""
         vision_ms = max(self.stages_ms["vision"] - selection_ms, 0.0)
         return replace(self, stages_ms={**self.stages_ms, "vision": vision_ms, "selection": selection_ms})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What is known of a contender besides its times; the fields are those of its record in the report."""
+    """Facts about a contender besides its times; the fields are those of its record in the report."""
 
     name: str
     kind: Kind
@@ -90,18 +91,18 @@ class Facts:
     first_token_flops: int | None = None
 
     def record(self, work: Mapping[str, Any], token_ids: tuple[int, ...], cold_start: ColdStart | None) -> Contender:
-        """Return the record, with what was found out by running."""
+        """Return the record, complemented by measured values."""
         found = {"work": dict(work), "token_ids": token_ids, "cold_start": cold_start}
         return Contender(**{**vars(self), **found})
 
 
 class Measurable(ABC):
-    """Something that answers a question about an image, and says how long each stage took.
+    """A contender: it answers a question about an image, and reports the time of each stage.
 
     Attributes:
         name: unique in a report.
-        concurrent: whether several threads may run it at once.
-        batched: whether it answers several prompts together.
+        concurrent: whether it is thread-safe.
+        batched: whether it can answer several prompts in one batch.
     """
 
     name: str
@@ -110,35 +111,35 @@ class Measurable(ABC):
 
     @abstractmethod
     def run(self, question: Question, batch: int) -> Sample:
-        """Answer ``batch`` equal prompts together; return when the device is done."""
+        """Answer ``batch`` equal prompts in one batch; return when the device is done."""
 
     def separate_selection(self, image: Path) -> None:
-        """Prepare to time the selection apart on this image, where it is not timed as part of a run."""
+        """Prepare to time the selection separately on this image, if a run does not time it."""
         del image
 
     def selection_apart_ms(self, batch: int) -> float | None:
-        """Run the selection by itself, once per image of a batch; ``None`` where it cannot be, or need not be."""
+        """Time the selection alone, run once per image of a batch; None if that is impossible or unnecessary."""
         del batch
         return None
 
     @abstractmethod
     def facts(self, question: Question) -> Facts:
-        """Say what it is; asked after the warm-up."""
+        """Return facts about the contender; called after the warm-up."""
 
     @abstractmethod
     def close(self) -> None:
-        """Free what it holds."""
+        """Free its resources."""
 
 
 class PackageContender(Measurable):
     """An exported package in this project's runtime.
 
-    The selection is part of the vision graph. To time it apart, its nodes are cut out of that graph into one of their
-    own, which runs right after every call on the features of the same image; its time is taken from the
-    vision stage. ``first_token`` and ``total`` are of the whole graph, as it is used.
+    The selection is part of the vision graph. To time it separately, its nodes are copied into a second graph, which
+    runs right after every call, on the features of the same image; its time is subtracted from the vision stage.
+    ``first_token`` and ``total`` are times of the complete graph, as in normal use.
 
     Attributes:
-        pipeline: of the package.
+        pipeline: the pipeline of the package.
     """
 
     concurrent = True
@@ -150,7 +151,7 @@ class PackageContender(Measurable):
         self._config = config
         self._selection: _SelectionApart | None = None
         self._last: Result | None = None
-        self._cache_bytes = 0  # of one answer
+        self._cache_bytes = 0  # KV cache of one answer
 
     def run(self, question: Question, batch: int) -> Sample:
         """Answer; see :class:`Measurable`."""
@@ -171,17 +172,17 @@ class PackageContender(Measurable):
         return Sample(stages_ms=stages, token_ids=result.token_ids)
 
     def separate_selection(self, image: Path) -> None:
-        """Cut the selection out of the vision graph, where there is one; see :class:`Measurable`."""
+        """Extract the selection from the vision graph, if it has one; see :class:`Measurable`."""
         self._selection = _SelectionApart.of(self._folder, self.pipeline, self._config, self._preprocess(image))
 
     def selection_apart_ms(self, batch: int) -> float | None:
-        """Run what was cut out; see :class:`Measurable`."""
+        """Time the extracted selection; see :class:`Measurable`."""
         return None if self._selection is None else sum(self._selection.run_ms() for _ in range(batch))
 
     def facts(self, question: Question) -> Facts:
-        """Say what it is, and count its work on an image whose selection just ran."""
+        """Return facts, with the work counted for an image whose selection just ran; see :class:`Measurable`."""
         if self._last is None:
-            raise RuntimeError("facts are asked for after the warm-up")
+            raise RuntimeError("facts() needs a run before it")
         manifest = self.pipeline.manifest
         prompt_tokens = self._last.timings.prompt_tokens
         preprocessed = self._preprocess(question.image)
@@ -221,11 +222,11 @@ class PackageContender(Measurable):
 
 
 def open_packages(folders: Mapping[str, Path], config: RuntimeConfig) -> list[PackageContender]:
-    """Load packages, those of one language model with one copy of it.
+    """Load packages; packages with the same language model share one copy of it.
 
     Raises:
-        PackageError: one is no package with a language model.
-        BackendError: one cannot be loaded.
+        PackageError: a folder is not a package with a language model.
+        BackendError: a package cannot be loaded.
     """
     opened: list[PackageContender] = []
     with contextlib.ExitStack() as loaded:
@@ -238,10 +239,10 @@ def open_packages(folders: Mapping[str, Path], config: RuntimeConfig) -> list[Pa
 
 
 def device_of(folder: Path, config: RuntimeConfig) -> str:
-    """Load a package, say where its language model runs, and free it again.
+    """Load a package, return the device of its language model, and free it again.
 
     Raises:
-        PackageError: it is no package with a language model.
+        PackageError: it is not a package with a language model.
         BackendError: it cannot be loaded.
     """
     options: Any = vars(config)
@@ -250,12 +251,12 @@ def device_of(folder: Path, config: RuntimeConfig) -> str:
 
 
 def source_name(manifest: Manifest) -> str:
-    """Name what a package was made from: the model, and the beginning of its weights' digest."""
+    """Return a name for the source of a package: the model, and the beginning of its weights' digest."""
     return f"{manifest.source.model} {manifest.source.weights_sha256[:12]}"
 
 
 def _sizes(graph: GraphRecord, preprocessed: PreprocessedImage) -> dict[str, int]:
-    """Return the sizes that an image gives to the dynamic dimensions of a vision graph."""
+    """Return the sizes of the dynamic dimensions of a vision graph for an image."""
     return {
         dimension: size
         for tensor in graph.inputs
@@ -279,18 +280,18 @@ def _bytes_under(folder: Path) -> int | None:
 
 
 class _SelectionApart:
-    """The selection's part of a vision graph, with its inputs for one image."""
+    """The selection extracted from a vision graph, with its inputs for one image."""
 
     def __init__(self, session: Session, inputs: Mapping[str, Value], held: Session) -> None:
         self._session = session
         self._inputs = inputs
-        self._held = held  # on a GPU, the inputs live in its memory
+        self._held = held  # on a GPU, it owns the memory of the inputs
 
     @classmethod
     def of(
         cls, folder: Path, pipeline: VisionLanguagePipeline, config: RuntimeConfig, preprocessed: PreprocessedImage
     ) -> _SelectionApart | None:
-        """Cut it out, or return ``None`` where that cannot be done."""
+        """Extract the selection; return None if that is impossible."""
         if config.backend != CUT_BACKEND:
             return None
         path = folder / pipeline.manifest.graphs[preprocessed.graph].file
@@ -307,7 +308,7 @@ class _SelectionApart:
         return cls(after, inputs, before)
 
     def run_ms(self) -> float:
-        """Run it once; return the milliseconds until its result is on the host."""
+        """Run the selection once; return the milliseconds until its result is on the host."""
         start = time.perf_counter()
         self._session.run_keeping(self._inputs, keep=())
         return (time.perf_counter() - start) * 1000

@@ -1,4 +1,4 @@
-"""What machine this is, how busy others keep it, and how much of it this process uses; needs nothing installed."""
+"""Facts about the machine, its load, and the memory of this process; uses the standard library only."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _CPU_TIMES: Final = Path("/proc/stat")
 
 
 class OtherLoad:
-    """How much of the CPUs other processes use, from one call to the next."""
+    """Measures how much of the CPUs other processes use, from one call to the next."""
 
     def __init__(self) -> None:
         self._busy, self._own, self._start = _busy_seconds(), _own_seconds(), time.perf_counter()
 
     def since_last(self) -> float | None:
-        """Return the share of all CPUs that others used since the last call; ``None`` where that is not told."""
+        """Return the share of all CPUs that other processes used since the last call; None if it is unknown."""
         before = self._busy, self._own, self._start
         self._busy, self._own, self._start = _busy_seconds(), _own_seconds(), time.perf_counter()
         if self._busy is None or before[0] is None:
@@ -48,7 +48,7 @@ class OtherLoad:
 def describe_machine(
     *, load_before: float | None, load_after: float | None, other_cpu_fraction: tuple[float, ...]
 ) -> Machine:
-    """Say where this runs, and in what company it did."""
+    """Return the record of the machine and of its load during the benchmark."""
     info = _cpu_info()
     return Machine(
         cpu=info.get("model name") or platform.processor() or platform.machine(),
@@ -66,20 +66,20 @@ def describe_machine(
 
 
 def usable_cpus() -> int:
-    """Return how many CPUs this process may use."""
+    """Return the number of CPUs that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def load_average() -> float | None:
-    """Return the 1-minute load average, where the system has one."""
+    """Return the 1-minute load average; None if the system has none."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def device_bytes_of_this_process() -> int | None:
-    """Return the GPU memory that this process holds, as the driver says; ``None`` without a GPU.
+    """Return the GPU memory of this process according to the driver; None without a GPU.
 
-    ONNX Runtime and PyTorch give none back while they run, so at the end this is the peak.
+    ONNX Runtime and PyTorch free none while they run, so at the end this is the peak.
     """
     rows = [row.split(",") for row in _nvidia_smi("--query-compute-apps=pid,used_memory", "nounits")]
     own = [int(used) * 2**20 for pid, used in rows if pid.strip() == str(os.getpid()) and used.strip().isdecimal()]
@@ -87,9 +87,9 @@ def device_bytes_of_this_process() -> int | None:
 
 
 def peak_host_bytes() -> int:
-    """Return the most memory that this process ever had resident.
+    """Return the peak resident memory of this process, in bytes.
 
-    Linux's ``ru_maxrss`` begins with the size of the process that started this one; ``VmHWM`` does not.
+    On Linux this is ``VmHWM``, because ``ru_maxrss`` starts with the size of the parent process.
     """
     for line in (_read(Path("/proc/self/status")) or "").splitlines():
         if line.startswith("VmHWM:"):
@@ -123,7 +123,7 @@ def _memory_bytes() -> int:
 
 
 def _busy_seconds() -> float | None:
-    """Return the seconds that all CPUs were busy since the machine started, or taken by others of its host."""
+    """Return the seconds that all CPUs were busy since the machine started, including time stolen by its host."""
     first = (_read(_CPU_TIMES) or "").partition("\n")[0].split()
     if first[:1] != ["cpu"] or len(first) < 9:
         return None
@@ -137,7 +137,7 @@ def _own_seconds() -> float:
 
 
 def _nvidia_smi(query: str, *flags: str) -> list[str]:
-    """Return the rows of one query; none where there is no such command, or it fails."""
+    """Return the rows of one query; empty if the command is missing or fails."""
     command = ["nvidia-smi", query, f"--format={','.join(('csv', 'noheader', *flags))}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)

@@ -1,7 +1,7 @@
-"""A benchmark, whole: from packages and baselines to a report.
+"""Running a benchmark: from packages and baselines to a report.
 
-Everything is measured in turns: a round runs every contender once under every load, in an order that changes from
-round to round, so that what the machine does meanwhile hits all alike. A time ends when its result is on the host.
+Contenders take turns: in every round each contender runs once under every load, in an order that changes from round to
+round, so that disturbances on the machine affect all of them equally. A time ends when its result is on the host.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from promprune.runtime.sessions.config import RuntimeConfig
 
 __all__ = ["run_benchmark"]
 
-_PAUSE_S: Final = 0.05  # between calls: lets the worker threads of the other library stop spinning
+_PAUSE_S: Final = 0.05  # between calls, so that the worker threads of the other library stop spinning
 _SCENE_SIZE: Final = 512
 
 
@@ -67,7 +67,7 @@ class _Load(NamedTuple):
 
 @dataclass
 class _Measured:
-    """Of one load: samples in the order of the rounds, and the seconds of each round."""
+    """Measurements of one load: samples in the order of the rounds, and the seconds of each round."""
 
     samples: list[Sample] = field(default_factory=list)
     walls: list[float] = field(default_factory=list)
@@ -82,7 +82,7 @@ def run_benchmark(config: BenchConfig, progress: Progress) -> Report:
     """
     created, load_before = datetime.now(UTC), load_average()
     progress.announce(4 + (config.cold_starts > 0))
-    config = replace(config, runtime=_settled(config.runtime))
+    config = replace(config, runtime=_fix_settings(config.runtime))
     manifests = {name: read_manifest(folder) for name, folder in config.packages.items()}
     with contextlib.ExitStack() as stack:
         image = stack.enter_context(_image(config.image))
@@ -107,14 +107,14 @@ def run_benchmark(config: BenchConfig, progress: Progress) -> Report:
     )
 
 
-def _settled(runtime: RuntimeConfig) -> RuntimeConfig:
-    """Every call encodes its image again, and everybody has the same number of threads."""
+def _fix_settings(runtime: RuntimeConfig) -> RuntimeConfig:
+    """Return settings under which every call encodes its image again, with an explicit number of threads."""
     return replace(runtime, image_cache_size=0, num_threads=runtime.num_threads or usable_cpus())
 
 
 @contextlib.contextmanager
 def _image(given: Path | None) -> Iterator[Path]:
-    """Yield the image file: the one that was given, or a rendered scene."""
+    """Yield the image file: the given one, or a rendered scene."""
     if given is not None:
         yield given
         return
@@ -127,7 +127,7 @@ def _image(given: Path | None) -> Iterator[Path]:
 
 
 def _pytorch_settings(config: BenchConfig, manifests: Mapping[str, Manifest]) -> dict[str, Any]:
-    """Return what the baselines run, by name: the packages' model, on the device that the first of them runs on."""
+    """Return the settings of each baseline by name: the packages' model, on the device of the first package."""
     if not config.baselines:
         return {}
     pytorch = plugin("pytorch")
@@ -156,7 +156,7 @@ def _pytorch_settings(config: BenchConfig, manifests: Mapping[str, Manifest]) ->
 def _cold_starts(
     config: BenchConfig, question: Question, pytorch: Mapping[str, Any], progress: Progress
 ) -> dict[str, ColdStart]:
-    """Measure processes of their own in turns, before this one holds anything large; the first of each warms up."""
+    """Measure cold starts in new processes, before this process loads anything; the first of each is a warm-up."""
     if config.cold_starts == 0:
         return {}
     asked: dict[str, Any] = {"image": str(question.image), "prompt": question.prompt}
@@ -212,7 +212,7 @@ def _open_probe(
     manifests: Mapping[str, Manifest],
     stack: contextlib.ExitStack,
 ) -> Any:
-    """Return what measures the ceilings of the device that the packages run on, where that can be done."""
+    """Return the probe that measures the ceilings of the packages' device; None if that is impossible."""
     device = next(contender.pipeline.device for contender in contenders if isinstance(contender, PackageContender))
     dtypes = dict.fromkeys(manifest.dtype for manifest in manifests.values())
     probe = plugin("ceilings").open_ceiling_probe(dtypes, device=device, threads=config.runtime.num_threads or 1)
@@ -222,7 +222,7 @@ def _open_probe(
 
 
 def _loads(config: BenchConfig, contenders: Sequence[Measurable]) -> list[_Load]:
-    """Every contender one by one, in batches, and several calls at a time; not batches times calls."""
+    """Return the loads of every contender: every batch size, and every number of calls, but not both combined."""
     loads = [(batch, 1) for batch in config.batches] + [(1, calls) for calls in config.concurrencies if calls > 1]
     return [
         _Load(contender, batch, calls)
@@ -240,7 +240,7 @@ def _rounds(
     probe: Any,
     progress: Progress,
 ) -> tuple[dict[_Load, _Measured], tuple[float, ...]]:
-    """Run the warm-up and the rounds; return the samples, and what others used of the CPUs in each round."""
+    """Run the warm-up and the rounds; return the samples, and the CPU share of other processes in each round."""
     order, shuffle = list(loads), random.Random(0)
     with progress.step("warm-up", items=config.warmup * len(loads)) as step:
         for _ in range(config.warmup):

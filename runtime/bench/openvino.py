@@ -1,6 +1,6 @@
-"""OpenVINO GenAI as a contender: its own runtime, and CDPruner where it supports the model.
+"""OpenVINO GenAI as a contender: its own runtime, with CDPruner if it supports the model.
 
-Needs ``openvino-genai`` and a model that optimum-intel converted; how is said in docs/benchmarks.md.
+Needs ``openvino-genai`` and a model that optimum-intel converted; see docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ class OpenVinoModel:
     """A loaded model, shared by the contenders that run it.
 
     Args:
-        folder: as optimum-intel wrote it.
-        dtype: to compute in, ``"fp32"``, ``"fp16"`` or ``"bf16"``; left alone, it takes bf16 where the CPU has it.
-        threads: of the CPU.
+        folder: folder written by optimum-intel.
+        dtype: dtype of the computation, ``"fp32"``, ``"fp16"`` or ``"bf16"``; OpenVINO's default would be bf16 if the
+            CPU supports it.
+        threads: number of CPU threads.
 
     Raises:
-        BackendError: the folder is no converted model.
+        BackendError: the folder is not a converted model.
     """
 
     def __init__(self, folder: Path, dtype: str, threads: int) -> None:
@@ -37,7 +38,7 @@ class OpenVinoModel:
         self.folder, self.dtype = folder, dtype
         self.openvino, self.genai = openvino, openvino_genai
         scheduler = openvino_genai.SchedulerConfig()
-        scheduler.enable_prefix_caching = False  # or an image that was seen before costs next to nothing
+        scheduler.enable_prefix_caching = False  # otherwise, a repeated image would cost almost nothing
         settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": dtype.replace("fp", "f")}
         try:
             self.pipeline = openvino_genai.VLMPipeline(str(folder), "CPU", scheduler_config=scheduler, **settings)
@@ -52,11 +53,11 @@ class OpenVinoModel:
 class OpenVinoContender(Measurable):
     """One pruning ratio of a model in OpenVINO GenAI.
 
-    ``vision`` is what it reports for preparing the embeddings: preprocessing, encoder, pruning and splice together.
+    ``vision`` is its reported time for the embeddings: preprocessing, encoder, pruning and splice together.
     """
 
     concurrent = False
-    batched = False  # with several prompts it does not prune, and does not say so
+    batched = False  # with several prompts it silently does not prune
 
     def __init__(self, name: str, shared: OpenVinoModel, num_tokens: int, removed_percent: int) -> None:
         self.name = name
@@ -101,7 +102,7 @@ class OpenVinoContender(Measurable):
         return Sample(stages_ms=stages, token_ids=tuple(tokens))
 
     def facts(self, question: Question) -> Facts:
-        """Say what it is; ``prompt_tokens`` is what it says that it read."""
+        """Return facts; ``prompt_tokens`` is the number that it reports."""
         folder, n = self._shared.folder, self._num_tokens
         return Facts(
             name=self.name,
@@ -117,4 +118,4 @@ class OpenVinoContender(Measurable):
         )
 
     def close(self) -> None:
-        """Nothing to do: the model is freed with its last contender."""
+        """Do nothing: the model is freed with its last contender."""

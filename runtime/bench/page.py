@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a report: tables, and plots as inline SVG; nothing is loaded from anywhere."""
+"""One self-contained HTML page of a report: tables, and plots as inline SVG, without external resources."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _COLOURS: Final = {
     "prefill": "#3f9a6b",
     "rest": "#dfe3e8",
 }
-_MARKERS: Final = "os^DvPX"  # names would lie on each other where speed-ups are alike
+_MARKERS: Final = "os^DvPX"  # markers instead of names, which would overlap if speed-ups are similar
 _KIND_COLOURS: Final = {"package": "#2f6db5", "hugging_face": "#b5432f", "authors": "#e07b1a", "peer": "#6b4fa0"}
-_LEGIBLE: Final = 0.7  # of a plot's own width
+_LEGIBLE: Final = 0.7  # smallest width of a plot, relative to its full width
 _STYLE: Final = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c232b; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin: 2rem 0 .3rem }
@@ -54,7 +54,7 @@ def to_html(report: Report) -> str:
 
 
 def figures(report: Report) -> dict[str, Figure]:
-    """Return the plots by name; those without anything to show are left out."""
+    """Return the plots by name, without empty ones."""
     made = {
         "stages": _stages_figure(report),
         "gains": _gains_figure(report),
@@ -72,7 +72,7 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
 
 
 def _stages_figure(report: Report) -> Figure:
-    """Time to first token by stage, one bar per contender, the fewest tokens first."""
+    """Draw the time to first token by stage, one bar per contender, the fewest tokens first."""
     alone = sorted(report.alone(), key=lambda pair: (pair[0].kind != "package", pair[0].kind, pair[0].keep_tokens))
     figure, axes = _figure(9, 1.4 + 0.5 * len(alone))
     names = [f"{contender.name}\n{contender.keep_tokens} tokens" for contender, _ in alone]
@@ -84,7 +84,7 @@ def _stages_figure(report: Report) -> Figure:
     whole = [case.stages["first_token"].median_ms for _, case in alone]
     rest = [max(total - start, 0.0) for total, start in zip(whole, left, strict=True)]
     axes.barh(names, rest, left=left, color=_COLOURS["rest"], label="rest", height=0.62)
-    for row, (total, parts) in enumerate(zip(whole, left, strict=True)):  # the parts' medians may add up to more
+    for row, (total, parts) in enumerate(zip(whole, left, strict=True)):  # the sum of the stages' medians may be larger
         axes.annotate(
             f"{total:,.0f} ms", (max(total, parts), row), (4, 0), textcoords="offset points", va="center", fontsize=9
         )
@@ -97,7 +97,7 @@ def _stages_figure(report: Report) -> Figure:
 
 
 def _gains_figure(report: Report) -> Figure | None:
-    """Speed-up against what the cut in FLOPs allows: the diagonal is the ideal."""
+    """Draw the speed-up against the reduction of FLOPs; the diagonal is the ideal."""
     counted = [gain for gain in gains(report) if gain.flops]
     if not counted:
         return None
@@ -115,12 +115,12 @@ def _gains_figure(report: Report) -> Figure | None:
     axes.set_ylim(bottom=min(1.0, *(slowest for slowest, _ in ends)) * 0.96)
     axes.set_xlabel("FLOPs of the unpruned baseline over FLOPs, up to the first token")
     axes.set_ylabel("first token: times as fast" + (" (95 % interval)" if counted[0].time.low is not None else ""))
-    axes.set_title("Speed-up against the cut in FLOPs", loc="left", fontsize=11)
+    axes.set_title("Speed-up against the reduction of FLOPs", loc="left", fontsize=11)
     return figure
 
 
 def _speed_ups(gain: Gain) -> tuple[float, float]:
-    """Return the ends of the interval as speed-ups, the slower first; the estimate twice where there is none."""
+    """Return the ends of the interval as speed-ups, the slower first; the estimate twice if there is no interval."""
     estimate, low, high = gain.time
     return 1 / (high or estimate), 1 / (low or estimate)
 
@@ -133,7 +133,7 @@ def _draw_gain(axes: Any, gain: Gain, colour: str, marker: str) -> None:
 
 
 def _first_token_figure(report: Report) -> Figure:
-    """The distribution of the time to first token: every call a dot, and the share of calls that are as fast."""
+    """Draw the distribution of the time to first token: a dot per call, at the share of calls that are as fast."""
     figure, axes = _figure(9, 3.6)
     styles = ("-", "--", "-.", ":")
     for row, (contender, case) in enumerate(report.alone()):
@@ -150,7 +150,7 @@ def _first_token_figure(report: Report) -> Figure:
 
 
 def _memory_figure(report: Report) -> Figure | None:
-    """Peak host and device memory, one process per contender."""
+    """Draw the peak host and device memory, measured in one process per contender."""
     measured = [(contender, contender.cold_start) for contender in report.contenders if contender.cold_start]
     if not measured:
         return None
@@ -165,25 +165,25 @@ def _memory_figure(report: Report) -> Figure | None:
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.set_xlabel("peak resident memory up to the first token, GB")
-    axes.set_title("Memory, a process of its own each", loc="left", fontsize=11)
+    axes.set_title("Memory, one process per contender", loc="left", fontsize=11)
     return figure
 
 
 def _svg(figure: Figure) -> str:
-    """Draw a figure as an SVG element, without the addresses that matplotlib writes into its files."""
+    """Draw a figure as an SVG element, without the header with URLs that matplotlib writes into its files."""
     stream = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "promprune"}):  # equal plots, equal text
+    with matplotlib.rc_context({"svg.hashsalt": "promprune"}):  # equal plots give equal text
         FigureCanvasSVG(figure).print_svg(stream)
     body = stream.getvalue()
     body = body[body.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", body)
-    legible = f"min-width: {_LEGIBLE * figure.get_figwidth():.1f}in"  # narrower than this, it scrolls
+    legible = f"min-width: {_LEGIBLE * figure.get_figwidth():.1f}in"  # scrolls if the page is narrower
     return body.replace("<svg", f'<svg style="{legible}"', 1)
 
 
 def _outcome_first(tables: list[Grid]) -> tuple[str, str]:
-    """Lay out the tables: what a reader looks for first, and the rest."""
+    """Return the tables in two parts: the gains, which readers look for first, and the rest."""
     first = [grid for grid in tables if grid.title.startswith(GAINS)]
     return "".join(map(_table, first)), "".join(_table(grid) for grid in tables if grid not in first)
 

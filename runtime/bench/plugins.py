@@ -1,6 +1,6 @@
-"""The parts of the benchmark that need onnx or PyTorch, which the runtime does not have.
+"""The parts of the benchmark that need onnx or PyTorch, which the runtime does not require.
 
-They are part of ``promprune.export``, which imports the runtime; this table is the only way in the other direction.
+They belong to ``promprune.export``, which imports the runtime; only this table refers in the other direction.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PLUGINS: Final[Mapping[str, str]] = MappingProxyType(
         "packages": "promprune.export.baselines.export_cache",  # exports the packages of --model
         "pytorch": "promprune.export.baselines.pytorch",  # Hugging Face, and the authors' method
         "work": "promprune.export.roofline.work",  # counts the work of a graph
-        "ceilings": "promprune.export.roofline.ceilings",  # measures what the device can do at best
+        "ceilings": "promprune.export.roofline.ceilings",  # measures the ceilings of the device
     }
 )
 
@@ -26,6 +26,6 @@ def plugin(name: str) -> Any:
     """Import one of :data:`PLUGINS`.
 
     Raises:
-        ModuleNotFoundError: what it needs is not installed.
+        ModuleNotFoundError: a package that it needs is not installed.
     """
     return importlib.import_module(PLUGINS[name])

@@ -1,7 +1,7 @@
-"""What a benchmark reports: the schema of its JSON, and the comparisons drawn from it.
+"""The report of a benchmark: the schema of its JSON, and the gains computed from it.
 
-Every key that holds a quantity ends in its unit: ``_ms``, ``_s``, ``_bytes``, ``_flops``, ``_per_s``. The times of
-every round are kept, so that any statistic can be computed again.
+Every key of a quantity ends in its unit: ``_ms``, ``_s``, ``_bytes``, ``_flops``, ``_per_s``. The times of every round
+are stored, so that any statistic can be computed later.
 """
 
 from __future__ import annotations
@@ -48,24 +48,24 @@ Kind = Literal["package", "hugging_face", "authors", "peer"]
 
 
 class Machine(Record, frozen=True):
-    """Where it ran, and in what company."""
+    """The machine, and its load during the benchmark."""
 
     cpu: str
-    cpus: Count  # that this process may use
+    cpus: Count  # the number that this process may use
     memory_bytes: Size
-    governor: str | None  # of the CPU's clock; None where the system does not tell
+    governor: str | None  # of the CPU's clock; None if the system does not tell
     cpu_mhz: float | None
     system: str
-    gpus: tuple[str, ...]  # name, driver, clocks and memory, as nvidia-smi says
+    gpus: tuple[str, ...]  # name, driver, clocks and memory from nvidia-smi
     versions: dict[str, str]
     load_before: float | None  # 1-minute load average
     load_after: float | None
-    # Of every round: the share of all CPUs that other processes used meanwhile; empty where the system does not tell.
+    # For every round, the share of all CPUs that other processes used; empty if the system does not tell.
     other_cpu_fraction: tuple[float, ...]
 
 
 class Settings(Record, frozen=True):
-    """What was asked for."""
+    """The settings of a benchmark."""
 
     command: str
     image: str
@@ -80,18 +80,18 @@ class Settings(Record, frozen=True):
 
 
 class Ceilings(Record, frozen=True):
-    """What the device reaches at its best, measured in the same process: large products, one large copy, one sum."""
+    """The highest rates of the device, measured in the same process with large products, a large copy and a sum."""
 
     device: str
-    product_flops_per_s: dict[str, float]  # by the dtypes of the packages
-    product: str  # of what size
-    copy_bytes_per_s: float  # read and written
-    read_bytes_per_s: float  # read, with next to nothing written
-    memory: str  # of what size both were
+    product_flops_per_s: dict[str, float]  # by dtype of the packages
+    product: str  # size of the products
+    copy_bytes_per_s: float  # bytes read plus bytes written
+    read_bytes_per_s: float  # bytes read, with almost nothing written
+    memory: str  # size of both arrays
 
     @property
     def memory_bytes_per_s(self) -> float:
-        """The faster of both, which no stage's traffic can beat."""
+        """The higher of both rates, an upper limit for the traffic of every stage."""
         return max(self.copy_bytes_per_s, self.read_bytes_per_s)
 
 
@@ -101,8 +101,8 @@ class GraphWork:
 
     Attributes:
         flops: two per multiply-add.
-        traffic_bytes: every weight that is read, once, and the graph's inputs and outputs.
-        uncounted: operators outside the ONNX standard, whose work is unknown and not in ``flops``.
+        traffic_bytes: bytes of all weights that are read, and of the graph's inputs and outputs.
+        uncounted: operators outside the ONNX standard, whose work is unknown and not included in ``flops``.
     """
 
     flops: int
@@ -111,16 +111,16 @@ class GraphWork:
 
 
 class StageWork(Record, frozen=True):
-    """Counted from the shapes of the graph, not measured."""
+    """The work of a stage, counted from the shapes of its graph."""
 
     flops: Size  # 2 per multiply-add of matrix products, convolutions and attention; nothing else
-    traffic_bytes: Size  # each weight once, and the graph's inputs and outputs: what cannot be avoided
-    bound_ms: Milliseconds | None  # the longer of both at the measured ceilings; None where there are none
-    uncounted: tuple[str, ...]  # operators outside the ONNX standard, which the count leaves out
+    traffic_bytes: Size  # each weight once, and the graph's inputs and outputs: the minimum
+    bound_ms: Milliseconds | None  # the longer of both at the measured ceilings; None without ceilings
+    uncounted: tuple[str, ...]  # operators outside the ONNX standard, which are not counted
 
 
 class ColdStart(Record, frozen=True):
-    """Processes of their own, each from its start to the first token, after one that is not counted."""
+    """New processes, each measured from its start to the first token; the first one is not counted."""
 
     first_token_ms: Milliseconds  # median; from starting the process
     peak_host_bytes: Size  # most resident memory, median
@@ -129,30 +129,30 @@ class ColdStart(Record, frozen=True):
 
 
 class Contender(Record, frozen=True):
-    """One of those that were measured."""
+    """One contender of the benchmark."""
 
     name: str
     kind: Kind
     path: str
-    model: str  # what it was made from, and the beginning of its weights' digest where that is known
+    model: str  # its source, and the beginning of its weights' digest if known
     dtype: str
     device: str
     num_tokens: Count  # N, visual tokens of the image before selection
-    keep_tokens: Count  # T, after it
+    keep_tokens: Count  # T, after selection
     policy: str  # which tokens are kept: "all", "promprune", ...
-    saliency_count: Size | None  # T_sal of this image; None where nothing was selected
-    prompt_tokens: Count  # visual tokens included
-    token_ids: tuple[int, ...]  # the answer, greedy; equal answers are equal work
+    saliency_count: Size | None  # T_sal of this image; None without a selection
+    prompt_tokens: Count  # including visual tokens
+    token_ids: tuple[int, ...]  # the greedy answer; equal answers mean equal work
     package_bytes: Size | None
     engine_bytes: Size | None
-    kv_cache_bytes: Size | None  # held at the end of the answer
-    work: dict[str, StageWork]  # by stage, for one image; empty where no graph was counted
+    kv_cache_bytes: Size | None  # at the end of the answer
+    work: dict[str, StageWork]  # by stage, for one image; empty if no graph was counted
     first_token_flops: Size | None
     cold_start: ColdStart | None
 
 
 class Distribution(Record, frozen=True):
-    """Times of one stage of one case. ``decode`` is per token after the first; the others are per call."""
+    """The times of one stage of one case: per call; for ``decode``, per token after the first."""
 
     n: Count
     median_ms: Milliseconds
@@ -184,12 +184,12 @@ class Case(Record, frozen=True):
     batch: Count  # prompts answered together, each with its image
     concurrency: Count  # calls at the same time
     stages: dict[str, Distribution]
-    prompts_per_s: float  # answered, in the median round
-    tokens_per_s: float  # generated, in the median round
+    prompts_per_s: float  # answered prompts, in the median round
+    tokens_per_s: float  # generated tokens, in the median round
 
     @property
     def load(self) -> str:
-        """In words: how many prompts together, and how many calls at once."""
+        """The load in words: batch size, and number of concurrent calls."""
         together = "one prompt at a time" if self.batch == 1 else f"{self.batch} prompts together"
         return together if self.concurrency == 1 else f"{together}, {self.concurrency} calls at once"
 
@@ -206,7 +206,7 @@ class Report(Record, frozen=True):
     created: str  # UTC, ISO 8601
     machine: Machine
     settings: Settings
-    ceilings: Ceilings | None  # None where none can be measured on the device that the packages run on
+    ceilings: Ceilings | None  # None if they cannot be measured on the packages' device
     contenders: tuple[Contender, ...]
     cases: tuple[Case, ...]
 
@@ -215,12 +215,12 @@ class Report(Record, frozen=True):
         return next(contender for contender in self.contenders if contender.name == name)
 
     def case(self, name: str, batch: int, concurrency: int) -> Case | None:
-        """Return a case, or ``None`` where that load was not measured."""
+        """Return a case; None if that load was not measured."""
         wanted = (name, batch, concurrency)
         return next((case for case in self.cases if (case.contender, case.batch, case.concurrency) == wanted), None)
 
     def alone(self) -> Iterator[tuple[Contender, Case]]:
-        """Yield the contenders, each answering one prompt at a time, or in its first case where it never did."""
+        """Yield the contenders with their case of one prompt at a time, or else with their first case."""
         for contender in self.contenders:
             first = next(case for case in self.cases if case.contender == contender.name)
             yield contender, self.case(contender.name, 1, 1) or first
@@ -232,19 +232,19 @@ class Report(Record, frozen=True):
 
 
 class _Versioned(msgspec.Struct):
-    """The one key of a report that is read before its version is known."""
+    """The key of a report that is read first, before its version is known."""
 
     report_version: int
 
 
 class Gain(NamedTuple):
-    """One contender against the unpruned one of its own kind.
+    """One contender compared with the unpruned contender of its toolchain.
 
     Attributes:
-        contender, baseline: names.
-        time: first-token time over that of the baseline, median over rounds, with its 95 % interval where there are
-            rounds enough for one.
-        flops: counted work over that of the baseline; ``None`` where one was not counted.
+        contender, baseline: their names.
+        time: time to first token divided by that of the baseline, median over rounds, with its 95 % interval if there
+            are enough rounds.
+        flops: counted FLOPs divided by those of the baseline; None if one of them was not counted.
     """
 
     contender: str
@@ -254,12 +254,12 @@ class Gain(NamedTuple):
 
     @property
     def reached(self) -> float | None:
-        """The cut in time over the cut in FLOPs: 1 when all that FLOPs allow was reached."""
+        """The reduction of time divided by the reduction of FLOPs; 1 is the ideal."""
         return None if self.flops is None or self.flops >= 1 else (1 - self.time.estimate) / (1 - self.flops)
 
 
 def gains(report: Report) -> list[Gain]:
-    """Compare every contender with the unpruned one of its toolchain, at the load of :meth:`Report.alone`."""
+    """Compare every contender with the unpruned one of its toolchain, under the load of :meth:`Report.alone`."""
     alone = list(report.alone())
     full = {_toolchain(contender): (contender, case) for contender, case in alone if _keeps_all(contender)}
     found = []
@@ -279,7 +279,7 @@ def read_report(path: Path) -> Report:
     """Read a report's JSON.
 
     Raises:
-        PackageError: it is not one, or of another version.
+        PackageError: it is not a report, or has another version.
     """
     try:
         content = path.read_bytes()
@@ -303,6 +303,6 @@ def _keeps_all(contender: Contender) -> bool:
 
 
 def _toolchain(contender: Contender) -> tuple[str, str, str]:
-    """PyTorch's unpruned model is the yardstick of the authors' method, which runs inside it."""
+    """Return a key that a contender shares with its baseline; that of the authors' method is unpruned PyTorch."""
     tools = "pytorch" if contender.kind in ("hugging_face", "authors") else contender.kind
     return tools, contender.model, contender.dtype

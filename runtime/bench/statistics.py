@@ -20,7 +20,7 @@ Floats = npt.NDArray[np.float64]
 
 
 class Interval(NamedTuple):
-    """An estimate and its confidence interval, whose ends are ``None`` below :func:`least_rounds` rounds."""
+    """An estimate and its confidence interval, whose ends are None with fewer than :func:`least_rounds` rounds."""
 
     estimate: float
     low: float | None
@@ -28,32 +28,32 @@ class Interval(NamedTuple):
 
 
 def least_rounds(confidence: float = CONFIDENCE) -> int:
-    """Return how many rounds an interval needs to cover the truth as often as it says: 6 for 95 %, 8 for 99 %.
+    """Return how many rounds an interval needs for its nominal coverage: 6 for 95 %, 8 for 99 %.
 
-    The interval ends at the smallest and the largest of n values at most, and all of them lie on one side of the true
-    median in 2 of 2^n cases.
+    The interval spans at most the smallest to the largest of n values, and all n values are on one side of the true
+    median with a probability of 2 / 2^n.
     """
     return math.ceil(1 - math.log2(1 - confidence))
 
 
 def quantile(values: Sequence[float], fraction: float) -> float:
-    """Return a quantile, linear between the two nearest values; 0.5 is the median."""
+    """Return a quantile, interpolated linearly between the two nearest values; 0.5 is the median."""
     return float(np.quantile(np.asarray(values, np.float64), fraction))
 
 
 def paired_ratios(numerator: Sequence[float], denominator: Sequence[float]) -> list[float]:
-    """Return the ratio within each round: what drifts from round to round cancels."""
+    """Return the ratio within each round, so that drifts from round to round cancel."""
     return [above / below for above, below in zip(numerator, denominator, strict=True)]
 
 
 def ratio_of_medians(
     numerator: Sequence[float], denominator: Sequence[float], *, confidence: float = CONFIDENCE
 ) -> Interval:
-    """Return the ratio of two medians, with its interval from rounds drawn again on each side by itself.
+    """Return the ratio of two medians, with its interval from bootstrapping the rounds of each side independently.
 
     Args:
-        numerator, denominator: one value per round, above 0; the rounds of both need not be the same.
-        confidence: of the interval.
+        numerator, denominator: one value per round, above 0; they may be from different rounds.
+        confidence: confidence level of the interval.
     """
     random = np.random.default_rng(_SEED)
     above, below = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
@@ -64,11 +64,11 @@ def ratio_of_medians(
 
 
 def median_interval(values: Sequence[float], *, confidence: float = CONFIDENCE) -> Interval:
-    """Return the median, with its interval from rounds drawn again.
+    """Return the median, with its interval from bootstrapping the rounds.
 
     Args:
-        values: one per round.
-        confidence: of the interval.
+        values: one value per round.
+        confidence: confidence level of the interval.
     """
     drawn_from = np.asarray(values, np.float64)
     estimate = float(np.median(drawn_from))

@@ -1,4 +1,4 @@
-"""Reports as tables: for the terminal, as Markdown, and as CSV."""
+"""Tables of a report: for the terminal, as Markdown, and as CSV."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from promprune.runtime.bench.statistics import Interval, least_rounds
 
 __all__ = ["GAINS", "Grid", "grids", "machine_lines", "to_csv", "to_markdown"]
 
-GAINS: Final = "Gains"  # how the title of that table begins
-_BUSY: Final = 0.25  # of the CPU; above it, times say more about the others
+GAINS: Final = "Gains"  # beginning of that table's title
+_BUSY: Final = 0.25  # share of the CPUs used by others above which times are unreliable
 _STAGE_TITLES: Final = {"first_token": "first token", "decode": "decode, per token"}
 
 
 class Grid(NamedTuple):
-    """A table: a title, a line under it that says how to read it, and rows; the first column is text."""
+    """A table: a title, a line that explains it, and rows; the first column is text."""
 
     title: str
     note: str
@@ -27,7 +27,7 @@ class Grid(NamedTuple):
 
 
 def grids(report: Report) -> list[Grid]:
-    """Return everything that a person wants to see of a report."""
+    """Return all tables of a report."""
     made = [_stages(report), _gains(report), _work(report), _memory(report)]
     if len(report.cases) > len(report.contenders):
         made.insert(1, _loads(report))
@@ -41,7 +41,7 @@ def _without_empty_columns(grid: Grid) -> Grid:
 
 
 def to_markdown(report: Report) -> str:
-    """Return the whole report as Markdown."""
+    """Return the report as Markdown."""
     parts = [f"# Benchmark of {report.created}", *(f"- {line}" for line in machine_lines(report))]
     for grid in grids(report):
         align = ["---", *["---:"] * (len(grid.header) - 1)]
@@ -67,7 +67,7 @@ def to_csv(report: Report) -> str:
 
 
 def machine_lines(report: Report) -> list[str]:
-    """Say on what machine, with what settings, and in what company it was measured."""
+    """Describe the machine, the settings, and the load of the machine by others."""
     machine, settings = report.machine, report.settings
     clock = f", {machine.cpu_mhz:.0f} MHz" if machine.cpu_mhz else ""
     governor = f", governor {machine.governor}" if machine.governor else ""
@@ -107,7 +107,7 @@ def _stages(report: Report) -> Grid:
     tokens = [f"{contender.keep_tokens} of {contender.num_tokens}" for contender, _ in alone]
     devices = [f"{contender.device}, {contender.dtype}" for contender, _ in alone]
     rows[:0] = [("device", *devices), ("visual tokens", *tokens)]
-    note = "Milliseconds: median (p10 ... p90). Preprocess to prefill add up to the first token, but for its choice."
+    note = "Milliseconds: median (p10 ... p90). Preprocess to prefill add up to the first token, except for sampling."
     return Grid(f"Stages, {report.load_alone}", note, ("", *(contender.name for contender, _ in alone)), rows)
 
 
@@ -167,7 +167,7 @@ def _work(report: Report) -> Grid:
 
 
 def _against_bound(case: Case, stage: str, work: StageWork) -> tuple[str, str, str]:
-    """Return the bound, the median, and the share of the one in the other where both are of one image."""
+    """Return the bound, the median, and bound / median if both are for one image."""
     times, bound = case.stages.get(stage), work.bound_ms
     median = None if times is None else times.median_ms
     one_image = (case.batch, case.concurrency) == (1, 1)

@@ -1,1 +1,1 @@
-"""The commands that run packages."""
+"""The commands that run and measure packages."""

@@ -1,4 +1,4 @@
-"""``promprune-bench``: measure packages and baselines in turns, count their work, and report both."""
+"""``promprune-bench``: measure packages and baselines in turns, count their work, and write a report."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ if TYPE_CHECKING:
 __all__ = ["bench", "compare", "main"]
 
 EXTRA: Final = "bench"
-OPENVINO: Final = ("openvino-genai", "openvino_genai", "openvino")  # how it is installed, and imported
+OPENVINO: Final = ("openvino-genai", "openvino_genai", "openvino")  # distribution, then modules
 DEFAULT_RATIOS: Final = "1.0,0.12"
 DEFAULT_DTYPE: Final = "fp32"
 _INT: Final = "a whole number"
-_FILE_COLUMNS: Final = 240  # of the tables where stdout is no terminal
-_POLICIES: Final = POLICIES[1:]  # the first is the method itself
+_FILE_COLUMNS: Final = 240  # width of the tables if stdout is not a terminal
+_POLICIES: Final = POLICIES[1:]  # without the method itself
 
 
 def bench(
@@ -177,7 +177,7 @@ def bench(
         "openvino": _openvino(peer),
         "runtime": RuntimeConfig(
             backend=backend,
-            provider=provider,  # type: ignore[arg-type]  # it is checked there
+            provider=provider,  # type: ignore[arg-type]  # BenchConfig checks it
             num_threads=num_threads,
             cuda_graphs=cuda_graphs,
         ),
@@ -187,13 +187,13 @@ def bench(
     if packages and len(given) < len(packages):
         raise ConfigError("received packages of the same name", expected="folders with different names")
     wanted = _numbers(DEFAULT_RATIOS if ratios is None else ratios, float, "--ratios", "fractions such as 1.0,0.12")
-    BenchConfig(packages=given or {"none yet": Path()}, **asked)  # refuses what is wrong before anything is exported
+    BenchConfig(packages=given or {"none yet": Path()}, **asked)  # refuse wrong settings before anything is exported
     if output is not None:
         with missing_extra(EXTRA):
-            importlib.import_module("promprune.runtime.bench.page")  # rather now than after the measurements
+            importlib.import_module("promprune.runtime.bench.page")  # fail now rather than after the measurements
     with show_progress() as progress, missing_extra("export"), missing_package(*OPENVINO):
         if peer is not None:
-            importlib.import_module("openvino_genai")  # rather now than after the first measurements
+            importlib.import_module("openvino_genai")  # fail now rather than after the first measurements
         folders = given or _exported(
             model, wanted, DEFAULT_DTYPE if dtype is None else dtype, policies, cache, progress
         )
@@ -201,7 +201,7 @@ def bench(
     try:
         if output is not None:
             _write(report, output)
-    finally:  # what was measured is not lost with a disk that is full by now
+    finally:  # print the results even if the disk is full
         _print(report, as_json=as_json)
 
 
@@ -281,7 +281,7 @@ def _numbers(text: str, convert: Callable[[str], Any], option: str, expected: st
 
 
 def _baselines(text: str) -> tuple[tuple[str, ...], list[str]]:
-    """Return the baselines in PyTorch, and the other policies of selection, that a list names."""
+    """Divide a list of names into baselines in PyTorch and selection policies."""
     named = [name.strip() for name in text.split(",") if name.strip()]
     for name in named:
         if name not in (*BASELINES, *_POLICIES):
@@ -290,7 +290,7 @@ def _baselines(text: str) -> tuple[tuple[str, ...], list[str]]:
 
 
 def _refuse_with_packages(exporting: Mapping[str, object], policies: list[str]) -> None:
-    """Refuse options that say how packages are exported, beside packages."""
+    """Refuse options of the export if packages are given."""
     for option, value in exporting.items():
         if value is not None:
             use = "--baseline hf or authors with it" if option == "--model" else f"one of them: {option} is for --model"
@@ -302,7 +302,7 @@ def _refuse_with_packages(exporting: Mapping[str, object], policies: list[str]) 
 
 
 def _openvino(peer: str | None) -> Path | None:
-    """Return the folder of the one peer that is known."""
+    """Return the folder of OpenVINO's model, the only known peer."""
     if peer is None:
         return None
     name, _, folder = peer.partition("=")
@@ -331,7 +331,7 @@ def _exported(
 
 
 def _write(report: Report, output: Path) -> None:
-    """Write all four forms, each of which appears whole or not at all, the one that the others follow from first."""
+    """Write the report in all four formats, each atomically; first the JSON, from which the others can be made."""
     from promprune.runtime.bench.page import to_html
     from promprune.runtime.bench.tables import to_csv, to_markdown
 
@@ -352,7 +352,7 @@ def _json_text(report: Report) -> str:
 
 
 def _results() -> Console:
-    """Return what tables are printed with on stdout; in a file, they may be wider than a terminal."""
+    """Return the console for tables on stdout; it is wider if stdout is not a terminal."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else _FILE_COLUMNS)
 
 

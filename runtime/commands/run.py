@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["main", "run"]
 
 _PICTURE_FORMATS: Final = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a terminal would obey these
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters, which a terminal would execute
 
 _INT: Final = "a whole number"
 _FLOAT: Final = "a number"
@@ -153,7 +153,7 @@ def run(
 
       promprune-run llava-0.12 -i photo.jpg --show-tokens kept.png     (no question: only draws the kept tokens)
     """
-    warnings.filterwarnings("ignore", module="PIL")  # of damaged metadata; damaged pixels are errors
+    warnings.filterwarnings("ignore", module="PIL")  # warnings about damaged metadata; damaged pixels are errors
     asked = _Asked(
         package=package,
         images=image or [],
@@ -169,7 +169,7 @@ def run(
         ),
         loading=RuntimeConfig(
             backend=backend,
-            provider=provider,  # type: ignore[arg-type]  # it validates
+            provider=provider,  # type: ignore[arg-type]  # RuntimeConfig checks it
             num_threads=num_threads,
             check_weights=check_weights,
             cuda_graphs=cuda_graphs,
@@ -214,7 +214,7 @@ class _Asked:
         return pipeline
 
     def report(self, device: str) -> dict[str, Any]:
-        """What every JSON report says."""
+        """Return the part that all JSON reports share."""
         return {"package": str(self.package), "images": [str(path) for path in self.images], "device": device}
 
 
@@ -251,7 +251,7 @@ def _question(prompt: str | None, *, interactive: bool, as_json: bool, only_show
 
 
 def _print_answer(answer: AnswerStream) -> Result:
-    """Write the answer to stdout piece by piece; return the whole."""
+    """Write the answer to stdout while it is generated, and return the result."""
     begun = False
     for text in answer:
         piece = text if begun else text.lstrip()
@@ -262,7 +262,7 @@ def _print_answer(answer: AnswerStream) -> Result:
 
 
 def _write(text: str) -> None:
-    """Write to stdout at once; what its encoding lacks, or would steer a terminal, is replaced."""
+    """Write to stdout without buffering; control characters, and those that its encoding lacks, are replaced."""
     if sys.stdout.isatty():
         text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
     encoding = sys.stdout.encoding or "utf-8"
@@ -271,7 +271,7 @@ def _write(text: str) -> None:
 
 
 def _converse(asked: _Asked) -> None:
-    """Ask and answer until the end of the input; what is refused is said, and the conversation goes on."""
+    """Answer questions until the end of the input; after an error, the conversation continues."""
     question, pending, failed = asked.question, list(asked.images), False
     with asked.load() as pipeline:
         chat = pipeline.chat()
@@ -294,7 +294,7 @@ def _turn(chat: Chat, question: str, images: list[Path], asked: _Asked) -> bool:
     except PrompruneError as error:
         console.print(f"[bold red]error:[/] {plain(str(error))}", soft_wrap=True)
         return False
-    except KeyboardInterrupt:  # of an answer; at the prompt it ends the command
+    except KeyboardInterrupt:  # during an answer; at the prompt it ends the command
         _write("\n")
         return False
     if asked.stats:
@@ -344,14 +344,14 @@ def _describe(selection: TokenSelection) -> str:
 
 
 def _check_pictures(output: Path, num_images: int, *, interactive: bool) -> None:
-    """Refuse an output before anything is computed for it."""
+    """Refuse an unusable output for pictures before anything is computed."""
     if num_images == 0 or interactive:
         raise typer.BadParameter("received --show-tokens without --image, or with --interactive; expected an image")
     check_output_file(output, "--show-tokens", suffixes=tuple(_PICTURE_FORMATS))
 
 
 def _show(asked: _Asked) -> None:
-    """Draw the kept tokens of images that nothing is asked about."""
+    """Draw the kept tokens of images without a question."""
     with ImageEncoder.from_package(asked.package, **vars(asked.loading)) as encoder:
         selections = [encoder.encode_image(path).selection for path in asked.images]
         _draw(encoder, asked, selections)
@@ -376,7 +376,7 @@ def _draw(encoder: ImageEncoder, asked: _Asked, selections: Sequence[TokenSelect
 
 
 def _save(picture: Image, target: Path) -> None:
-    """Write a picture so that it appears whole, or not at all."""
+    """Write a picture atomically."""
     content = io.BytesIO()
     picture.save(content, format=_PICTURE_FORMATS[target.suffix.lower()])
     with output_errors(target, fix="choose another name"):

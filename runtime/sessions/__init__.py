@@ -1,4 +1,4 @@
-"""Execution backends behind one interface.
+"""Execution backends with one interface.
 
 A backend is one module with a ``open_session(package, graph, config) -> Session`` function, and one row in
 ``BACKENDS``.
@@ -21,7 +21,7 @@ def open_session(package: Package, graph: str, config: RuntimeConfig) -> Session
     """Load one graph of a package in the backend of ``config``, and compare it with its record in the manifest.
 
     Raises:
-        PackageError: it is not what the manifest says.
+        PackageError: the graph differs from its record in the manifest.
         BackendError: it, or the provider that was asked for, cannot be loaded.
     """
     session: Session = importlib.import_module(BACKENDS[config.backend]).open_session(package, graph, config)
@@ -31,7 +31,7 @@ def open_session(package: Package, graph: str, config: RuntimeConfig) -> Session
 
 
 def open_file(path: Path, config: RuntimeConfig) -> Session:
-    """Load an ONNX file that is not of a package, such as a part of a graph, in ONNX Runtime.
+    """Load an ONNX file outside of packages, such as a part of a graph, in ONNX Runtime.
 
     Raises:
         BackendError: it, or the provider that was asked for, cannot be loaded.

@@ -1,4 +1,4 @@
-"""What every backend offers: named arrays in, named arrays out, checked before anything runs."""
+"""The interface of all backends: named arrays in, named arrays out, checked before every run."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ Array = npt.NDArray[Any]
 
 
 class DeviceTensor(Protocol):
-    """A tensor that stays where the backend computed it.
+    """A tensor that stays on the device where the backend computed it.
 
-    It lives as long as this object; it may be fed to a later run of any session of the same backend and device.
+    Its memory is valid as long as this object exists. It can be an input of later runs of any session of the same
+    backend and device.
     """
 
     @property
@@ -47,13 +48,13 @@ Value = Array | DeviceTensor
 
 @dataclass(frozen=True, eq=False)
 class RowCopy:
-    """A copy of some rows of a tensor into another; a row is along the last axis.
+    """A copy of some rows of one tensor into another; rows are along the last axis.
 
     Attributes:
         source: the tensor to copy from.
-        start: its first row to copy.
+        start: first row to copy.
         count: number of rows.
-        at: row of the other tensor to copy the first one to.
+        at: row of the other tensor that receives the first one.
     """
 
     source: Value
@@ -67,11 +68,11 @@ class Session(ABC):
 
     Attributes:
         inputs, outputs: the graph's tensors by name.
-        device: where it runs, as a short word: ``"CPU"``, ``"CUDA"``.
-        notes: why it runs there and so, in words.
-        limits: the largest sizes of dynamic dimensions, by name, as far as the backend has any.
+        device: the device it runs on: ``"CPU"`` or ``"CUDA"``.
+        notes: why it runs on this device and in this way, in words.
+        limits: name of a dynamic dimension -> its largest size, for dimensions that the backend limits.
         copies_on_device: whether :meth:`copy_rows` copies tensors on the device without the host.
-        repeats: whether runs are recorded and replayed, so that steps of one shape are worth padding for.
+        repeats: whether runs of equal shapes are recorded and replayed, so that padding to equal shapes pays off.
         on_run: called with the inputs of every run before it begins.
     """
 
@@ -95,9 +96,9 @@ class Session(ABC):
         return {name: value.numpy() for name, value in self._run(inputs, keep=()).items()}
 
     def run_keeping(self, inputs: Mapping[str, Value], keep: Collection[str]) -> dict[str, DeviceTensor]:
-        """Like :meth:`run`, on host arrays or device tensors; the outputs named in ``keep`` stay on the device.
+        """Like :meth:`run`, for host arrays or device tensors; the outputs named in ``keep`` stay on the device.
 
-        The other outputs are brought to the host, so that calling ``numpy()`` on them costs nothing.
+        The other outputs are copied to the host, so calling ``numpy()`` on them is free.
 
         Raises:
             BackendError: a name, dtype or shape is not the graph's, or the backend fails.
@@ -109,7 +110,7 @@ class Session(ABC):
         """Return a tensor of zeros with rows of other tensors copied into it, in order; on the session's device.
 
         Raises:
-            BackendError: rows of another size.
+            BackendError: the rows have different sizes.
         """
         self._check_rows(shape[-1], copies)
         whole = np.zeros(shape, dtype)
@@ -131,12 +132,12 @@ class Session(ABC):
         return copy
 
     def run_in_place(self, inputs: Mapping[str, Value], grown: Mapping[str, str], at: int) -> dict[str, DeviceTensor]:
-        """Like :meth:`run_keeping`, for outputs that append to inputs: what they append is written into the inputs.
+        """Like :meth:`run_keeping`, for outputs that extend inputs: the new entries are written into the inputs.
 
         Args:
-            inputs: those that are written to must come from :meth:`resize`.
-            grown: output [a, b, size + new, d] -> the input [a, b, size, d] that it appends to.
-            at: index along the third axis of that input to write the ``new`` entries to.
+            inputs: the inputs; those that are written to must come from :meth:`resize`.
+            grown: output [a, b, size + new, d] -> the input [a, b, size, d] that it extends.
+            at: index along the third axis of that input where the ``new`` entries are written.
 
         Returns:
             The other outputs, on the host.
@@ -172,11 +173,11 @@ class Session(ABC):
 
     @abstractmethod
     def _run(self, inputs: Mapping[str, Value], keep: Collection[str]) -> dict[str, DeviceTensor]:
-        """Run on inputs that were checked."""
+        """Run with inputs that were checked."""
 
     @abstractmethod
     def close(self) -> None:
-        """Free the graph; running it afterwards is a BackendError."""
+        """Free the graph; running it afterwards raises a BackendError."""
 
     def __enter__(self) -> Self:
         return self
@@ -187,7 +188,7 @@ class Session(ABC):
         self.close()
 
     def _check_rows(self, size: int, copies: Sequence[RowCopy]) -> None:
-        """Refuse rows of another size, which would be read as more rows, or fewer."""
+        """Refuse rows of another size, which would otherwise be copied as a different number of rows."""
         for part in copies:
             if part.source.shape[-1] != size:
                 raise BackendError(f"{self.name} received rows of {part.source.shape[-1]} numbers", expected=str(size))
@@ -216,7 +217,7 @@ class Session(ABC):
 
 
 def _fits(shape: tuple[int, ...], expected: tuple[int | str, ...], sizes: dict[str, int]) -> bool:
-    """Compare a shape with a spec; a dynamic dimension of one name must have one size in all inputs of a run."""
+    """Compare a shape with the expected one; dimensions of the same name must have one size in all inputs of a run."""
     if len(shape) != len(expected):
         return False
     for size, dimension in zip(shape, expected, strict=True):

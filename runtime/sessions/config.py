@@ -24,22 +24,22 @@ BACKENDS: Final[Mapping[str, str]] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
-    """How a package is loaded.
+    """Settings of loading and running a package.
 
     Attributes:
-        backend: ``"onnxruntime"``, or another one of ``promprune.runtime.sessions.config.BACKENDS``.
-        provider: of ONNX Runtime: ``"cpu"``, ``"cuda"``, ``"tensorrt"``, ``"tensorrt-rtx"``, or ``"auto"``: CUDA where
-            it really loads, else the CPU.
-        num_threads: CPU threads of one operator; ``None``: as many as this process may use.
-        check_weights: compare the SHA-256 of the weight files with the manifest; reads them whole.
-        image_cache_size: encoded images kept for reuse, keyed by a digest of their pixels; 0 is off.
-        prefill_chunk: most tokens of a prompt that one run of the language model reads; ``None``: the whole prompt.
-            Bounds the scratch memory of long prompts, at the price of more runs.
-        cuda_graphs: with the backend ``"tensorrt"``, replay the vision encoder and the steps of the decoder as CUDA
-            graphs; the latter takes the memory of two more KV caches of the largest size.
+        backend: ``"onnxruntime"`` or another key of ``promprune.runtime.sessions.config.BACKENDS``.
+        provider: provider of ONNX Runtime: ``"cpu"``, ``"cuda"``, ``"tensorrt"``, ``"tensorrt-rtx"``, or ``"auto"``
+            for CUDA if it loads, else the CPU.
+        num_threads: CPU threads per operator; None for as many as this process may use.
+        check_weights: compare the SHA-256 of the weight files with the manifest, which reads all their bytes.
+        image_cache_size: number of encoded images kept for reuse, by a digest of their pixels; 0 to keep none.
+        prefill_chunk: most tokens of a prompt per run of the language model; None for the entire prompt. Limits the
+            scratch memory of long prompts, at the cost of more runs.
+        cuda_graphs: with the backend ``"tensorrt"``, replay the vision encoder and the decode steps as CUDA graphs;
+            the latter needs the memory of two more KV caches of the largest size.
 
     Raises:
-        ConfigError: a value is of another type, or out of its range.
+        ConfigError: a value has the wrong type, or is out of its range.
     """
 
     backend: str = "onnxruntime"

@@ -27,10 +27,10 @@ from promprune.runtime.sessions.providers import AUTO, CPU, PROVIDERS, refused, 
 
 __all__ = ["Loaded", "OnnxRuntimeSession", "inference_session", "open_lowered_decoder", "open_session", "tensor_record"]
 
-_FATAL: Final = 4  # ORT's severity above which nothing it does is logged: every error reaches us as an exception
-_WARNING: Final = 2  # ORT's own default
+_FATAL: Final = 4  # ORT's highest severity: nothing else is logged, because errors are raised as exceptions
+_WARNING: Final = 2  # ORT's default
 _NO_LIBRARIES: Final = "its libraries do not load"
-_BFLOAT16: Final = BY_NAME["bf16"].onnx  # ORT knows no dtype of numpy for it
+_BFLOAT16: Final = BY_NAME["bf16"].onnx  # ORT has no numpy dtype for it
 
 
 def open_lowered_decoder(package: Package, config: RuntimeConfig) -> OnnxRuntimeSession | None:
@@ -50,10 +50,10 @@ def open_lowered_decoder(package: Package, config: RuntimeConfig) -> OnnxRuntime
 
 
 def open_session(package: Package, graph: str, config: RuntimeConfig) -> OnnxRuntimeSession:
-    """Load one graph of a package; engines that a provider makes are kept in the package.
+    """Load one graph of a package; engines that a provider builds are stored in the package.
 
     Raises:
-        BackendError: the file is no graph ORT can run, or a provider was asked for that cannot be loaded.
+        BackendError: ORT cannot run the file, or the requested provider cannot be loaded.
     """
     return OnnxRuntimeSession(package.graph_file(graph), config, engines=package.folder / "engines")
 
@@ -63,19 +63,19 @@ class OnnxRuntimeSession(Session):
 
     Args:
         path: the ``.onnx`` file.
-        config: provider and threads. With ``"auto"``, ``device`` says which provider was really got.
-        engines: folder for engines that a provider may keep; None: it keeps none.
-        weights: folder of the external weights; None if they are beside the file.
+        config: provider and threads. With ``"auto"``, ``device`` tells which provider was loaded.
+        engines: folder where a provider may store engines; None to store none.
+        weights: folder of the external weights; None if they are in the folder of the file.
 
     Raises:
-        BackendError: the graph, or the provider that was asked for, cannot be loaded.
+        BackendError: the graph, or the requested provider, cannot be loaded.
     """
 
     def __init__(
         self, path: Path, config: RuntimeConfig, *, engines: Path | None = None, weights: Path | None = None
     ) -> None:
         self.name = path.name
-        model = path if weights is None else path.read_bytes()  # of a file, ORT looks for weights beside it only
+        model = path if weights is None else path.read_bytes()  # given a file, ORT looks for weights in its folder only
         loaded = inference_session(model, config, name=str(path), engines=engines, weights=weights)
         self._session: ort.InferenceSession | None = loaded.session
         self.device, self.notes = PROVIDERS[loaded.provider].device, loaded.notes
@@ -105,7 +105,7 @@ class OnnxRuntimeSession(Session):
                     binding.bind_output(name, self.device.lower() if name in keep else "cpu")
             session.run_with_iobinding(binding)
             values = binding.get_outputs()
-        except Exception as error:  # ORT raises bare RuntimeErrors and types of its own, in no common tree
+        except Exception as error:  # ORT raises RuntimeErrors and its own types, without a common base class
             raise _failure(f"{self.name} failed while running", error) from error
         return {name: _OrtTensor(value) for name, value in zip(self.outputs, values, strict=True)}
 
@@ -132,7 +132,7 @@ class _OrtTensor:
 
 
 def _bfloat16_array(value: ort.OrtValue) -> Array:
-    """Return a copy of what a value holds; ORT itself makes no arrays of this dtype."""
+    """Return a copy of a value's content; ORT itself cannot return arrays of this dtype."""
     if value.device_name().lower() != CPU:
         here = ort.OrtValue.ortvalue_from_shape_and_type(value.shape(), _BFLOAT16, CPU)
         ort.copy_tensors([value], [here])
@@ -152,7 +152,7 @@ def _ort_value(value: Value) -> ort.OrtValue:
 
 
 class Loaded(NamedTuple):
-    """A session of ONNX Runtime's own, the provider that it got, and why that one, one line each."""
+    """A session of ONNX Runtime, the provider that was loaded, and why (one line per provider)."""
 
     session: ort.InferenceSession
     provider: str
@@ -168,18 +168,18 @@ def inference_session(
     engines: Path | None = None,
     low_memory: bool = False,
 ) -> Loaded:
-    """Load a graph with the provider that was asked for, or with the first that really loads.
+    """Load a graph with the requested provider, or with the first one that loads.
 
     Args:
         model: an ``.onnx`` file, or the content of one.
         config: provider and threads.
-        name: of the graph, for messages, if ``model`` is no file.
-        weights: folder of the external weights of a graph that is no file.
-        engines: folder for engines that a provider may keep; None: it keeps none.
-        low_memory: make no copies in advance and keep none, at the price of time.
+        name: name of the graph for messages, if ``model`` is not a file.
+        weights: folder of the external weights, if ``model`` is not a file.
+        engines: folder where a provider may store engines; None to store none.
+        low_memory: make no copies of weights in advance and keep no freed memory, which is slower.
 
     Raises:
-        BackendError: the graph, or the provider that was asked for, cannot be loaded.
+        BackendError: the graph, or the requested provider, cannot be loaded.
     """
     if isinstance(model, Path):
         name = str(model)
@@ -204,7 +204,7 @@ def inference_session(
 def _settings(config: RuntimeConfig, weights: Path | None, *, low_memory: bool) -> ort.SessionOptions:
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = config.num_threads or _usable_cpus()
-    # Threads that spin between operators take the processor from everybody else, and from our other sessions.
+    # Threads that spin between operators slow down other processes, and other sessions of this one.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     settings.log_severity_level = _FATAL
     if weights is not None:
@@ -222,7 +222,7 @@ def _candidates(provider: str) -> list[str]:
 
 
 def _notes(chosen: str, asked: str, obstacles: Mapping[str, str]) -> tuple[str, ...]:
-    """Say what was chosen, and for every other provider why not, one line each."""
+    """Explain which provider was chosen, and why none of the others, in one line each."""
     asked_for = "asked for" if asked != AUTO else "the first that loads"
     notes = [f"provider {chosen}: {asked_for}"]
     for name in PROVIDERS:
@@ -235,7 +235,7 @@ def _notes(chosen: str, asked: str, obstacles: Mapping[str, str]) -> tuple[str, 
 def _load(
     model: Path | bytes, settings: ort.SessionOptions, provider: str, engines: Path | None
 ) -> tuple[ort.InferenceSession | None, str]:
-    """Load with one provider, and what it falls back to; None, and the reason, if it cannot be had."""
+    """Load with one provider and its fallbacks; return None and the reason if the provider is not available."""
     if reason := why_not(provider):
         return None, reason
     names = [provider, *PROVIDERS[provider].falls_back_to]
@@ -254,11 +254,11 @@ def _load(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Load CUDA's libraries, and keep ORT from writing error lines where they do not load."""
+    """Load CUDA's libraries, and suppress ORT's error messages if they do not load."""
     ort.set_default_logger_severity(_FATAL)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(OSError, RuntimeError):
-            ort.preload_dlls()  # prints what it does not find
+            ort.preload_dlls()  # prints the libraries that it does not find
         yield
     finally:
         ort.set_default_logger_severity(_WARNING)
@@ -270,10 +270,10 @@ def _usable_cpus() -> int:
 
 
 def tensor_record(node: Any, path: Path) -> TensorRecord:
-    """Return what ONNX Runtime says of an input or output, under numpy's name of its dtype.
+    """Return ONNX Runtime's description of an input or output as a record, with numpy's name of its dtype.
 
     Raises:
-        BackendError: no session takes its dtype.
+        BackendError: its dtype is not supported.
     """
     if node.type not in BY_ONNXRUNTIME:
         raise BackendError(

@@ -1,4 +1,4 @@
-"""ONNX Runtime's execution providers, as the command line names them: one table."""
+"""The table of ONNX Runtime's execution providers, by their names on the command line."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def _cpu(engines: Path | None) -> dict[str, str]:
 
 def _cuda(engines: Path | None) -> dict[str, str]:
     del engines
-    return {"use_tf32": "0"}  # the Gram product of the selection loses its order in TF32
+    return {"use_tf32": "0"}  # TF32 changes the results of the selection: its Gram matrix needs fp32
 
 
 def _tensorrt(engines: Path | None) -> dict[str, str]:
-    """TF32 can only be switched off for the whole process."""
+    """Return TensorRT's options; TF32 can only be switched off for the entire process."""
     os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
     if engines is None:
         return {}
@@ -52,7 +52,7 @@ def _tensorrt_rtx(engines: Path | None) -> dict[str, str]:
 
 
 def _cache_folder(folder: Path) -> str:
-    with contextlib.suppress(OSError):  # a package that cannot be written is run without a cache
+    with contextlib.suppress(OSError):  # if the package is not writable, it runs without a cache
         folder.mkdir(parents=True, exist_ok=True)
     return str(folder.absolute())
 
@@ -62,13 +62,13 @@ class ExecutionProvider:
     """One execution provider.
 
     Attributes:
-        ort_name: ONNX Runtime's name of it.
-        device: where it computes: ``"CPU"`` or ``"CUDA"``.
-        falls_back_to: providers, as in :data:`PROVIDERS`, that run what it cannot.
-        automatic: whether ``"auto"`` takes it where it loads.
-        options: of the provider, given the folder for engines that it may keep; None: it keeps none.
-        needs: what must be there, in words.
-        fix: how to get it.
+        ort_name: its name in ONNX Runtime.
+        device: the device it runs on: ``"CPU"`` or ``"CUDA"``.
+        falls_back_to: keys of :data:`PROVIDERS` for operators that it does not support.
+        automatic: whether ``"auto"`` uses it if it loads.
+        options: returns the provider's options for the folder where it may store engines; None to store none.
+        needs: its requirements, in words.
+        fix: how to meet them.
     """
 
     ort_name: str
@@ -114,14 +114,14 @@ PROVIDERS: Final[Mapping[str, ExecutionProvider]] = MappingProxyType(
 
 
 def why_not(name: str) -> str | None:
-    """Say why a provider cannot be used, as far as that can be told without trying; ``None``: try it."""
+    """Return why a provider cannot be used, as far as this is known without loading it; None if nothing is known."""
     if PROVIDERS[name].ort_name not in ort.get_available_providers():
         return "this ONNX Runtime is built without it"
     return None if PROVIDERS[name].device == "CPU" else _why_no_driver()
 
 
 def refused(name: str, reason: str) -> BackendError:
-    """Return the error of a provider that was asked for and cannot be had."""
+    """Return the error for a requested provider that is not available."""
     provider = PROVIDERS[name]
     return BackendError(
         f"received provider {name!r}, which cannot be used here ({reason})", expected=provider.needs, fix=provider.fix

@@ -1,4 +1,4 @@
-"""The first CUDA device, and engines on it, through NVIDIA's own Python modules. Nothing else here needs a driver."""
+"""The first CUDA device, and engines on it, through NVIDIA's Python modules: the only module that needs a driver."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class CudaDevice:
 
     Raises:
         MissingDependencyError: the CUDA bindings are not installed.
-        BackendError: no driver, one that is too old, or no device.
+        BackendError: there is no driver, it is too old, or there is no device.
     """
 
     def __init__(self) -> None:
         self._cuda = import_module("tensorrt", "cuda.bindings.runtime")
         self._stream = self.call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
-        # Freed memory stays ours: by default every synchronisation would return it, and every step ask for it again.
+        # Keep freed memory: by default every synchronisation would return it, and every step would allocate it again.
         pool, everything = self.call("cudaDeviceGetDefaultMemPool", 0), (1 << 64) - 1
         threshold = import_module("tensorrt", "cuda.bindings.driver").cuuint64_t(everything)
         attribute = self._cuda.cudaMemPoolAttr.cudaMemPoolAttrReleaseThreshold
@@ -52,7 +52,7 @@ class CudaDevice:
 
     def free(self, address: int) -> None:
         """Free memory in the order of the stream; see :class:`Device`."""
-        self._cuda.cudaFreeAsync(address, self._stream)  # what fails here has failed before, and was reported
+        self._cuda.cudaFreeAsync(address, self._stream)  # an error here was caused and reported earlier
 
     def upload(self, array: Array, address: int) -> None:
         """Begin a copy to the device; see :class:`Device`."""
@@ -78,10 +78,10 @@ class CudaDevice:
         self.call("cudaStreamSynchronize", self._stream)
 
     def call(self, function: str, *arguments: Any) -> Any:
-        """Call the CUDA runtime, and return its one result, if it has any.
+        """Call a function of the CUDA runtime, and return its result, if it has one.
 
         Raises:
-            BackendError: it fails; the message names the function and CUDA's error.
+            BackendError: the call fails; the message names the function and CUDA's error.
         """
         error, *values = getattr(self._cuda, function)(*arguments)
         if int(error) != 0:
@@ -89,14 +89,14 @@ class CudaDevice:
         return values[0] if values else None
 
     def graph_of(self, run: Any) -> _CudaGraph:
-        """Record what ``run(stream)`` enqueues, on a stream of its own: that of the device serves other threads too.
+        """Record what ``run(stream)`` enqueues, on a separate stream: other threads use that of the device.
 
         Raises:
-            BackendError: that of ``run``, or it cannot be recorded.
+            BackendError: ``run`` fails, or cannot be recorded.
         """
         recording = self.call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
         try:
-            graph = self._captured(recording, run)
+            graph = self._capture_graph(recording, run)
             try:
                 executable = self.call("cudaGraphInstantiate", graph, 0)
             finally:
@@ -106,14 +106,14 @@ class CudaDevice:
         finally:
             self._cuda.cudaStreamDestroy(recording)
 
-    def _captured(self, recording: Any, run: Any) -> Any:
-        """Return the graph of what ``run`` enqueues on a stream; where that fails, leave none behind."""
+    def _capture_graph(self, recording: Any, run: Any) -> Any:
+        """Return the graph of what ``run`` enqueues on a stream; if that fails, end the recording and discard it."""
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self.call("cudaStreamBeginCapture", recording, mode)
         try:
             run(int(recording))
         except BaseException:
-            error, *graph = self._cuda.cudaStreamEndCapture(recording)  # mostly fails too, and says less of why
+            error, *graph = self._cuda.cudaStreamEndCapture(recording)  # usually fails too, with a less specific error
             if int(error) == 0:
                 self._cuda.cudaGraphDestroy(*graph)
             raise
@@ -150,9 +150,9 @@ class _CudaEngine:
         weakref.finalize(self, device.free, self._scratch).atexit = False
 
     def context(self, *, recorded: bool = False) -> _CudaContext:
-        """Return a new way of running it; see :class:`DeviceEngine`."""
+        """Return a new execution context; see :class:`DeviceEngine`."""
         settings = managed = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if self._cache is not None:  # TensorRT for RTX, which records by itself
+        if self._cache is not None:  # TensorRT for RTX records runs itself
             settings = self._engine.create_runtime_config()
             settings.set_runtime_cache(self._cache)
             settings.set_execution_context_allocation_strategy(managed)
@@ -166,29 +166,29 @@ class _CudaEngine:
 
     @property
     def records_itself(self) -> bool:
-        """Whether TensorRT records runs that come again."""
+        """Whether TensorRT itself records repeated runs."""
         return self._cache is not None
 
     def _tensor(self, name: str) -> TensorRecord:
         return tensor_record(name, self._engine.get_tensor_dtype(name), self._engine.get_tensor_shape(name))
 
     def _runtime_cache(self) -> Any:
-        """Return the kernels that TensorRT for RTX compiled before, as far as there are any."""
+        """Return a cache with the kernels that TensorRT for RTX compiled earlier, if there are any."""
         cache = self._engine.create_runtime_config().create_runtime_cache()
         with contextlib.suppress(OSError):
             if self._cache_file is not None:
-                cache.deserialize(self._cache_file.read_bytes())  # refused, and then left empty, if foreign
+                cache.deserialize(self._cache_file.read_bytes())  # if it is from another device, the cache stays empty
         return cache
 
     def close(self) -> None:
-        """Keep the compiled kernels beside the engine, where that can be written; see :class:`DeviceEngine`."""
+        """Save the compiled kernels next to the engine, if that is writable; see :class:`DeviceEngine`."""
         content = b"" if self._cache is None else bytes(memoryview(self._cache.serialize()))
         with contextlib.suppress(OSError):
             if content and self._cache_file is not None:
                 replace_file(self._cache_file, content)
 
     def error(self, what: str) -> BackendError:
-        """Return the error of something that failed, with TensorRT's reason."""
+        """Return an error with TensorRT's reason."""
         reason = trimmed(self._log.errors[-1]) if self._log.errors else "no reason given"
         self._log.errors.clear()
         if "driver version is insufficient" in reason.lower():
@@ -236,7 +236,7 @@ class _CudaContext:
             def report_layer_time(self, layer_name: str, ms: float) -> None:
                 times.append((layer_name, ms))
 
-        self._profiler = self._context.profiler = Profiler()  # the context does not keep it alive
+        self._profiler = self._context.profiler = Profiler()  # the context holds no reference
         self._context.enqueue_emits_profile = True
         try:
             self.enqueue(addresses)
@@ -251,7 +251,7 @@ class _CudaContext:
 
 
 def _fix(error: str) -> str:
-    """Return what to do about one of CUDA's errors."""
+    """Return how to fix one of CUDA's errors."""
     fixes = {
         "cudaErrorMemoryAllocation": "use fewer images or tokens at a time, or free memory",
         "cudaErrorInsufficientDriver": "install or update the NVIDIA driver: it is missing, or older than this CUDA",
@@ -265,7 +265,7 @@ def import_module(extra: EngineBackend, module: str) -> Any:
 
     Raises:
         MissingDependencyError: it is not installed.
-        BackendError: it is, but does not load.
+        BackendError: it is installed, but does not load.
     """
     try:
         return importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""Device memory and engines as the TensorRT session sees them: everything that needs a driver is behind these."""
+"""Interfaces for device memory and engines, which hide everything that needs a driver, and buffers built on them."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class EngineLoading:
     """How an engine is loaded.
 
     Attributes:
-        runtime_cache: where TensorRT for RTX keeps the kernels that it compiles on this machine.
-        cuda_graphs: runs are at the same addresses again and again, and may be replayed as a CUDA graph.
+        runtime_cache: file where TensorRT for RTX stores the kernels that it compiles on this machine.
+        cuda_graphs: whether repeated runs use the same addresses, and may be replayed as a CUDA graph.
     """
 
     runtime_cache: Path | None = None
@@ -50,27 +50,27 @@ class DeviceGraph(Protocol):
     """A recorded run, at fixed addresses."""
 
     def launch(self) -> None:
-        """Run again on the device's stream; returns before it is done."""
+        """Enqueue the recorded run on the device's stream; returns before it is done."""
 
 
 class DeviceContext(Protocol):
-    """A way of running an engine, with shapes of its own. Not safe to use from two threads at once.
+    """An execution context of an engine, with its own shapes. Not thread-safe.
 
-    What is recorded of it holds until its shapes change. All contexts of an engine share its scratch memory, so that
-    one of them runs at a time.
+    A recorded run is valid until the shapes of its context change. All contexts of an engine share its scratch memory,
+    so only one of them may run at a time.
     """
 
     def prepare(self, profile: int, inputs: Shapes) -> Shapes:
         """Choose a profile, set the input shapes, and return the shapes of the outputs."""
 
     def enqueue(self, addresses: Mapping[str, int]) -> None:
-        """Run on the device's stream, with every input and output at its address; returns before it is done."""
+        """Enqueue a run on the stream, with inputs and outputs at these addresses; returns before it is done."""
 
     def capture(self, addresses: Mapping[str, int]) -> DeviceGraph | None:
-        """Record a run that was prepared, and made once; ``None`` where the engine records its runs itself."""
+        """Record a run after it was prepared and run once; return None if the engine records its runs itself."""
 
     def layer_times(self, addresses: Mapping[str, int]) -> list[tuple[str, float]]:
-        """Run once, and return every layer's name and time, in milliseconds."""
+        """Run once, and return the name and time of every layer, in milliseconds."""
 
 
 class DeviceEngine(Protocol):
@@ -85,14 +85,14 @@ class DeviceEngine(Protocol):
         """Its outputs."""
 
     def context(self, *, recorded: bool = False) -> DeviceContext:
-        """Return a new way of running it, to be recorded or not."""
+        """Return a new execution context, which is ``recorded`` or not."""
 
     def close(self) -> None:
-        """Keep what the next load can use, such as compiled kernels."""
+        """Save what the next load can use, such as compiled kernels."""
 
 
 class Device(Protocol):
-    """Memory and engines of one GPU, in the order of one stream. Safe to use from several threads."""
+    """Memory and engines of one GPU, on one stream. Thread-safe."""
 
     def load(self, plan: bytes, trt: Any, loading: EngineLoading) -> DeviceEngine:
         """Load a serialized engine with ``tensorrt`` or ``tensorrt_rtx``."""
@@ -101,7 +101,7 @@ class Device(Protocol):
         """Return the address of new memory."""
 
     def free(self, address: int) -> None:
-        """Free memory once all work enqueued so far is done; returns at once."""
+        """Free memory after all work enqueued so far is done; returns at once."""
 
     def upload(self, array: Array, address: int) -> None:
         """Copy a contiguous array to the device; it must stay unchanged until :meth:`synchronize`."""
@@ -113,46 +113,46 @@ class Device(Protocol):
         """Begin to fill memory with zeros."""
 
     def copy(self, source: Pitched, target: Pitched, width: int, height: int) -> None:
-        """Begin to copy ``height`` rows of ``width`` bytes each, at most a pitch, from one place to another."""
+        """Begin to copy ``height`` rows of ``width`` bytes, at most a pitch, from ``source`` to ``target``."""
 
     def synchronize(self) -> None:
         """Wait for all work enqueued so far."""
 
 
 class Pitched(NamedTuple):
-    """Rows of bytes in device memory: where the first begins, and how many bytes lie between two beginnings."""
+    """Rows of bytes in device memory: the address of the first row, and the distance between rows in bytes."""
 
     address: int
     pitch: int
 
 
 class BufferPool:
-    """Device memory of one size, given out again once its holder is gone: what is alive is never overwritten.
+    """Reusable device buffers of one size; a buffer is reused only after its holder has released it.
 
-    A KV cache that grows step by step lives in two such buffers in turn: an engine reads the one and writes the
-    other. Somebody who keeps an older cache keeps its buffer, and a third is made.
+    A KV cache that grows step by step alternates between two buffers: an engine reads one and writes the other. If
+    an older cache is still in use, it keeps its buffer, and a third one is allocated.
 
     Args:
-        device: where it lies.
-        nbytes: size of every buffer; that of the largest tensor it has to hold.
+        device: the device.
+        nbytes: size of every buffer, that of the largest tensor it has to hold.
     """
 
     def __init__(self, device: Device, nbytes: int) -> None:
         self.nbytes = nbytes
         self._device = device
         self._free: list[int] = []
-        self._lock = threading.RLock()  # a holder may vanish, and give back, at any moment of this very thread
+        self._lock = threading.RLock()  # reentrant: garbage collection can release a buffer in this very thread
         self._closed = False
 
     def take(self) -> int:
-        """Return the address of a buffer that nobody holds: the lowest, so that the same come again and again."""
+        """Return the address of a free buffer: the lowest one, so that the same buffers are used again."""
         with self._lock:
             if self._free:
                 return heapq.heappop(self._free)
         return self._device.allocate(self.nbytes)
 
-    def give_back(self, address: int) -> None:
-        """Let a buffer be given out again; what was enqueued before comes before whatever is written there next."""
+    def release(self, address: int) -> None:
+        """Release a buffer for reuse; the stream orders earlier work on it before the next."""
         with self._lock:
             if not self._closed:
                 heapq.heappush(self._free, address)
@@ -160,7 +160,7 @@ class BufferPool:
         self._device.free(address)
 
     def close(self) -> None:
-        """Free the buffers that nobody holds now, and every other one when it is given back."""
+        """Free the buffers that are not in use, and each of the others when it is released."""
         with self._lock:
             self._closed, free, self._free = True, self._free, []
         for address in free:
@@ -168,14 +168,14 @@ class BufferPool:
 
 
 class DeviceArray:
-    """A contiguous tensor in device memory, given back with this object; satisfies :class:`DeviceTensor`.
+    """A contiguous tensor in device memory, which is freed with this object; satisfies :class:`DeviceTensor`.
 
     Args:
-        device: where it lies.
+        device: the device.
         shape: its shape.
         dtype: numpy's name of the element type.
-        pool: take its memory from there, if it is large enough.
-        memory: lie where that tensor does, which is as large, and lives as long.
+        pool: pool for its memory, if the buffers are large enough; None to allocate memory.
+        memory: another tensor of the same size whose memory is shared, and kept alive; None for new memory.
     """
 
     address: int
@@ -191,15 +191,15 @@ class DeviceArray:
     ) -> None:
         self.device, self.shape, self.dtype = device, shape, dtype
         self._host: Array | None = None
-        self._source: Array | None = None  # kept until the copy is surely done
+        self._source: Array | None = None  # must stay alive until the copy is done
         self._memory = memory
         if memory is not None:
             self.address = memory.address
             return
         pooled = pool is not None and self.nbytes <= pool.nbytes
         self.address = pool.take() if pool and pooled else device.allocate(max(self.nbytes, _SMALLEST))
-        # At exit the driver frees everything itself, and may be gone before us.
-        weakref.finalize(self, pool.give_back if pool and pooled else device.free, self.address).atexit = False
+        # At exit the driver frees all memory, and may be unloaded before this object is deleted.
+        weakref.finalize(self, pool.release if pool and pooled else device.free, self.address).atexit = False
 
     @property
     def nbytes(self) -> int:
@@ -207,7 +207,7 @@ class DeviceArray:
         return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
 
     def write(self, array: Array) -> None:
-        """Begin to copy a contiguous array of the same shape and dtype here."""
+        """Begin to copy a contiguous array of the same shape and dtype into this tensor."""
         self._source, self._host = array, None
         if array.nbytes:
             self.device.upload(array, self.address)
@@ -219,14 +219,14 @@ class DeviceArray:
             self.device.clear(self.address, self.nbytes)
 
     def paste(self, source: DeviceArray, *, axis: int, start: int, at: int, count: int) -> None:
-        """Begin to copy entries of another tensor on this device here; but for the axis, both have the same shape.
+        """Begin to copy entries of another tensor on this device; except along the axis, both have the same shape.
 
         Args:
-            source: the tensor.
-            axis: along which the entries lie.
-            start: the first of them, there.
-            at: its place here.
-            count: how many.
+            source: the other tensor.
+            axis: the axis of the entries.
+            start: index of the first entry in ``source``.
+            at: index where it is written in this tensor.
+            count: number of entries.
         """
         self._host = None
         inner = math.prod(self.shape[axis + 1 :]) * np.dtype(self.dtype).itemsize
@@ -238,7 +238,7 @@ class DeviceArray:
             self.device.copy(Pitched(there, pitches[0]), Pitched(here, pitches[1]), width, rows)
 
     def fetch(self) -> Array:
-        """Begin to copy it to the host; the array is complete once the device was synchronised."""
+        """Begin to copy the tensor to the host; the array is complete after the device was synchronised."""
         self._host = np.empty(self.shape, self.dtype)
         if self.nbytes:
             self.device.download(self.address, self._host)

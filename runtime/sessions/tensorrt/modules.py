@@ -1,4 +1,4 @@
-"""What the builder and the runtime need of either TensorRT module: its name, its logger, its names of dtypes."""
+"""What both the builder and the runtime need of the TensorRT modules: names, loggers, dtypes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _KEPT_ERRORS: Final = 64
 
 
 def log_of(trt: Any) -> Any:
-    """Return the logger of a TensorRT module, which keeps the latest errors in ``errors`` and says nothing.
+    """Return the logger of a TensorRT module, which collects the latest errors in ``errors`` and prints nothing.
 
-    There is one for each module: TensorRT takes only the first logger of a process, and ignores further ones.
-    Whoever reports an error clears ``errors`` before the work that may cause it.
+    There is one per module, because TensorRT uses only the first logger of a process and ignores others. Callers
+    clear ``errors`` before the work whose errors they report.
     """
     return _make_log(trt.ILogger)
 
@@ -42,12 +42,12 @@ def _make_log(ILogger: Any) -> Any:
 
 
 def tensor_record(name: str, dtype: Any, dims: Any) -> TensorRecord:
-    """Return a tensor of a network or an engine as a record; a dtype that no graph has keeps TensorRT's name."""
+    """Return a tensor of a network or engine as a record; dtypes outside the table keep TensorRT's name."""
     found = BY_TENSORRT.get(dtype.name)
     shape = tuple(UNKNOWN if size < 0 else int(size) for size in dims)
     return TensorRecord(name=name, dtype=found.numpy if found else dtype.name, shape=shape)
 
 
 def trimmed(message: object) -> str:
-    """Return a message on one line, of an error its own or its name, cut where it becomes long."""
+    """Return a message on one line, truncated if it is long; for an exception its message, or else its class name."""
     return (" ".join(str(message).split()) or type(message).__name__)[:300]

@@ -1,7 +1,7 @@
-"""TensorRT and TensorRT for RTX: runs the engines that ``promprune-build`` wrote for this machine's GPU.
+"""TensorRT and TensorRT for RTX: running the engines that ``promprune-build`` wrote for this machine's GPU.
 
-Everything that needs the driver is behind :class:`Device` and :class:`DeviceEngine`; the rest is ordinary Python and
-is tested without a GPU. Outputs that are kept stay in device memory, and are fed to the next engine by address.
+Everything that needs the driver is hidden by :class:`Device` and :class:`DeviceEngine`; the rest is ordinary Python
+and is tested without a GPU. Outputs that are kept stay in device memory, and are passed to the next engine by address.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from promprune.runtime.sessions.tensorrt.modules import ENGINE_MODULES
 
 __all__ = ["FoundEngines", "TensorRtSession", "choose_profile", "find_engines", "open_session"]
 
-_MOST_GRAPHS: Final = 16  # shapes of one engine that keep buffers and a CUDA graph of their own
+_MOST_GRAPHS: Final = 16  # sets of shapes per engine with their own buffers and CUDA graph
 _BATCH: Final = "batch_size"
 _PAST: Final = "past_sequence_length"
 
@@ -60,15 +60,16 @@ def open_session(package: Package, graph: str, config: RuntimeConfig) -> TensorR
     """Load the engine of one graph of a package, on the first CUDA device.
 
     Raises:
-        PackageError: no engines for this GPU, or they are stale; the message is the command that builds them.
-        BackendError: no driver, the engine does not load, or ``config.provider`` is neither ``"auto"`` nor ``"cuda"``.
+        PackageError: there are no engines for this GPU, or they are stale; the message gives the command to build them.
+        BackendError: there is no driver, the engine does not load, or ``config.provider`` is neither ``"auto"`` nor
+            ``"cuda"``.
         MissingDependencyError: TensorRT or the CUDA bindings are not installed.
     """
     if config.provider not in ("auto", "cuda"):
         raise BackendError(
             f"received provider {config.provider!r} for the backend tensorrt",
             expected="auto or cuda",
-            fix="leave --provider out, or use --backend onnxruntime with it",
+            fix="omit --provider, or use it with --backend onnxruntime",
         )
     backend, folder, manifest, notes = find_engines(package, current_target())
     record = manifest.engines[graph]
@@ -82,7 +83,7 @@ def open_session(package: Package, graph: str, config: RuntimeConfig) -> TensorR
 
 
 class FoundEngines(NamedTuple):
-    """The engines of a package that run here, and why others that were built do not, in words."""
+    """The engines of a package that can run here, and why other existing engines cannot, in words."""
 
     backend: EngineBackend
     folder: Path
@@ -93,11 +94,11 @@ class FoundEngines(NamedTuple):
 def find_engines(package: Package, target: str) -> FoundEngines:
     """Return the engines of a package for one target.
 
-    If both backends have built some, TensorRT's are taken if they can be used: they were tuned on the GPU itself.
+    If there are usable engines of both backends, those of TensorRT are chosen: they were tuned on the GPU itself.
 
     Raises:
-        PackageError: there are none, or they are damaged, stale or foreign; the message says why, of every backend.
-        MissingDependencyError, BackendError: the module of the only backend that has built some does not load.
+        PackageError: there are none, or they are damaged, stale or foreign; the message gives the reason per backend.
+        MissingDependencyError, BackendError: there are engines of one backend only, and its module does not load.
     """
     refusals: dict[EngineBackend, PrompruneError] = {}
     backend: EngineBackend
@@ -116,7 +117,7 @@ def find_engines(package: Package, target: str) -> FoundEngines:
 
 
 def _refusal(package: Path, target: str, refusals: Mapping[EngineBackend, PrompruneError]) -> PrompruneError:
-    """Return the error that says why no engines can be used, of every backend that has built some."""
+    """Return the error for a package without usable engines, with the reason for each backend that has engines."""
     if not refusals:
         return PackageError(
             f"{package} has no engines for this GPU, {target}",
@@ -131,7 +132,7 @@ def _refusal(package: Path, target: str, refusals: Mapping[EngineBackend, Prompr
 
 
 def _usable_engines(package: Package, backend: EngineBackend, target: str) -> EngineManifest:
-    """Read the engines that one backend has built for all graphs of a package, and refuse what cannot run here."""
+    """Read the engines of one backend for all graphs of a package, and refuse those that cannot run here."""
     folder = engine_folder(package.folder, backend, target)
     engines = read_engines(folder)
     version = str(import_module(backend, ENGINE_MODULES[backend]).__version__)
@@ -149,10 +150,10 @@ def _usable_engines(package: Package, backend: EngineBackend, target: str) -> En
 
 
 def choose_profile(record: EngineRecord, shapes: Shapes) -> int:
-    """Return the index of the narrowest profile that all input shapes fit.
+    """Return the index of the narrowest profile that accepts all input shapes.
 
     Raises:
-        BackendError: they fit none; the message names an input, and what the engine was built for.
+        BackendError: no profile does; the message names an input, and the shapes that the engine was built for.
     """
     fitting = [(_width(p), i) for i, p in enumerate(record.profiles) if _misfit(p, shapes) is None]
     if fitting:
@@ -181,20 +182,20 @@ def _width(profile: ProfileRecord) -> int:
 class TensorRtSession(Session):
     """One engine on one device.
 
-    Outputs that grow with the text (keys and values) lie in buffers of the largest size that the engine was built
-    for, two of them in turn. Where runs are repeated, a step that is made in place writes to a third one, which all
-    graphs share, and what is new is copied from there.
+    Outputs that grow with the text (keys and values) alternate between two buffers of the largest size that the
+    engine was built for. If runs are recorded, a step in place writes to a third buffer, which all graphs share, and
+    the new entries are copied from there.
 
     Args:
-        folder: of the engines.
-        record: of the engine, from ``engine.json``.
-        device: where it runs; sessions that hand each other tensors share one device.
-        trt: ``tensorrt`` or ``tensorrt_rtx``, whichever built it.
-        loading: how it is loaded.
+        folder: folder of the engines.
+        record: record of the engine in ``engine.json``.
+        device: the device; sessions that exchange tensors share one device.
+        trt: the module that built it: ``tensorrt`` or ``tensorrt_rtx``.
+        loading: settings of loading.
 
     Raises:
         PackageError: the engine cannot be read, or was changed since it was built.
-        BackendError: it does not load, or has other inputs and outputs than its record.
+        BackendError: it does not load, or its inputs and outputs differ from its record.
     """
 
     copies_on_device = True
@@ -228,7 +229,7 @@ class TensorRtSession(Session):
         self._scratch: dict[str, DeviceArray] = {}
 
     def layer_times(self, inputs: Mapping[str, Value], *, runs: int = 10) -> dict[str, float]:
-        """Return the median time of every layer of the engine, in milliseconds, in the order in which they ran.
+        """Return the median time of every layer of the engine, in milliseconds, in the order of execution.
 
         Raises:
             BackendError: a name, dtype or shape is not the graph's, or the backend fails.
@@ -236,20 +237,20 @@ class TensorRtSession(Session):
         self._check(inputs)
         times: dict[str, list[float]] = {}
         with self._lock:
-            context = self._required().context
-            tensors, outputs = self._prepared(context, inputs)
+            context = self._require_open().context
+            tensors, outputs = self._prepare_run(context, inputs)
             for _ in range(runs):
                 for layer, milliseconds in context.layer_times(_addresses({**tensors, **outputs})):
                     times.setdefault(layer, []).append(milliseconds)
         return {layer: statistics.median(found) for layer, found in times.items()}
 
     def copy_rows(self, shape: tuple[int, ...], dtype: str, copies: Sequence[RowCopy]) -> Value:
-        """Return a tensor with rows of others in it, on the device; see :meth:`Session.copy_rows`."""
+        """Copy rows of tensors into a new tensor on the device; see :meth:`Session.copy_rows`."""
         self._check_rows(shape[-1], copies)
         whole = DeviceArray(self._device, shape, dtype)
         whole.clear()
         rows = DeviceArray(self._device, (math.prod(shape[:-1]), shape[-1]), dtype, memory=whole)
-        sources = [self._on_device(_as(dtype, part.source)) for part in copies]
+        sources = [self._on_device(_convert(dtype, part.source)) for part in copies]
         for part, source in zip(copies, sources, strict=True):
             rows.paste(source, axis=0, start=part.start, at=part.at, count=part.count)
         self._device.synchronize()
@@ -261,14 +262,14 @@ class TensorRtSession(Session):
         shape = (*source.shape[:2], capacity, *source.shape[3:])
         copy = DeviceArray(self._device, shape, source.dtype, self._roomy if capacity > length else None)
         if capacity > length:
-            copy.clear()  # whatever lay there before may not be a number
+            copy.clear()  # the old content of the memory may be NaN
         copy.paste(source, axis=2, start=0, at=0, count=length)
         if source is not tensor:
             self._device.synchronize()
         return copy
 
     def run_in_place(self, inputs: Mapping[str, Value], grown: Mapping[str, str], at: int) -> dict[str, DeviceTensor]:
-        """Make a step of a shape that comes again, as a CUDA graph from the second time on; see :class:`Session`."""
+        """Run a step; steps of equal shapes are a CUDA graph from the second one on; see :class:`Session`."""
         self._begin(inputs)
         fixed = {name: value for name in grown.values() if isinstance(value := inputs[name], DeviceArray)}
         with self._lock:  # the buffers are shared by all steps
@@ -276,28 +277,28 @@ class TensorRtSession(Session):
             for output, name in grown.items():
                 size, made = fixed[name].shape[2], replay.outputs[output]
                 fixed[name].paste(made, axis=2, start=size, at=at, count=made.shape[2] - size)
-            return self._fetched(replay, replay.outputs.keys() - grown.keys())
+            return self._fetch_outputs(replay, replay.outputs.keys() - grown.keys())
 
     def _run(self, inputs: Mapping[str, Value], keep: Collection[str]) -> dict[str, DeviceTensor]:
         if self._static:
             with self._lock:  # the buffers are shared by all runs of these shapes
                 replay = self._replay(inputs, {})
-                kept = {name: self._copied(replay.outputs[name]) for name in keep}
-                return {**self._fetched(replay, replay.outputs.keys() - kept.keys()), **kept}
-        with self._lock:  # the context holds shapes and addresses
-            context = self._required().context
-            tensors, outputs = self._prepared(context, inputs)
+                kept = {name: self._copy_to_new(replay.outputs[name]) for name in keep}
+                return {**self._fetch_outputs(replay, replay.outputs.keys() - kept.keys()), **kept}
+        with self._lock:  # the context's shapes and addresses are shared
+            context = self._require_open().context
+            tensors, outputs = self._prepare_run(context, inputs)
             context.enqueue(_addresses({**tensors, **outputs}))
         for name, tensor in outputs.items():
             if name not in keep:
                 tensor.fetch()
-        self._device.synchronize()  # host arrays that were uploaded may change from here on
+        self._device.synchronize()  # from here on, uploaded host arrays may change
         return dict(outputs)
 
-    def _prepared(
+    def _prepare_run(
         self, context: DeviceContext, inputs: Mapping[str, Value], *, in_place: bool = False
     ) -> tuple[dict[str, DeviceArray], dict[str, DeviceArray]]:
-        """Bring the inputs to the device, tell the engine their shapes, and make room for its outputs."""
+        """Copy the inputs to the device, set their shapes, and allocate the outputs."""
         profile = choose_profile(self._record, {name: tuple(value.shape) for name, value in inputs.items()})
         tensors = {name: self._on_device(value) for name, value in inputs.items()}
         shapes = context.prepare(profile, {name: tensor.shape for name, tensor in tensors.items()})
@@ -309,7 +310,7 @@ class TensorRtSession(Session):
         return tensors, outputs
 
     def _shared_outputs(self) -> Mapping[str, DeviceArray]:
-        """Return room for the outputs that grow, for all runs that are recorded: they are copied from at once."""
+        """Return buffers for the growing outputs, shared by all recorded runs: new entries are copied out at once."""
         for name, pool in self._pools.items():
             if name not in self._scratch:
                 self._scratch[name] = DeviceArray(self._device, (pool.nbytes,), "uint8", pool)
@@ -319,53 +320,55 @@ class TensorRtSession(Session):
         """Run at the addresses of the last run of these shapes, as a CUDA graph from the second time on.
 
         Args:
-            inputs: all of them.
-            fixed: those that are read where they lie; the others are copied.
+            inputs: all inputs.
+            fixed: the inputs that are read in place; the others are copied into buffers of the graph.
         """
-        engine = self._required().engine
+        engine = self._require_open().engine
         shapes = (size for name in self.inputs for size in inputs[name].shape)
         key = (*shapes, *(tensor.address for tensor in fixed.values()))
         replay = self._replays.pop(key, None)
         if replay is None:
-            replay = self._recorded(engine, inputs, fixed)
+            replay = self._record_run(engine, inputs, fixed)
         else:
             for name, tensor in replay.inputs.items():
                 _copy(inputs[name], tensor)
             replay.run()
         while len(self._replays) >= _MOST_GRAPHS:
             self._replays.pop(next(iter(self._replays)))
-        self._replays[key] = replay  # last, as the latest used
+        self._replays[key] = replay  # at the end: most recently used
         return replay
 
-    def _recorded(self, engine: DeviceEngine, inputs: Mapping[str, Value], fixed: Mapping[str, DeviceArray]) -> _Replay:
-        """Run as ever, which lets TensorRT prepare itself, and then record a run, in a context that is kept for it."""
+    def _record_run(
+        self, engine: DeviceEngine, inputs: Mapping[str, Value], fixed: Mapping[str, DeviceArray]
+    ) -> _Replay:
+        """Run once normally, as TensorRT requires, and then record a run in its own context."""
         context = engine.context(recorded=True)
         owned = {}
         for name, value in inputs.items():
             if name not in fixed:
                 owned[name] = DeviceArray(self._device, tuple(value.shape), str(value.dtype))
                 _copy(value, owned[name])
-        tensors, outputs = self._prepared(context, {**owned, **fixed}, in_place=bool(fixed))
+        tensors, outputs = self._prepare_run(context, {**owned, **fixed}, in_place=bool(fixed))
         replay = _Replay(context, _addresses({**tensors, **outputs}), owned, outputs)
         replay.run()
         try:
             replay.graph = context.capture(replay.addresses)
-        except BackendError as error:  # such as of a loop whose length the device decides
+        except BackendError as error:  # for example a loop whose length is computed on the device
             note = f"{self.name} runs without a CUDA graph: {error}"
             self.notes = tuple(dict.fromkeys((*self.notes, note)))
         return replay
 
-    def _fetched(self, replay: _Replay, names: Collection[str]) -> dict[str, DeviceTensor]:
-        found = {name: _Fetched(tensor.fetch()) for name, tensor in replay.outputs.items() if name in names}
+    def _fetch_outputs(self, replay: _Replay, names: Collection[str]) -> dict[str, DeviceTensor]:
+        found = {name: _HostOutput(tensor.fetch()) for name, tensor in replay.outputs.items() if name in names}
         self._device.synchronize()
         return dict(found)
 
-    def _copied(self, tensor: DeviceArray) -> DeviceArray:
+    def _copy_to_new(self, tensor: DeviceArray) -> DeviceArray:
         copy = DeviceArray(self._device, tensor.shape, tensor.dtype)
         _copy(tensor, copy)
         return copy
 
-    def _required(self) -> _Opened:
+    def _require_open(self) -> _Opened:
         if self._opened is None:
             raise BackendError(f"{self.name} was closed", fix="load the package again")
         return self._opened
@@ -392,7 +395,7 @@ class TensorRtSession(Session):
 
 @dataclass(frozen=True, eq=False)
 class _Opened:
-    """An engine, and the context of all runs that are not recorded."""
+    """A loaded engine, and the context of all runs that are not recorded."""
 
     engine: DeviceEngine
     context: DeviceContext
@@ -400,14 +403,14 @@ class _Opened:
 
 @dataclass(eq=False)
 class _Replay:
-    """The buffers of the runs of one engine that have the same shapes, and their CUDA graph.
+    """The buffers of all runs of one engine with the same shapes, and their CUDA graph.
 
     Attributes:
-        context: for these runs alone: a graph is of no use once the shapes of its context have changed.
-        addresses: of the runs; the tensors of some of them are not held here.
-        inputs: what a run reads, but for those tensors.
-        outputs: what it writes.
-        graph: a recorded run; ``None``: there is none, or the engine has recorded it itself.
+        context: context for these runs only, because a graph becomes invalid when the shapes of its context change.
+        addresses: addresses of all inputs and outputs, including tensors that are read in place.
+        inputs: buffers of the inputs, except those that are read in place.
+        outputs: buffers of the outputs.
+        graph: a recorded run; None if there is none yet, or if the engine records its runs itself.
     """
 
     context: DeviceContext
@@ -417,22 +420,22 @@ class _Replay:
     graph: DeviceGraph | None = None
 
     def run(self) -> None:
-        """Run on what the input buffers hold now."""
+        """Run with the current content of the input buffers."""
         if self.graph is not None:
             self.graph.launch()
         else:
             self.context.enqueue(self.addresses)
 
 
-class _Fetched:
-    """An output that was brought to the host; satisfies :class:`DeviceTensor`."""
+class _HostOutput:
+    """An output that was copied to the host; satisfies :class:`DeviceTensor`."""
 
     def __init__(self, array: Array) -> None:
         self._array = array
         self.dtype, self.shape, self.nbytes = str(array.dtype), tuple(array.shape), array.nbytes
 
     def numpy(self) -> Array:
-        """Return it."""
+        """Return the array."""
         return self._array
 
 
@@ -440,15 +443,15 @@ def _addresses(tensors: Mapping[str, DeviceArray]) -> dict[str, int]:
     return {name: tensor.address for name, tensor in tensors.items()}
 
 
-def _as(dtype: str, value: Value) -> Value:
-    """Return a tensor of another dtype; such a one comes back to the host."""
+def _convert(dtype: str, value: Value) -> Value:
+    """Convert a tensor to another dtype on the host; return it unchanged if it has that dtype."""
     if str(value.dtype) == dtype:
         return value
     return (value if isinstance(value, np.ndarray) else value.numpy()).astype(dtype)
 
 
 def _copy(value: Value, target: DeviceArray) -> None:
-    """Begin to copy a tensor, wherever it is, into one of the same shape and dtype."""
+    """Begin to copy a tensor from the host or the device into one of the same shape and dtype."""
     if isinstance(value, DeviceArray) and value.device is target.device:
         target.paste(value, axis=0, start=0, at=0, count=target.shape[0])
     else:
@@ -456,17 +459,17 @@ def _copy(value: Value, target: DeviceArray) -> None:
 
 
 def _repeats(record: EngineRecord) -> bool:
-    """Whether runs are recorded: of static shapes, or with keys and values that lie in room for more."""
+    """Whether runs are recorded: those with static shapes, or with keys and values in buffers of the largest size."""
     return _is_static(record) or any(_PAST in tensor.shape for tensor in record.inputs)
 
 
 def _is_static(record: EngineRecord) -> bool:
-    """Whether all dimensions but the batch are fixed, so that the same shapes come again."""
+    """Whether all dimensions except the batch are fixed, so that shapes repeat."""
     return all(dim == _BATCH for tensor in record.inputs for dim in tensor.shape if isinstance(dim, str))
 
 
 def _limits(record: EngineRecord) -> dict[str, int]:
-    """Return the largest sizes of the dynamic dimensions, by name."""
+    """Return the largest size of each dynamic dimension, by name."""
     most: dict[str, int] = {}
     for tensor in record.inputs:
         for profile in record.profiles:
@@ -477,7 +480,7 @@ def _limits(record: EngineRecord) -> dict[str, int]:
 
 
 def _pools(record: EngineRecord, most: Mapping[str, int], device: Device) -> dict[str, BufferPool]:
-    """Make a pool for every output that grows from run to run."""
+    """Make a buffer pool for every output that grows from run to run."""
     pools = {}
     for tensor in record.outputs:
         dynamic = [dim for dim in tensor.shape if isinstance(dim, str)]
@@ -489,5 +492,5 @@ def _pools(record: EngineRecord, most: Mapping[str, int], device: Device) -> dic
 
 @functools.cache
 def _shared_device() -> CudaDevice:
-    """Return the device that all sessions of the process share, so that they can hand each other tensors."""
+    """Return the device that all sessions of the process share, so that they can exchange tensors."""
     return CudaDevice()
