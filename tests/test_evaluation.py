@@ -182,7 +182,7 @@ def test_what_only_a_model_understands_is_refused_with_packages_only(
     monkeypatch.chdir(tmp_path)
     outcome = run(command.main, str(tiny_export.output), *option)
     assert outcome.exit_code == 1
-    assert f"received {option[0][2:]} with packages only" in outcome.error_lines[0]
+    assert f"received {option[0][2:]} without a model" in outcome.error_lines[0]
 
 
 def test_bf16_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""How much of a model's accuracy a selection keeps: data sets, the model in torch, its packages, and the comparison.
+"""Measuring how much accuracy a model keeps with fewer tokens: data sets, the model in torch, packages, comparisons.
 
-Needs what ``promprune.export`` needs.
+Needs the ``[export]`` extra.
 """

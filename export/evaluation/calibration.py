@@ -1,9 +1,9 @@
 """Calibration: mu and tau of a model's vision tower, from unlabelled images.
 
-The constants of the budget split belong to the tower: the paper's 0.42 and 0.02 are for CLIP-L, and on a tower whose
-entropies lie elsewhere they give every image's whole budget to one stage. Here mu is the median of the entropies, so
-that half of the images give saliency more than half of the budget; tau is half their standard deviation, so that an
-image one standard deviation away from the median splits it 12 to 88.
+The constants of the budget split depend on the tower: the paper's 0.42 and 0.02 are for CLIP-L. With a tower that has
+other entropies, they give the entire budget of every image to one stage. Here mu is the median of the entropies, so
+that half of the images give saliency more than half of the budget; tau is half of their standard deviation, so that an
+image one standard deviation from the median splits the budget 12 : 88.
 """
 
 from __future__ import annotations
@@ -33,12 +33,11 @@ __all__ = ["Calibration", "calibrate", "calibration_scenes", "folder_images", "i
 
 @dataclass(frozen=True)
 class Calibration:
-    """Constants of the budget split, and what they were fitted to.
+    """Constants of the budget split, and the entropies they were fitted to.
 
     Attributes:
         mu, tau: see :class:`promprune.config.SelectionConfig`.
-        entropies: normalised spectral entropies, one for every time the selection would run: once per image, or per
-            crop of one.
+        entropies: normalised spectral entropies, one per run of the selection: per image, or per crop.
     """
 
     mu: float
@@ -46,7 +45,7 @@ class Calibration:
     entropies: tuple[float, ...]
 
     def saliency_shares(self) -> list[float]:
-        """The share of the budget that each of the images would give to saliency."""
+        """The share of the budget that each image would give to saliency."""
         config = SelectionConfig(mu=self.mu, tau=self.tau)
         return [float(share) for share in saliency_ratio(torch.tensor(self.entropies, dtype=torch.float64), config)]
 
@@ -55,7 +54,7 @@ def calibrate(entropies: Sequence[float]) -> Calibration:
     """Fit mu (median) and tau (half the standard deviation), to four decimals.
 
     Raises:
-        ConfigError: too few entropies, or no spread among them.
+        ConfigError: there are too few entropies, or all are equal.
     """
     if len(entropies) < MIN_CALIBRATION_IMAGES:
         raise ConfigError(
@@ -64,23 +63,24 @@ def calibrate(entropies: Sequence[float]) -> Calibration:
     mu, tau = round(statistics.median(entropies), 4), round(statistics.stdev(entropies) / 2, 4)
     if tau == 0:
         raise ConfigError(
-            f"the images have one and the same entropy ({mu})", expected="images as different as those to come"
+            f"all images have the same entropy ({mu})", expected="images as varied as those expected in use"
         )
     return Calibration(mu, tau, tuple(entropies))
 
 
 @torch.inference_mode()
 def image_entropies(checkpoint: Checkpoint, images: Iterable[Image.Image], grids: Grids = ()) -> Iterator[list[float]]:
-    """Entropies of each image's visual tokens, in float64; several where the model cuts it into crops.
+    """Yield the entropies of each image's visual tokens, in float64: one per image, or per crop.
 
     Args:
         checkpoint: the model.
-        images: RGB.
-        grids: sizes of images as (rows, columns) of visual tokens, for families that take any; else the default one.
+        images: RGB images.
+        grids: sizes of images as (rows, columns) of visual tokens, for families with a choice of sizes; empty for the
+            family's default.
 
     Raises:
-        ConfigError: sizes were chosen, and this family takes none.
-        UnsupportedModelError: the model, or a size, is not one that can be exported.
+        ConfigError: sizes were chosen, and this family has no choice of sizes.
+        UnsupportedModelError: the model, or a size, cannot be exported.
     """
     family = checkpoint.family(checkpoint.model, checkpoint.processor, grids)
     for image in images:
@@ -103,12 +103,12 @@ def calibration_scenes(count: int, image_size: int) -> Iterator[Image.Image]:
 
 
 def write_calibration(folder: Path, calibration: Calibration) -> Path:
-    """Write mu and tau into ``promprune_config.json`` of a checkpoint's folder, where the export finds them.
+    """Write mu and tau to ``promprune_config.json`` in a checkpoint's folder, where the export reads them.
 
-    What else an older one says is kept.
+    Other values in an existing file are kept.
 
     Raises:
-        ModelError: the older one is not as it should be.
+        ModelError: the existing file is invalid.
     """
     path = folder / SELECTION_FILE
     constants = {**read_constants(folder), "mu": calibration.mu, "tau": calibration.tau}

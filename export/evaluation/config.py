@@ -1,4 +1,4 @@
-"""What ``promprune-eval`` is asked to do. Nothing here needs PyTorch: a mistake is answered before that is started."""
+"""Settings of ``promprune-eval``. Does not import PyTorch, so that a wrong setting is refused at once."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ DEFAULT_POLICIES: Final = ("promprune", "half", "coverage", "saliency", "random"
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Who is asked what, and what is written.
+    """Settings of ``promprune-eval``.
 
     Attributes:
-        model: folder or hub id of the model that answers in PyTorch; ``None``: packages only.
-        packages: folders of those that answer in the runtime.
-        data: ``"embedded"``, or a folder of the user's (see :mod:`promprune.export.evaluation.data`).
-        ratios: of the model, fractions of the visual tokens that are KEPT; ``None``: ``DEFAULT_RATIOS``.
-        policies: of the model, what chooses them; ``None``: ``DEFAULT_POLICIES``, and with the embedded data also
-            ``"oracle"`` and ``"none"``.
-        runtime: dtypes in which the model is also exported, with all tokens and at the smallest ratio, and asked.
-        limit: most images; ``None``: all.
+        model: folder or hub id of the model that answers in PyTorch; None for packages only.
+        packages: folders of packages that answer in the runtime.
+        data: ``"embedded"``, or the user's folder (see :mod:`promprune.export.evaluation.data`).
+        ratios: ratios for the model; None for ``DEFAULT_RATIOS``.
+        policies: policies for the model; None for ``DEFAULT_POLICIES``, and with the embedded data also ``"oracle"``
+            and ``"none"``.
+        runtime: dtypes of packages to export from the model and to evaluate, with all tokens and at the smallest ratio.
+        limit: largest number of images; None for all.
         max_new_tokens: longest answer, in tokens.
-        threads: CPU threads of PyTorch; ``None``: all.
-        output: folder for tables, figures, answers and numbers; ``None``: none.
-        gallery: file for a page of pictures; ``None``: none.
-        gallery_limit: most pictures on it.
+        threads: CPU threads of PyTorch; None for all.
+        output: folder for tables, figures, answers and numbers; None to write none.
+        gallery: file for a page of pictures; None to write none.
+        gallery_limit: largest number of pictures on that page.
 
     Raises:
         ConfigError: a value is out of its range, or contradicts another.
-        OutputError: an output cannot be written where it was asked for.
+        OutputError: an output cannot be written to the requested place.
     """
 
     model: str | None = EMBEDDED_MODEL
@@ -87,19 +87,19 @@ class EvalConfig:
 
     @property
     def kept_ratios(self) -> tuple[float, ...]:
-        """The fractions that are kept, as asked for or by default."""
+        """The given ratios, or the default ones."""
         return DEFAULT_RATIOS if self.ratios is None else self.ratios
 
     @property
     def chosen_policies(self) -> tuple[str, ...]:
-        """The policies, as asked for or by default."""
+        """The given policies, or the default ones."""
         if self.policies is not None:
             return self.policies
         return (*DEFAULT_POLICIES, ORACLE, NONE) if self.data == EMBEDDED_DATA else DEFAULT_POLICIES
 
     @property
     def compares_promprune(self) -> bool:
-        """Whether PromPrune is to choose among the model's tokens, which the gallery and the split's figure show."""
+        """Whether the evaluation includes PromPrune, which the gallery and the figure of the split show."""
         return self.model is not None and "promprune" in self.chosen_policies and min(self.kept_ratios) < 1
 
     def _check_packages_only(self) -> None:
@@ -108,16 +108,16 @@ class EvalConfig:
         for name in ("ratios", "policies", "runtime", "threads", "gallery"):
             if getattr(self, name):
                 raise ConfigError(
-                    f"received {name} with packages only",
-                    expected="it with a model: a package is asked as it is",
-                    fix="name the model too, or leave it out",
+                    f"received {name} without a model",
+                    expected="a model: packages have their own settings",
+                    fix="give a model too, or omit the option",
                 )
 
     def _check_oracle(self) -> None:
         if ORACLE in self.chosen_policies and self.data != EMBEDDED_DATA:
             raise ConfigError(
                 f"received policy = {ORACLE!r} with the data {self.data}",
-                expected="it with --data embedded only: it must know the scene",
+                expected="--data embedded: this policy needs to know the objects of a scene",
             )
 
     def _check_outputs(self) -> None:
@@ -126,17 +126,15 @@ class EvalConfig:
         if self.gallery is None:
             return
         if not self.compares_promprune:
-            raise ConfigError(
-                "received --gallery", expected="it with promprune among the policies, and a ratio below 1"
-            )
+            raise ConfigError("received --gallery", expected="promprune among the policies, and a ratio below 1")
         check_output_file(self.gallery, "--gallery", new_folder=self.output)
 
 
 def check_conditions(ratios: tuple[float, ...], policies: tuple[str, ...]) -> None:
-    """Refuse what is no list of ratios or of policies.
+    """Refuse invalid lists of ratios or policies.
 
     Raises:
-        ConfigError: one is empty, or an entry is not one.
+        ConfigError: a list is empty, or an entry is not a ratio or policy.
     """
     for name, values in (("ratios", ratios), ("policies", policies)):
         if not values:
@@ -147,5 +145,6 @@ def check_conditions(ratios: tuple[float, ...], policies: tuple[str, ...]) -> No
     for ratio in ratios:
         if not 0 < ratio <= 1:
             raise ConfigError(
-                f"received ratio = {ratio:g}", expected="fractions above 0 and at most 1: the share that is KEPT"
+                f"received ratio = {ratio:g}",
+                expected="fractions above 0 and at most 1: the share of the tokens that is KEPT",
             )

@@ -1,10 +1,10 @@
-"""Questions about images, with their right answers: the set that ships with promprune, or a folder of the user's.
+"""Questions about images, with their right answers: the embedded data set, or the user's folder.
 
-A folder holds images and one ``*.jsonl`` file, a question per line::
+A folder contains images and one ``*.jsonl`` file with a question per line::
 
     {"image": "kitchen.jpg", "question": "What is on the table?", "answers": ["bread", "a loaf"], "type": "what"}
 
-``image`` is relative to the folder; ``answers`` may be one text; ``type`` is optional and only groups the results.
+``image`` is relative to the folder; ``answers`` may be a single text; ``type`` is optional and groups the results.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from promprune.errors import ConfigError
 from promprune.export.evaluation.config import EMBEDDED_DATA
 from promprune.runtime import load_image
 
-__all__ = ["EMBEDDED_DATA", "Picture", "Question", "is_right", "load_data", "normalised"]
+__all__ = ["EMBEDDED_DATA", "Picture", "Question", "is_right", "load_data", "normalise"]
 
 _QUESTIONS_FILE: Final = "questions.jsonl"
 SPARSE_AND_DENSE: Final = "1-5 or 11-16 objects"
@@ -39,8 +39,8 @@ class Question:
 
     Attributes:
         text: as a user would ask it.
-        answers: any of these is right.
-        type: what it is grouped by in the results.
+        answers: the right answers; each of them is accepted.
+        type: its group in the results.
     """
 
     text: str
@@ -50,14 +50,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image and what is asked about it.
+    """An image and the questions about it.
 
     Attributes:
         name: file name, or the seed of a rendered scene.
-        load: returns the image; called when it is needed, and not kept.
+        load: returns the image; called whenever the image is needed.
         questions: at least one.
-        groups: further groups of the results that it belongs to, such as how many objects there are.
-        scene: what is in the image, where that is known.
+        groups: further groups of the results that it belongs to, such as the number of objects.
+        scene: the objects in the image; None if they are not known.
     """
 
     name: str
@@ -77,7 +77,7 @@ class _Line(msgspec.Struct, frozen=True):
 
 
 class _SceneLine(msgspec.Struct, frozen=True):
-    """One line of the set that ships: a scene's seed, and (type, question, answer) triples."""
+    """One line of the embedded data set: the seed of a scene, and (type, question, answer) triples."""
 
     seed: int
     objects: int
@@ -89,11 +89,11 @@ def load_data(name: str, *, limit: int | None = None, image_size: int = 224) -> 
 
     Args:
         name: ``"embedded"``, or a folder with images and one ``*.jsonl`` file, or that file.
-        limit: at most this many images, the first ones.
-        image_size: side at which the scenes of the embedded set are rendered, in pixels.
+        limit: read only the first images, at most this many; None for all.
+        image_size: side of the rendered scenes of the embedded set, in pixels.
 
     Raises:
-        ConfigError: there is no such folder, no question in it, or a line is not what was expected.
+        ConfigError: there is no such folder, it has no questions, or a line is invalid.
     """
     pictures = embedded_pictures(image_size) if name == EMBEDDED_DATA else _folder_pictures(Path(name))
     return pictures[:limit]
@@ -138,11 +138,11 @@ def _folder_pictures(path: Path) -> list[Picture]:
         if not answers or not (file.parent / line.image).is_file():
             raise ConfigError(
                 f"line {number} of {file} names " + (f"{line.image}, which is not there" if answers else "no answer"),
-                expected="an image file beside it, and at least one answer",
+                expected="an image file in the same folder, and at least one answer",
             )
         asked.setdefault(line.image, []).append(Question(line.question, answers, line.type))
     if not asked:
-        raise ConfigError(f"{file} holds no question", expected="at least one line")
+        raise ConfigError(f"{file} contains no question", expected="at least one line")
     return [
         Picture(name, partial(load_image, file.parent / name), tuple(questions)) for name, questions in asked.items()
     ]
@@ -152,7 +152,7 @@ def _only_jsonl(folder: Path) -> Path:
     found = sorted(folder.glob("*.jsonl"))
     if len(found) != 1:
         raise ConfigError(
-            f"received {str(folder)!r}, in which there are {len(found)} *.jsonl files",
+            f"received {str(folder)!r}, which contains {len(found)} *.jsonl files",
             expected=f"{EMBEDDED_DATA!r}, or a folder with images and one *.jsonl file, or that file",
         )
     return found[0]
@@ -164,12 +164,12 @@ _NUMBER_WORDS: Final = {
 }
 
 
-def normalised(text: str) -> str:
-    """What answers are compared by: lower case, without articles, outer punctuation and double spaces; 0 for zero."""
+def normalise(text: str) -> str:
+    """Normalise an answer for comparison: lower case, no articles, outer punctuation or double spaces; 0 for zero."""
     words = re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text)).strip(" .,;:!?\"'").lower().split(" ")
     return " ".join(_NUMBER_WORDS.get(word, word) for word in words if word not in ("a", "an", "the"))
 
 
 def is_right(answer: str, question: Question) -> bool:
-    """Whether an answer is one of the right ones, compared as `normalised`."""
-    return normalised(answer) in {normalised(right) for right in question.answers}
+    """Return whether an answer equals one of the right ones after `normalise`."""
+    return normalise(answer) in {normalise(right) for right in question.answers}

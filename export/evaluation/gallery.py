@@ -1,4 +1,4 @@
-"""A page of pictures: what was kept of each, what was asked, and what was answered; failures first."""
+"""A page of pictures with their kept tokens, questions and answers; failures first."""
 
 from __future__ import annotations
 
@@ -77,14 +77,14 @@ _TEMPLATE: Final = """\
 def gallery(
     full: Run, pruned: Run, pictures: Sequence[Picture], *, view: Callable[[Picture], Image.Image], limit: int
 ) -> str:
-    """Return a page that needs nothing else, in HTML.
+    """Return a self-contained HTML page.
 
     Args:
         full: the run with all tokens.
-        pruned: a run with fewer; must have selections.
+        pruned: a run with fewer tokens; must have selections.
         pictures: the data.
-        view: returns what the model sees of a picture; called for those that are shown.
-        limit: most pictures to show; those come first whose answers suffered most.
+        view: returns the part of a picture that the model sees; called for the pictures on the page.
+        limit: largest number of pictures; those that lost most right answers come first.
     """
     entries = [_entry(full, pruned, index, picture) for index, picture in enumerate(pictures)]
     entries.sort(key=lambda entry: (-entry["lost"], -entry["wrong"]))
@@ -94,7 +94,7 @@ def gallery(
         seen = view(pictures[index])
         drawn = draw_kept_tokens(seen, pruned.selections[index])
         without_legend = (0, 0, drawn.width, drawn.width * seen.height // seen.width)
-        entry["view"], entry["image"] = _encoded(seen), _encoded(drawn.crop(without_legend))
+        entry["view"], entry["image"] = _encode_jpeg(seen), _encode_jpeg(drawn.crop(without_legend))
     condition = pruned.condition
     each = " of each crop" if any(len(selection.spectral_entropies) > 1 for selection in pruned.selections) else ""
     lost = sum(entry["lost"] for entry in entries)
@@ -144,7 +144,7 @@ def _css(colour: tuple[int, int, int]) -> str:
     return "#{:02x}{:02x}{:02x}".format(*colour)
 
 
-def _encoded(picture: Image.Image) -> str:
+def _encode_jpeg(picture: Image.Image) -> str:
     width = min(_SIDE * 2, picture.width)  # twice, for sharp screens
     size = (width, round(width * picture.height / picture.width))
     stream = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Figures: entropies and the split they lead to, accuracy against tokens kept. Drawn with matplotlib, on no screen."""
+"""Figures, drawn with matplotlib without a display: entropies and budget split, accuracy against kept tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_accuracy", "plot_entropies", "plot_split"]
 
-# Told apart with any kind of colour vision (Okabe and Ito).
+# Distinguishable with every kind of colour vision (Okabe and Ito).
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"
 _STYLES: Final[dict[str, dict[str, Any]]] = {
     "promprune": {"color": ORANGE, "linewidth": 2.2, "zorder": 3},

@@ -1,4 +1,4 @@
-"""The results as tables: for a terminal, for a document, and for programs."""
+"""The results as tables: for the terminal, as Markdown, and as JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Rows = list[list[str]]
 
 
 def overview(scores: Sequence[Score]) -> Rows:
-    """One row for every run; the first row names the columns."""
+    """Return one row per run; the first row contains the column titles."""
     rows = [["answered by", "kept", "policy", "accuracy", "retained", "same answer"]]
     for score in scores:
         condition = score.run.condition
@@ -35,7 +35,7 @@ def overview(scores: Sequence[Score]) -> Rows:
 
 
 def by_group(scores: Sequence[Score], pictures: Sequence[Picture]) -> Rows:
-    """Accuracy by question type and group of pictures, with all tokens, with the fewest, and without the image."""
+    """Return accuracy per question type and picture group, with all tokens, the fewest, and without the image."""
     fewest = _fewest(scores)
     shown = [
         score
@@ -52,7 +52,7 @@ def by_group(scores: Sequence[Score], pictures: Sequence[Picture]) -> Rows:
 
 
 def comparisons(scores: Sequence[Score], pictures: Sequence[Picture], groups: Sequence[str]) -> Rows:
-    """How much better PromPrune is than every other policy with equally many tokens, in points of accuracy."""
+    """Return the advantage of PromPrune over every other policy with the same T, in percentage points of accuracy."""
     rows = [["kept", "promprune against", "all questions", *groups]]
     ours = {score.run.condition.keep_tokens: score for score in scores if _is(score, "promprune")}
     for score in scores:
@@ -66,14 +66,14 @@ def comparisons(scores: Sequence[Score], pictures: Sequence[Picture], groups: Se
 
 
 def markdown(rows: Rows) -> str:
-    """Lay rows out as a Markdown table."""
+    """Format rows as a Markdown table."""
     head, *body = rows
     lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def table_of(rows: Rows, title: str) -> Table:
-    """Lay rows out for a terminal."""
+    """Format rows as a table for the terminal."""
     table = Table(*rows[0], title=title, title_justify="left", title_style="bold")
     for row in rows[1:]:
         table.add_row(*row)

@@ -1,13 +1,13 @@
-"""Asking a data set's questions under many conditions, in torch and in the runtime.
+"""Answering a data set's questions under many conditions, in torch and in the runtime.
 
-A condition is who answers, what chooses the kept tokens, and how many are kept. Besides the policies of an export
-there are, in torch only:
+A condition consists of what answers (torch or a package), the policy, and the number of kept tokens. Besides the
+policies of an export there are, in torch only:
 
-- ``all``: every token; what the others are compared with.
+- ``all``: all tokens; the baseline.
 - ``none``: the question without the image.
-- ``oracle``: the tokens that someone would keep who knows the scene: first the middle of every object and one patch
-  of the background in each quarter, then the rest of the objects from the middle outwards, then coverage. It knows
-  no question. It says how much the *model* loses with so few tokens, however well they are chosen.
+- ``oracle``: chooses with knowledge of the scene, but not of the question: first the centre of every object and one
+  patch of the background in each quarter, then the rest of the objects from the centre outwards, then coverage. It
+  shows how much the *model* loses with so few tokens, even if they are chosen well.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _PICTURES_AT_ONCE: Final = 32
 
 @dataclass(frozen=True)
 class Condition:
-    """Who answers with which tokens.
+    """What answers, and with which tokens.
 
     Attributes:
         by: ``"torch"``, or the name of a package and its dtype.
@@ -71,12 +71,12 @@ class Condition:
 
 @dataclass(frozen=True)
 class Run:
-    """What came of one condition.
+    """The results of one condition.
 
     Attributes:
-        condition: which.
-        answers: of every picture's questions, in the order of the data.
-        selections: of every picture; empty where nothing is selected.
+        condition: the condition.
+        answers: for every picture the answers to its questions, in the order of the data.
+        selections: for every picture its selection; empty if nothing is selected.
     """
 
     condition: Condition
@@ -85,10 +85,10 @@ class Run:
 
 
 def conditions(num_tokens: int, ratios: Sequence[float], policies: Sequence[str]) -> list[Condition]:
-    """All tokens, then every policy at every ratio below 1; without the image, only once.
+    """Return all tokens, then every policy at every ratio below 1; ``none`` only once.
 
     Raises:
-        ConfigError: a ratio or policy is not one.
+        ConfigError: a ratio or policy is invalid.
     """
     check_conditions(tuple(ratios), tuple(policies))
     found = [Condition("torch", ALL, num_tokens, num_tokens)]
@@ -109,7 +109,7 @@ def ask_torch(
     max_new_tokens: int,
     step: Step = NO_STEP,
 ) -> list[Run]:
-    """Ask every question under every condition; ``step`` counts the pictures."""
+    """Answer every question under every condition in torch; ``step`` counts the pictures."""
     answers: list[list[tuple[str, ...]]] = [[] for _ in wanted]
     selections: list[list[TokenSelection]] = [[] for _ in wanted]
     for start in range(0, len(pictures), _PICTURES_AT_ONCE):
@@ -135,7 +135,7 @@ def select(
     condition: Condition,
     config: SelectionConfig,
 ) -> tuple[list[KeptTokens | None], list[TokenSelection]]:
-    """What is kept of each image, and what was selected."""
+    """Return the kept tokens of each image, and the selections."""
     if condition.policy == NONE:
         return [None] * len(tokens), []
     if condition.policy == ALL:
@@ -152,7 +152,7 @@ def select(
 
 
 def _pruned(tokens: Sequence[VisualTokens], keep_tokens: int, config: SelectionConfig) -> Iterator[PrunedTokens]:
-    """What is chosen from the crops of each image; those of all images at once."""
+    """Yield the tokens chosen from the crops of each image; the crops of all images are one batch."""
     mask = torch.cat([one.token_mask for one in tokens])
     pruned = prune_tokens(
         torch.cat([one.features for one in tokens]),
@@ -167,7 +167,7 @@ def _pruned(tokens: Sequence[VisualTokens], keep_tokens: int, config: SelectionC
 
 
 def _selection(tokens: VisualTokens, crops: PrunedTokens, policy: SelectionPolicy, order: str) -> TokenSelection:
-    """Put together what was chosen from the crops of one image, without padding."""
+    """Combine the tokens chosen from the crops of one image, without padding."""
     places = tokens.places.gather(1, crops.token_indices)
     real = places >= 0
     indices, salient = places[real], crops.saliency_mask[real]
@@ -178,12 +178,12 @@ def _selection(tokens: VisualTokens, crops: PrunedTokens, policy: SelectionPolic
 
 def _oracle(picture: Picture, tokens: VisualTokens, keep_tokens: int) -> PrunedTokens:
     if picture.scene is None:
-        raise ConfigError("received policy = 'oracle'", expected="it with --data embedded only: it must know the scene")
+        raise ConfigError("received policy = 'oracle'", expected="--data embedded: this policy needs to know the scene")
     grid = tokens.grids[0]
     if len(tokens.grids) > 1 or grid.rows != grid.columns:
         raise ConfigError(
-            "received policy = 'oracle' for a model that sees images in several grids of tokens",
-            expected="a model that sees them in a square one",
+            "received policy = 'oracle' for a model with several grids of tokens per image",
+            expected="a model with one square grid per image",
             fix=f"choose from --policies {','.join(POLICIES)},{NONE}",
         )
     wanted = oracle_saliency(picture.scene(), grid.rows)
@@ -193,7 +193,7 @@ def _oracle(picture: Picture, tokens: VisualTokens, keep_tokens: int) -> PrunedT
 
 
 def oracle_saliency(scene: Scene, side: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-    """How soon each patch of a grid [side * side] is to be kept by one who knows the scene; 0: left to coverage."""
+    """Return the priority of each patch of a grid [side * side], given the scene; 0 leaves it to coverage."""
     middle = (np.arange(side) + 0.5) / side
     x, y = np.tile(middle, side), np.repeat(middle, side)
     wanted = np.zeros(side * side, np.float32)
@@ -211,7 +211,7 @@ def oracle_saliency(scene: Scene, side: int) -> np.ndarray[tuple[int], np.dtype[
 
 
 def ask_package(folder: Path, pictures: Sequence[Picture], *, max_new_tokens: int, step: Step = NO_STEP) -> Run:
-    """Ask every question to a package, through the runtime as an application would, a picture's questions at once."""
+    """Answer every question with a package in the runtime; all questions about a picture are one batch."""
     with VisionLanguagePipeline.from_package(folder) as pipeline:
         found = list(_answers(pipeline, pictures, max_new_tokens, step))
         tokens = pipeline.manifest.tokens_of()

@@ -1,8 +1,8 @@
-"""Accuracy, what is retained of it, and how certain that is.
+"""Accuracy, the share of it that is retained, and confidence intervals.
 
-Intervals are 95 % percentile intervals of a paired bootstrap: 4,000 times, as many pictures as there are, drawn with
-replacement, each with all its questions, and the same ones for every condition. So questions about one picture are
-not taken for independent ones, and what all conditions find hard cancels out of a comparison.
+Intervals are 95 % percentile intervals of a paired bootstrap over pictures: 4,000 resamples with replacement, each
+picture with all its questions, and the same pictures for every condition. So questions about one picture are not
+treated as independent, and pictures that are hard under all conditions cancel out of a comparison.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from promprune.export.evaluation.data import Picture, Question, is_right, normalised
+from promprune.export.evaluation.data import Picture, Question, is_right, normalise
 from promprune.export.evaluation.runs import ALL, Run
 
 __all__ = ["Estimate", "Score", "difference", "group_names", "majority_share", "scores"]
@@ -35,16 +35,16 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Score:
-    """What one run reaches.
+    """The score of one run.
 
     Attributes:
-        run: which.
-        asked: questions.
+        run: the run.
+        asked: number of questions.
         accuracy: share of right answers.
-        retention: accuracy over that of the baseline on the same questions; ``None`` where there is none.
-        agreement: share of answers that equal the baseline's.
-        groups: accuracy by question type, and by the pictures' groups.
-        asked_of: questions in each of these.
+        retention: accuracy divided by that of the baseline on the same questions; None without a baseline.
+        agreement: share of answers that are equal to the baseline's; None without a baseline.
+        groups: question type or picture group -> accuracy.
+        asked_of: question type or picture group -> number of questions.
     """
 
     run: Run
@@ -57,7 +57,7 @@ class Score:
 
 
 def scores(runs: Sequence[Run], pictures: Sequence[Picture]) -> list[Score]:
-    """Score every run against the baseline of those who answer alike, else against the first baseline there is."""
+    """Score every run against the baseline with the same ``by``, or else against the first baseline."""
     baselines = [run for run in runs if run.condition.policy == ALL]
     asked = _per_picture(pictures, None, lambda *_: True)
     found = []
@@ -83,7 +83,7 @@ def scores(runs: Sequence[Run], pictures: Sequence[Picture]) -> list[Score]:
 
 
 def difference(first: Run, second: Run, pictures: Sequence[Picture], group: str | None = None) -> Estimate:
-    """Accuracy of the first run less that of the second, on all questions or those of one group."""
+    """Return the accuracy of the first run minus that of the second, on all questions or those of one group."""
     member = group_names(pictures)[group] if group else lambda *_: True
     asked = _per_picture(pictures, None, member)
     change = _per_picture(pictures, first, member) - _per_picture(pictures, second, member)
@@ -91,7 +91,7 @@ def difference(first: Run, second: Run, pictures: Sequence[Picture], group: str 
 
 
 def group_names(pictures: Sequence[Picture]) -> dict[str, Member]:
-    """Every question type, then every group of pictures, in the order in which they occur."""
+    """Return every question type, then every picture group, in the order of their first occurrence."""
     types = dict.fromkeys(question.type for picture in pictures for question in picture.questions)
     groups = dict.fromkeys(group for picture in pictures for group in picture.groups)
     names: dict[str, Member] = {name: _of_type(name) for name in sorted(types)}
@@ -99,11 +99,11 @@ def group_names(pictures: Sequence[Picture]) -> dict[str, Member]:
 
 
 def majority_share(pictures: Sequence[Picture]) -> float:
-    """Accuracy of who gives the most frequent right answer of each question type of this very set."""
+    """Return the accuracy of always giving the most frequent right answer to each question type in this data set."""
     answers: dict[str, Counter[str]] = {}
     for picture in pictures:
         for question in picture.questions:
-            answers.setdefault(question.type, Counter()).update({normalised(text) for text in question.answers})
+            answers.setdefault(question.type, Counter()).update({normalise(text) for text in question.answers})
     asked = sum(len(picture.questions) for picture in pictures)
     return sum(found.most_common(1)[0][1] for found in answers.values()) / asked
 
@@ -117,7 +117,7 @@ def _of_group(name: str) -> Member:
 
 
 def _per_picture(pictures: Sequence[Picture], run: Run | None, member: Member) -> NDArray[np.float64]:
-    """Right answers of every picture among the questions that are members; without a run, their number."""
+    """Return the number of right answers per picture, of questions in a group; without a run, of questions."""
     return np.array(
         [
             sum(
@@ -131,7 +131,7 @@ def _per_picture(pictures: Sequence[Picture], run: Run | None, member: Member) -
 
 
 def _ratio(above: NDArray[np.float64], below: NDArray[np.float64]) -> Estimate:
-    """The ratio of two sums over pictures; 0 where nothing is below."""
+    """Return the ratio of two sums over pictures; 0 if the denominator is 0."""
     drawn = np.random.default_rng(0).integers(len(above), size=(_RESAMPLES, len(above)))
     ratios = above[drawn].sum(axis=1) / np.maximum(below[drawn].sum(axis=1), 1)
     low, high = np.percentile(ratios, [2.5, 97.5])
@@ -140,7 +140,7 @@ def _ratio(above: NDArray[np.float64], below: NDArray[np.float64]) -> Estimate:
 
 def _agreement(run: Run, base: Run) -> float:
     pairs = [
-        normalised(one) == normalised(other)
+        normalise(one) == normalise(other)
         for ours, theirs in zip(run.answers, base.answers, strict=True)
         for one, other in zip(ours, theirs, strict=True)
     ]
