@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from promprune.checks import check_integer, check_name
 from promprune.dtypes import DTYPES, Dtype
 from promprune.errors import ConfigError
 from promprune.export.graphs.opset import DEFAULT_OPSET, check_opset
@@ -19,13 +20,13 @@ from promprune.package.manifest import TokenCounts
 from promprune.package.sources import EMBEDDED_MODEL
 
 __all__ = [
-    "MIN_CALIBRATION_IMAGES",
     "CalibrateConfig",
     "ExportConfig",
+    "check_calibration_images",
     "default_output",
 ]
 
-MIN_CALIBRATION_IMAGES: Final = 8
+_MIN_CALIBRATION_IMAGES: Final = 8
 _PLOT_SUFFIXES: Final = (".png", ".svg")
 
 
@@ -83,10 +84,8 @@ class ExportConfig:
                 expected="a fraction above 0 and at most 1: the share of the visual tokens that is KEPT",
                 fix="--ratio 0.12 keeps 12 %",
             )
-        if self.keep_tokens is not None and self.keep_tokens < 1:
-            raise ConfigError(f"received keep_tokens = {self.keep_tokens}", expected="at least 1")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"received dtype = {self.dtype!r}", expected="one of " + ", ".join(DTYPES))
+        check_integer(self, "keep_tokens", least=1, optional=True)
+        check_name(self, "dtype", DTYPES)
         grids = self.image_grids
         if any(side < 1 for grid in grids for side in grid) or len(set(grids)) < len(grids):
             raise ConfigError(
@@ -142,6 +141,14 @@ def default_output(config: ExportConfig) -> Path:
     return Path("-".join(["promprune", name, kept, *(getattr(config, value) for value in other)]))
 
 
+def check_calibration_images(count: int, received: str) -> None:
+    """Refuse too few images for a calibration; ``received`` says where the number comes from."""
+    if count < _MIN_CALIBRATION_IMAGES:
+        raise ConfigError(
+            f"received {received}", expected=f"at least {_MIN_CALIBRATION_IMAGES} images; some hundred are better"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class CalibrateConfig:
     """What ``promprune-calibrate`` is asked to do.
@@ -167,11 +174,7 @@ class CalibrateConfig:
     plot: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.limit < MIN_CALIBRATION_IMAGES:
-            raise ConfigError(
-                f"received limit = {self.limit}",
-                expected=f"at least {MIN_CALIBRATION_IMAGES} images; some hundred are better",
-            )
+        check_calibration_images(self.limit, f"limit = {self.limit}")
         if self.images is None and self.model is not None:
             raise ConfigError(
                 "received no images", expected="a folder of images such as those to come", fix="--images DIR"

@@ -39,8 +39,8 @@ def check_integer(config: object, name: str, *, least: int, most: int | None = _
     if optional and value is None:
         return
     require(_is(Integral, value), name, value, "an integer")
-    require(value >= least, name, value, f"{least} or more")
-    require(most is None or value <= most, name, value, f"{most} or less")
+    require(value >= least, name, value, f"at least {least}")
+    require(most is None or value <= most, name, value, f"at most {most}")
     object.__setattr__(config, name, int(value))
 
 

@@ -21,7 +21,7 @@ from promprune.runtime.bench.report import (
     Distribution,
     Machine,
     Report,
-    Settings,
+    RunRecord,
     StageWork,
     gains,
     read_report,
@@ -66,7 +66,7 @@ def report_of(first_token_ms: dict[str, Sequence[float]]) -> Report:
         cpu="c", cpus=2, memory_bytes=1, governor=None, cpu_mhz=None, system="s", gpus=("<gpu>",), versions={},
         load_before=None, load_after=None, other_cpu_fraction=(0.1,),
     )  # fmt: skip
-    settings = Settings(
+    settings = RunRecord(
         command="promprune-bench full", image="i", image_sha256=None, prompt="p", new_tokens=1,
         rounds=len(next(iter(first_token_ms.values()))), warmup=1, backend="b", provider="cpu", threads=2,
     )  # fmt: skip

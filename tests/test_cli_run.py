@@ -190,7 +190,7 @@ def shell(arguments: list[str], text: str = "", **environment: str) -> subproces
         (["-p", "x"], 2, ["PACKAGE"]),
         (["{package}", "-p", "x", "--bogus"], 2, ["--bogus"]),
         (["{package}", "-p", "x", "--max-new-tokens", "many"], 2, ["received 'many'", "whole number"]),
-        (["{package}", "-p", "x", "--max-new-tokens", "0"], 1, ["max_new_tokens = 0", "expected 1 or more"]),
+        (["{package}", "-p", "x", "--max-new-tokens", "0"], 1, ["max_new_tokens = 0", "expected at least 1"]),
         (["{package}", "-p", "x", "--max-new-tokens", "999"], 1, ["999", "256"]),
         (["{package}", "-p", "x", "--temperature", "-1"], 1, ["temperature = -1"]),
         (["{package}", "-p", "x", "--temperature", "nan"], 1, ["temperature = nan"]),

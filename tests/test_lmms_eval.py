@@ -140,5 +140,5 @@ def test_rounds_and_refusals(embedded_export: ExportResult) -> None:
     with pytest.raises(ConfigError, match="task 't' compares the likelihoods"):
         model.loglikelihood([request])
     model.clean()
-    with pytest.raises(ConfigError, match="batch_size = 'auto'; expected 1 or more"):
+    with pytest.raises(ConfigError, match="batch_size = 'auto'; expected at least 1"):
         PromPrune(str(embedded_export.output), batch_size="auto")

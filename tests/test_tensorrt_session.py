@@ -49,7 +49,7 @@ from promprune.runtime.sessions.onnxruntime import tensor_record
 from promprune.runtime.sessions.tensorrt import cuda as cuda_module
 from promprune.runtime.sessions.tensorrt import session as module
 from promprune.runtime.sessions.tensorrt.cuda import CudaDevice
-from promprune.runtime.sessions.tensorrt.device import EngineLoading, Pitched
+from promprune.runtime.sessions.tensorrt.device import Pitched
 from promprune.runtime.sessions.tensorrt.session import TensorRtSession, choose_profile, find_engines
 from tests.support.fake_package import HIDDEN, FakeModel, write_fake_package
 
@@ -134,7 +134,7 @@ class FakeDevice:
     refuses_capture = False
 
     def __init__(self) -> None:
-        self.loadings: list[EngineLoading] = []
+        self.kernels: list[Path | None] = []  # of every engine that was loaded
         self.memory: dict[int, np.ndarray] = {}
         self.calls: Counter[str] = Counter()
         self.profiles: list[int] = []
@@ -143,9 +143,9 @@ class FakeDevice:
         self.pending: list[tuple[np.ndarray, np.ndarray]] = []
         self.lock = threading.Lock()
 
-    def load(self, plan: bytes, trt: Any, loading: EngineLoading) -> FakeEngine:
+    def load(self, plan: bytes, trt: Any, kernels: Path | None = None) -> FakeEngine:
         assert trt is TOOL
-        self.loadings.append(loading)
+        self.kernels.append(kernels)
         return FakeEngine(self, plan.decode())
 
     def allocate(self, nbytes: int) -> int:
@@ -387,7 +387,7 @@ def test_a_graph_of_static_shapes_is_replayed(built: Path, device: FakeDevice, c
         assert allocated[2:] == [allocated[2]] * 4  # the buffers of both batch sizes are there
     assert device.calls["capture"] == 2
     assert device.calls["launch"] == (4 if captures else 0)
-    assert device.loadings[0].cuda_graphs
+    assert session.repeats
     gc.collect()
     assert device.memory == {}
 
@@ -533,7 +533,9 @@ def test_a_whole_pipeline_runs_on_graphs(built: Path, device: FakeDevice) -> Non
         assert device.calls["upload"] - before[0] == uploads + 3 * 3
         assert device.downloaded - before[1] == downloaded + 3 * FakeModel().vocabulary * 4
     assert [result.token_ids for result in results] == [result.token_ids for result in expected]
-    assert [loading.cuda_graphs for loading in device.loadings] == [False, True, True]  # embedding, decoder, vision
+    engines = find_engines(read_package(built), TARGET).manifest.engines
+    replayed = {name for name, record in engines.items() if module._repeats(record)}
+    assert replayed == {DECODER, "vision_encoder"}
 
 
 @pytest.mark.usefixtures("small_room")
@@ -627,7 +629,7 @@ def test_the_time_of_every_layer(built: Path, device: FakeDevice) -> None:
 def test_compiled_kernels_are_looked_for_beside_the_engine(built: Path, device: FakeDevice) -> None:
     opened(built, DECODER).close()
     folder = engine_folder(built, "tensorrt-rtx", TARGET)
-    assert device.loadings[-1].runtime_cache == folder / f"{DECODER}.runtime-cache"
+    assert device.kernels[-1] == folder / f"{DECODER}.runtime-cache"
     assert device.calls["close"] == 1
 
 
@@ -864,7 +866,7 @@ def test_an_engine_that_was_changed_is_refused(both_built: Path, device: FakeDev
     file.write_bytes(file.read_bytes()[::-1])
     with pytest.raises(PackageError, match=f"{DECODER}.engine in .* was changed since it was built"):
         opened(both_built, DECODER)
-    assert device.loadings == []
+    assert device.kernels == []
 
 
 @pytest.mark.parametrize("outputs", [(), (TensorRecord(name="logits", dtype="abacus", shape=("batch_size", "n")),)])
@@ -987,7 +989,7 @@ def test_the_calls_are_those_of_the_real_bindings() -> None:
 def test_an_engine_that_does_not_load_is_one_clear_line() -> None:
     trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed (Linux x86-64 only)")
     with pytest.raises(BackendError, match=r"the engine does not load on this GPU \(.+\)") as caught:
-        cuda_module._CudaEngine(b"not an engine" * 100, trt, SimpleNamespace(stream=0), EngineLoading())  # type: ignore[arg-type]
+        cuda_module._CudaEngine(b"not an engine" * 100, trt, SimpleNamespace(stream=0))  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
 
 
@@ -1003,7 +1005,7 @@ def test_a_real_engine_without_a_driver_is_one_clear_line(tmp_path: Path) -> Non
     (built,) = build_engines(tmp_path / "package", EngineConfig(targets=("sm89",)))
     plan = (built.folder / built.manifest.engines["embed_tokens"].file).read_bytes()
     with pytest.raises(BackendError, match=r"install or update the NVIDIA driver: it is missing, or older") as caught:
-        cuda_module._CudaEngine(plan, trt, SimpleNamespace(stream=0), EngineLoading())  # type: ignore[arg-type]
+        cuda_module._CudaEngine(plan, trt, SimpleNamespace(stream=0))  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
 
 
@@ -1084,33 +1086,33 @@ def stand_in() -> tuple[Any, list[Any]]:
     return SimpleNamespace(**members, Runtime=lambda *arguments: StandIn(done)), done
 
 
-def load_with(trt: Any, loading: EngineLoading) -> Any:
+def load_with(trt: Any, kernels: Path | None = None) -> Any:
     memory = SimpleNamespace(stream=7, allocate=lambda nbytes: 4096 + nbytes, free=lambda address: None)
-    return cuda_module._CudaEngine(b"plan", trt, memory, loading)  # type: ignore[arg-type]
+    return cuda_module._CudaEngine(b"plan", trt, memory, kernels)  # type: ignore[arg-type]
 
 
 def test_compiled_kernels_are_kept_beside_the_engine(stand_in: tuple[Any, list[Any]], tmp_path: Path) -> None:
     trt, done = stand_in
     file = tmp_path / "decoder.runtime-cache"
-    load_with(trt, EngineLoading(runtime_cache=file)).close()
+    load_with(trt, file).close()
     assert file.read_bytes() == b"new kernels"
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
     file.write_bytes(b"kernels of last time")
     done.clear()
-    load_with(trt, EngineLoading(runtime_cache=file)).context()
+    load_with(trt, file).context()
     names = [name for name, *_ in done]
     assert ("deserialize", b"kernels of last time") in done
     assert names.index("deserialize") < names.index("set_runtime_cache") < names.index("create_execution_context")
 
 
 def test_a_package_that_cannot_be_written_runs_all_the_same(stand_in: tuple[Any, list[Any]], tmp_path: Path) -> None:
-    load_with(stand_in[0], EngineLoading(runtime_cache=tmp_path / "gone" / "decoder.runtime-cache")).close()
+    load_with(stand_in[0], tmp_path / "gone" / "decoder.runtime-cache").close()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_recording_is_chosen_before_the_context_is_made(stand_in: tuple[Any, list[Any]]) -> None:
     trt, done = stand_in
-    load_with(trt, EngineLoading()).context(recorded=True)
+    load_with(trt).context(recorded=True)
     assert ("cuda_graph_strategy", trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE) in done
     names = [name for name, *_ in done]
     assert names.index("cuda_graph_strategy") < names.index("create_execution_context")
@@ -1118,7 +1120,7 @@ def test_recording_is_chosen_before_the_context_is_made(stand_in: tuple[Any, lis
 
 def test_contexts_share_scratch_memory_and_record_where_asked(stand_in: tuple[Any, list[Any]]) -> None:
     trt, done = stand_in
-    engine = load_with(trt, EngineLoading())
+    engine = load_with(trt)
     done.clear()
     made = [engine.context(), engine.context(recorded=True)]
     names = [name for name, *_ in done]
@@ -1131,7 +1133,7 @@ def test_contexts_share_scratch_memory_and_record_where_asked(stand_in: tuple[An
 def test_tensorrt_has_no_settings_of_tensorrt_for_rtx(stand_in: tuple[Any, list[Any]], tmp_path: Path) -> None:
     trt, done = stand_in
     del trt.IRuntimeCache
-    engine = load_with(trt, EngineLoading(runtime_cache=tmp_path / "decoder.runtime-cache", cuda_graphs=True))
+    engine = load_with(trt, tmp_path / "decoder.runtime-cache")
     engine.context(recorded=True)
     engine.close()
     assert "create_runtime_config" not in [name for name, *_ in done]

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -52,7 +52,7 @@ class PytorchSettings:
         threads: number of CPU threads.
         source: name of the model in the report; None for ``model``.
         keep_tokens: T of the authors' method; None for the unpruned model.
-        mu, tau: mu and tau of the authors' method.
+        selection: of the authors' method; only its mu and tau count.
     """
 
     model: str
@@ -61,8 +61,7 @@ class PytorchSettings:
     threads: int
     source: str | None = None
     keep_tokens: int | None = None
-    mu: float = SelectionConfig.mu
-    tau: float = SelectionConfig.tau
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
 
 
 class PytorchModel:
@@ -230,7 +229,8 @@ class PytorchContender(Measurable):
     def _select(self, features: Tensor, attentions: tuple[Tensor, ...], keep: int) -> Tensor:
         layer = self._model.config.vision_feature_layer  # hidden_states[k] is the output of layer k - 1
         saliency = attentions[layer if layer < 0 else layer - 1][:, :, 0, 1:].float().mean(dim=1)
-        self._selected = authors_select(features, saliency, keep, mu=self._settings.mu, tau=self._settings.tau)
+        selection = self._settings.selection
+        self._selected = authors_select(features, saliency, keep, mu=selection.mu, tau=selection.tau)
         return self._selected.features
 
     def _count_flops(self, question: Question) -> int:

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from promprune.errors import ConfigError
 from promprune.export.commands.export import parse_grids
-from promprune.export.config import MIN_CALIBRATION_IMAGES, CalibrateConfig
+from promprune.export.config import CalibrateConfig, check_calibration_images
 from promprune.package.sources import folder_images, local_folder
 from promprune.runtime.commands.options import Version
 from promprune.terminal import (
@@ -130,11 +129,7 @@ def _fit(config: CalibrateConfig) -> tuple[Calibration, int]:
 
 def _images(folder: Path, limit: int) -> list[Path]:
     paths = folder_images(folder, limit)
-    if len(paths) < MIN_CALIBRATION_IMAGES:
-        raise ConfigError(
-            f"received --images {folder}, which holds {len(paths)} images",
-            expected=f"at least {MIN_CALIBRATION_IMAGES}; some hundred are better",
-        )
+    check_calibration_images(len(paths), f"--images {folder}, which holds {len(paths)} images")
     return paths
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from promprune.embedded import scenes
 from promprune.errors import ConfigError
 from promprune.export.checkpoint.loading import SELECTION_FILE, Checkpoint, read_constants
-from promprune.export.config import MIN_CALIBRATION_IMAGES
+from promprune.export.config import check_calibration_images
 from promprune.export.families import Grids
 from promprune.files import replace_file
 from promprune.method.config import SelectionConfig
@@ -56,10 +56,7 @@ def calibrate(entropies: Sequence[float]) -> Calibration:
     Raises:
         ConfigError: there are too few entropies, or all are equal.
     """
-    if len(entropies) < MIN_CALIBRATION_IMAGES:
-        raise ConfigError(
-            f"received {len(entropies)} images", expected=f"at least {MIN_CALIBRATION_IMAGES}; some hundred are better"
-        )
+    check_calibration_images(len(entropies), f"{len(entropies)} images")
     mu, tau = round(statistics.median(entropies), 4), round(statistics.stdev(entropies) / 2, 4)
     if tau == 0:
         raise ConfigError(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from promprune.checks import check_integer, require
 from promprune.dtypes import DTYPES, Dtype
 from promprune.errors import ConfigError
 from promprune.files import check_output_file, check_output_folder
@@ -71,13 +72,12 @@ class EvalConfig:
     gallery_limit: int = 40
 
     def __post_init__(self) -> None:
-        for name in ("limit", "max_new_tokens", "threads", "gallery_limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"received {name} = {value}", expected="at least 1")
+        for name in ("max_new_tokens", "gallery_limit"):
+            check_integer(self, name, least=1)
+        for name in ("limit", "threads"):
+            check_integer(self, name, least=1, optional=True)
         for dtype in self.runtime:
-            if dtype not in DTYPES:
-                raise ConfigError(f"received runtime = {dtype!r}", expected="one of " + ", ".join(DTYPES))
+            require(dtype in DTYPES, "runtime", dtype, "one of " + ", ".join(DTYPES))
         if self.model is None:
             self._check_packages_only()
         else:
@@ -140,8 +140,7 @@ def check_conditions(ratios: tuple[float, ...], policies: tuple[str, ...]) -> No
         if not values:
             raise ConfigError(f"received no {name}", expected="at least one")
     for policy in policies:
-        if policy not in CHOICES:
-            raise ConfigError(f"received policy = {policy!r}", expected="one of " + ", ".join(CHOICES))
+        require(policy in CHOICES, "policy", policy, "one of " + ", ".join(CHOICES))
     for ratio in ratios:
         if not 0 < ratio <= 1:
             raise ConfigError(

@@ -34,7 +34,7 @@ class Limits:
 # wired wrongly, by 1e-2 and more. fp16, on random models: up to 4.0e-2 in packages (a saliency behind 27 layers; else
 # 1.3e-2), 8.8e-2 in transformers' own models in fp16. bf16, compared in fp32 on the same weights: up to 1.6e-2, as the
 # graph's constants, such as the scale of the attention, are rounded to 8 bits; transformers' own models in bf16 are off
-# by 1.9e-2 to 3.2e-1 (scripts/measure_precision.py).
+# by 1.9e-2 to 3.2e-1 (scripts/benchmarks/measure_precision.py).
 LIMITS: Final = {
     "fp32": Limits(relative_error=3e-4, identical_sets=0.75, overlap=0.98, equal_answers=0.98),
     "fp16": Limits(relative_error=5e-2, identical_sets=0.75, overlap=0.98, equal_answers=0.75),

@@ -29,6 +29,7 @@ from typing import Annotated, Any, Final, Literal, get_args
 
 import msgspec
 
+from promprune.checks import check_integer, check_name
 from promprune.errors import BackendError, ConfigError, PackageError
 from promprune.files import writing_folder
 from promprune.package.manifest import Manifest, TensorRecord, Versioned, sha256_of_file
@@ -42,7 +43,7 @@ __all__ = [
     "EngineConfig",
     "EngineIdentity",
     "EngineManifest",
-    "EngineOptions",
+    "EngineRecipe",
     "EngineRecord",
     "ProfileRecord",
     "ShapeRange",
@@ -107,15 +108,12 @@ class EngineConfig:
     rebuild: bool = False
 
     def __post_init__(self) -> None:
-        if self.backend not in ENGINE_BACKENDS:
-            raise ConfigError(f"received backend = {self.backend!r}", expected="one of " + ", ".join(ENGINE_BACKENDS))
+        check_name(self, "backend", ENGINE_BACKENDS)
         if not self.targets:
             raise ConfigError("received no target", expected="at least one, such as sm89", fix="--target sm89,sm120")
         for name in ("max_prompt_tokens", "max_new_tokens", "max_batch"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"received {name} = {getattr(self, name)}", expected="at least 1")
-        if self.workspace_mib is not None and self.workspace_mib < 1:
-            raise ConfigError(f"received workspace_mib = {self.workspace_mib}", expected="at least 1")
+            check_integer(self, name, least=1)
+        check_integer(self, "workspace_mib", least=1, optional=True)
 
 
 class ShapeRange(Record, frozen=True):
@@ -145,7 +143,7 @@ class EngineRecord(Record, frozen=True):
     build_seconds: float
 
 
-class EngineOptions(Record, frozen=True):
+class EngineRecipe(Record, frozen=True):
     """The settings that shape an engine (see :class:`EngineConfig`)."""
 
     max_prompt_tokens: Count
@@ -164,7 +162,7 @@ class EngineIdentity(Record, frozen=True):
     target: str  # "sm89"
     platform: str  # "linux-x86_64"
     graphs: dict[str, Digest]  # graph -> digest of its ONNX file and weights
-    options: EngineOptions
+    options: EngineRecipe
 
 
 class EngineManifest(Record, frozen=True):
@@ -208,7 +206,7 @@ def identity_of(manifest: Manifest, config: EngineConfig, *, tool_version: str, 
         target=target,
         platform=engine_platform(),
         graphs=graph_digests(manifest),
-        options=msgspec.convert(config, EngineOptions, from_attributes=True),
+        options=msgspec.convert(config, EngineRecipe, from_attributes=True),
     )
 
 
@@ -236,8 +234,8 @@ def difference(found: EngineIdentity, wanted: EngineIdentity, *, options: bool =
     return _options_difference(found.options, wanted.options) if options else None
 
 
-def _options_difference(found: EngineOptions, wanted: EngineOptions) -> str | None:
-    for field in EngineOptions.__struct_fields__:
+def _options_difference(found: EngineRecipe, wanted: EngineRecipe) -> str | None:
+    for field in EngineRecipe.__struct_fields__:
         old, new = getattr(found, field), getattr(wanted, field)
         if old != new:
             return f"built with {field} = {_format_option(old)}, not {_format_option(new)}"

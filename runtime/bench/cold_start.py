@@ -80,7 +80,8 @@ def summary_of(starts: Sequence[ProcessStart]) -> ColdStart:
 def _answer(request: ColdStartRequest) -> None:
     if request.pytorch is not None:
         pytorch = plugin("pytorch")
-        pytorch.first_token(pytorch.PytorchSettings(**request.pytorch), request.image, request.prompt)
+        settings = msgspec.convert(request.pytorch, pytorch.PytorchSettings)
+        pytorch.first_token(settings, request.image, request.prompt)
         return
     from promprune.runtime import VisionLanguagePipeline
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, get_args
 
+from promprune.checks import check_integer, require
 from promprune.errors import ConfigError
 from promprune.runtime.sessions.config import RuntimeConfig
 
@@ -60,14 +61,10 @@ class BenchConfig:
         if not self.packages:
             raise ConfigError("received no package", expected="at least one", fix="give packages, or --model")
         for name, least in (("new_tokens", 1), ("rounds", 1), ("warmup", 1), ("cold_starts", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"received {name} = {getattr(self, name)}", expected=f"at least {least}")
+            check_integer(self, name, least=least)
         for name in ("batches", "concurrencies"):
-            if not getattr(self, name) or min(getattr(self, name)) < 1:
-                raise ConfigError(f"received {name} = {getattr(self, name)}", expected="numbers of at least 1")
-        for baseline in self.baselines:
-            if baseline not in BASELINES:
-                raise ConfigError(f"received baseline {baseline!r}", expected=f"one of {', '.join(BASELINES)}")
+            counts = getattr(self, name)
+            require(min(counts, default=0) >= 1, name, counts, "numbers of at least 1")
         if self.image is not None and not self.image.is_file():
             raise ConfigError(f"received image {self.image}, which is not a file", expected="an image file")
         if self.openvino is not None and not self.openvino.is_dir():

@@ -46,7 +46,7 @@ from promprune.runtime.bench.report import (
     Distribution,
     GraphWork,
     Report,
-    Settings,
+    RunRecord,
     StageWork,
 )
 from promprune.runtime.sessions.config import RuntimeConfig
@@ -148,7 +148,7 @@ def _pytorch_settings(config: BenchConfig, manifests: Mapping[str, Manifest]) ->
             tokens, selection = manifest.tokens_of(), manifest.selection.config
             if tokens.is_pruned:
                 found[f"authors, {tokens.keep_tokens} tokens"] = replace(
-                    unpruned, keep_tokens=tokens.keep_tokens, mu=selection.mu, tau=selection.tau
+                    unpruned, keep_tokens=tokens.keep_tokens, selection=selection
                 )
     return found
 
@@ -327,8 +327,8 @@ def _case(load: _Load, measured: _Measured, config: BenchConfig) -> Case:
     )
 
 
-def _settings(config: BenchConfig) -> Settings:
-    return Settings(
+def _settings(config: BenchConfig) -> RunRecord:
+    return RunRecord(
         command=config.command,
         image="rendered scene 0" if config.image is None else config.image.name,
         image_sha256=None if config.image is None else sha256_of_file(config.image),

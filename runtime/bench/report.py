@@ -30,7 +30,7 @@ __all__ = [
     "GraphWork",
     "Machine",
     "Report",
-    "Settings",
+    "RunRecord",
     "StageWork",
     "gains",
     "read_report",
@@ -64,7 +64,7 @@ class Machine(Record, frozen=True):
     other_cpu_fraction: tuple[float, ...]
 
 
-class Settings(Record, frozen=True):
+class RunRecord(Record, frozen=True):
     """The settings of a benchmark."""
 
     command: str
@@ -205,7 +205,7 @@ class Report(Record, frozen=True):
     report_version: int
     created: str  # UTC, ISO 8601
     machine: Machine
-    settings: Settings
+    settings: RunRecord
     ceilings: Ceilings | None  # None if they cannot be measured on the packages' device
     contenders: tuple[Contender, ...]
     cases: tuple[Case, ...]

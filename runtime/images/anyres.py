@@ -30,7 +30,7 @@ from promprune.package.manifest import GraphRecord
 from promprune.package.package import Package
 from promprune.runtime.images.base import ImageProcessor, PreprocessedImage, expect, expected_graph, selected_tokens
 from promprune.runtime.images.encoded import EncodedImage, TokenGrid, TokenSelection
-from promprune.runtime.images.preprocess import PixelConfig, SizeDict, normalize, pixel_levels, read_pixel_config
+from promprune.runtime.images.preprocess import PixelFile, SizeDict, normalize, pixel_levels, read_pixel_file
 from promprune.runtime.sessions import Array
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ def _read_newline(path: Path) -> npt.NDArray[np.float32]:
     return newline
 
 
-class _Config(PixelConfig, frozen=True):
+class _LlavaNextFile(PixelFile, frozen=True):
     """What is read of ``preprocessor_config.json``; the defaults are LlavaNextImageProcessor's."""
 
     size: SizeDict = SizeDict(shortest_edge=224)
@@ -281,7 +281,7 @@ def fit_to_canvas(height: int, width: int, layout: AnyresLayout) -> CanvasFit:
 class AnyresPreprocessor:
     """Resize, place, cut, rescale and normalise."""
 
-    _config: _Config
+    _config: _LlavaNextFile
     _side: int
     _levels: npt.NDArray[np.float32]  # [3, 256]: what each 8-bit level of each channel becomes
 
@@ -293,7 +293,7 @@ class AnyresPreprocessor:
             PackageError: it cannot be read, asks for something that is not supported, or makes other crops than
                 ``layout`` says.
         """
-        config = read_pixel_config(path, _Config)
+        config = read_pixel_file(path, _LlavaNextFile)
         size = config.size
         square = (size.height, size.width) if size.height and size.width else (size.shortest_edge, size.shortest_edge)
         crop = (config.crop_size.height, config.crop_size.width) if config.do_center_crop else square

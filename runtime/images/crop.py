@@ -20,14 +20,14 @@ from promprune.runtime.images.base import ImageProcessor, PreprocessedImage, exp
 from promprune.runtime.images.encoded import EncodedImage, TokenGrid, TokenSelection
 from promprune.runtime.images.preprocess import (
     Channels,
-    PixelConfig,
+    PixelFile,
     Pixels,
     Size,
     SizeDict,
     max_decodable_pixels,
     normalize,
     pixel_levels,
-    read_pixel_config,
+    read_pixel_file,
 )
 from promprune.runtime.sessions import Array
 
@@ -97,7 +97,7 @@ class CropProcessor(ImageProcessor):
         return self._counts.keep_tokens
 
 
-class _Config(PixelConfig, frozen=True):
+class _ClipFile(PixelFile, frozen=True):
     """What is read of ``preprocessor_config.json``; the defaults are CLIPImageProcessor's."""
 
     image_processor_type: str = "CLIPImageProcessor"
@@ -117,7 +117,7 @@ class CropPreprocessor:
 
     height: int
     width: int
-    _config: _Config
+    _config: _ClipFile
     _levels: npt.NDArray[np.float32]  # [3, 256]: what each 8-bit level of each channel becomes
 
     @classmethod
@@ -131,7 +131,7 @@ class CropPreprocessor:
         Raises:
             PackageError: it cannot be read, asks for something that is not supported, or leads to another size.
         """
-        config = read_pixel_config(path, _Config)
+        config = read_pixel_file(path, _ClipFile)
         final = _final_size(config, path)
         if final != (height, width):
             raise PackageError(
@@ -184,7 +184,7 @@ class CropPreprocessor:
         return image.resize((x1 - x0, y1 - y0), resample=self._config.resample, box=box)
 
 
-def _final_size(config: _Config, path: Path) -> tuple[int, int]:
+def _final_size(config: _ClipFile, path: Path) -> tuple[int, int]:
     if config.do_pad and not config.image_processor_type.startswith("Llava"):
         raise PackageError(f"{path} has do_pad with {config.image_processor_type}", expected="do_pad off")
     size = config.crop_size if config.do_center_crop else config.size
@@ -200,7 +200,7 @@ def _final_size(config: _Config, path: Path) -> tuple[int, int]:
     return fixed
 
 
-def _resized_size(config: _Config, height: int, width: int) -> tuple[int, int]:
+def _resized_size(config: _ClipFile, height: int, width: int) -> tuple[int, int]:
     size = config.size
     if isinstance(size, SizeDict) and size.height and size.width:
         return size.height, size.width

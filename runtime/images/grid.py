@@ -23,7 +23,7 @@ from promprune.package.package import Package
 from promprune.runtime.images.base import ImageProcessor, PreprocessedImage, expect, expected_graph, selected_tokens
 from promprune.runtime.images.encoded import EncodedImage, TokenGrid, TokenSelection
 from promprune.runtime.images.positions import ImagePositions
-from promprune.runtime.images.preprocess import PixelConfig, normalize, pixel_levels, read_pixel_config
+from promprune.runtime.images.preprocess import PixelFile, normalize, pixel_levels, read_pixel_file
 from promprune.runtime.sessions import Array
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class GridProcessor(ImageProcessor):
         return self.preprocessor.resized(image, rows=grid.rows, columns=grid.columns)
 
 
-class _Config(PixelConfig, frozen=True):
+class _Qwen2VlFile(PixelFile, frozen=True):
     """What is read of ``preprocessor_config.json``; the defaults are Qwen2VLImageProcessor's."""
 
     image_processor_type: str = "Qwen2VLImageProcessor"
@@ -114,7 +114,7 @@ class _Config(PixelConfig, frozen=True):
 class GridPreprocessor:
     """Resize, rescale, normalise, and cut into patches."""
 
-    _config: _Config
+    _config: _Qwen2VlFile
     _levels: npt.NDArray[np.float32]  # [3, 256]: what each 8-bit level of each channel becomes
 
     @classmethod
@@ -124,7 +124,7 @@ class GridPreprocessor:
         Raises:
             PackageError: it cannot be read, or asks for something that is not supported.
         """
-        config = read_pixel_config(path, _Config)
+        config = read_pixel_file(path, _Qwen2VlFile)
         if min(config.patch_size, config.temporal_patch_size, config.merge_size) < 1 or not config.do_resize:
             raise PackageError(
                 f"{path} has patch_size {config.patch_size}, temporal_patch_size {config.temporal_patch_size}, "

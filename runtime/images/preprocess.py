@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Channels",
-    "PixelConfig",
+    "PixelFile",
     "Pixels",
     "Size",
     "SizeDict",
@@ -35,7 +35,7 @@ __all__ = [
     "max_decodable_pixels",
     "normalize",
     "pixel_levels",
-    "read_pixel_config",
+    "read_pixel_file",
 ]
 
 Pixels = npt.NDArray[np.uint8]
@@ -59,7 +59,7 @@ class SizeDict(msgspec.Struct, frozen=True):
     width: Size | None = None
 
 
-class PixelConfig(msgspec.Struct, frozen=True):
+class PixelFile(msgspec.Struct, frozen=True):
     """What every ``preprocessor_config.json`` says of pixels; the defaults are CLIPImageProcessor's."""
 
     do_resize: bool = True
@@ -71,7 +71,7 @@ class PixelConfig(msgspec.Struct, frozen=True):
     image_std: Channels = (0.26862954, 0.26130258, 0.27577711)
 
 
-ConfigT = TypeVar("ConfigT", bound=PixelConfig)
+ConfigT = TypeVar("ConfigT", bound=PixelFile)
 
 
 def load_image(source: str | Path | bytes | Image | Pixels) -> Image:
@@ -190,7 +190,7 @@ def max_decodable_pixels() -> int:
     return 2 * PILImage.MAX_IMAGE_PIXELS if PILImage.MAX_IMAGE_PIXELS else sys.maxsize
 
 
-def read_pixel_config(path: Path, config_type: type[ConfigT]) -> ConfigT:
+def read_pixel_file(path: Path, config_type: type[ConfigT]) -> ConfigT:
     """Read a ``preprocessor_config.json``.
 
     Raises:
@@ -202,7 +202,7 @@ def read_pixel_config(path: Path, config_type: type[ConfigT]) -> ConfigT:
         raise PackageError(f"{path} is not a usable image processor ({error})", fix="export again") from error
 
 
-def pixel_levels(config: PixelConfig, path: Path) -> npt.NDArray[np.float32]:
+def pixel_levels(config: PixelFile, path: Path) -> npt.NDArray[np.float32]:
     """Return what every 8-bit level of each channel becomes, float32 [3, 256]; computed as the reference does.
 
     Raises:
@@ -223,7 +223,7 @@ def normalize(pixels: Pixels, levels: npt.NDArray[np.float32], *, axis: int = 0)
     return np.stack([levels[channel][pixels[..., channel]] for channel in range(3)], axis=axis)
 
 
-def _levels(config: PixelConfig) -> npt.NDArray[np.float32]:
+def _levels(config: PixelFile) -> npt.NDArray[np.float32]:
     levels = np.arange(256, dtype=np.float64)
     with np.errstate(all="ignore"):  # the caller refuses what is not finite
         scaled = (levels * config.rescale_factor if config.do_rescale else levels).astype(np.float32)

@@ -7,6 +7,7 @@ import functools
 import importlib
 import weakref
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from promprune.errors import BackendError, MissingDependencyError
@@ -14,7 +15,7 @@ from promprune.files import replace_file
 from promprune.package.engines import EngineBackend
 from promprune.package.manifest import TensorRecord
 from promprune.runtime.sessions.base import Array
-from promprune.runtime.sessions.tensorrt.device import DeviceEngine, DeviceGraph, EngineLoading, Pitched, Shapes
+from promprune.runtime.sessions.tensorrt.device import DeviceEngine, DeviceGraph, Pitched, Shapes
 from promprune.runtime.sessions.tensorrt.modules import log_of, tensor_record, trimmed
 
 __all__ = ["CudaDevice", "import_module"]
@@ -42,9 +43,9 @@ class CudaDevice:
         """The address of the stream."""
         return int(self._stream)
 
-    def load(self, plan: bytes, trt: Any, loading: EngineLoading) -> DeviceEngine:
+    def load(self, plan: bytes, trt: Any, kernels: Path | None = None) -> DeviceEngine:
         """Load a serialized engine; see :class:`Device`."""
-        return _CudaEngine(plan, trt, self, loading)
+        return _CudaEngine(plan, trt, self, kernels)
 
     def allocate(self, nbytes: int) -> int:
         """Return the address of new memory; see :class:`Device`."""
@@ -131,14 +132,14 @@ class _CudaGraph:
 class _CudaEngine:
     """An engine loaded by TensorRT; satisfies :class:`DeviceEngine`."""
 
-    def __init__(self, plan: bytes, trt: Any, device: CudaDevice, loading: EngineLoading) -> None:
+    def __init__(self, plan: bytes, trt: Any, device: CudaDevice, kernels: Path | None = None) -> None:
         self._trt, self._device, self._log = trt, device, log_of(trt)
         self._log.errors.clear()
         self._runtime = trt.Runtime(self._log)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise self.error("the engine does not load on this GPU")
-        self._cache_file = loading.runtime_cache
+        self._cache_file = kernels
         self._cache = self._runtime_cache() if hasattr(trt, "IRuntimeCache") else None
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         self.inputs, self.outputs = (

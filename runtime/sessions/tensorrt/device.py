@@ -7,7 +7,6 @@ import math
 import threading
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -23,7 +22,6 @@ __all__ = [
     "DeviceContext",
     "DeviceEngine",
     "DeviceGraph",
-    "EngineLoading",
     "Pitched",
     "Shapes",
 ]
@@ -31,19 +29,6 @@ __all__ = [
 _SMALLEST: Final = 1  # bytes; an empty tensor needs an address too
 
 Shapes = Mapping[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineLoading:
-    """How an engine is loaded.
-
-    Attributes:
-        runtime_cache: file where TensorRT for RTX stores the kernels that it compiles on this machine.
-        cuda_graphs: whether repeated runs use the same addresses, and may be replayed as a CUDA graph.
-    """
-
-    runtime_cache: Path | None = None
-    cuda_graphs: bool = False
 
 
 class DeviceGraph(Protocol):
@@ -94,8 +79,11 @@ class DeviceEngine(Protocol):
 class Device(Protocol):
     """Memory and engines of one GPU, on one stream. Thread-safe."""
 
-    def load(self, plan: bytes, trt: Any, loading: EngineLoading) -> DeviceEngine:
-        """Load a serialized engine with ``tensorrt`` or ``tensorrt_rtx``."""
+    def load(self, plan: bytes, trt: Any, kernels: Path | None = None) -> DeviceEngine:
+        """Load a serialized engine with ``tensorrt`` or ``tensorrt_rtx``.
+
+        ``kernels`` is the file in which TensorRT for RTX keeps the kernels that it compiles on this machine.
+        """
 
     def allocate(self, nbytes: int) -> int:
         """Return the address of new memory."""

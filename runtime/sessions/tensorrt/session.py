@@ -44,7 +44,6 @@ from promprune.runtime.sessions.tensorrt.device import (
     DeviceContext,
     DeviceEngine,
     DeviceGraph,
-    EngineLoading,
     Shapes,
 )
 from promprune.runtime.sessions.tensorrt.modules import ENGINE_MODULES
@@ -73,11 +72,15 @@ def open_session(package: Package, graph: str, config: RuntimeConfig) -> TensorR
         )
     backend, folder, manifest, notes = find_engines(package, current_target())
     record = manifest.engines[graph]
-    loading = EngineLoading(
-        runtime_cache=folder / f"{graph}.runtime-cache", cuda_graphs=config.cuda_graphs and _repeats(record)
-    )
     trt = import_module(backend, ENGINE_MODULES[backend])
-    session = TensorRtSession(folder, record, _shared_device(), trt, loading)
+    session = TensorRtSession(
+        folder,
+        record,
+        _shared_device(),
+        trt,
+        kernels=folder / f"{graph}.runtime-cache",
+        cuda_graphs=config.cuda_graphs and _repeats(record),
+    )
     session.notes += notes
     return session
 
@@ -201,7 +204,14 @@ class TensorRtSession(Session):
     copies_on_device = True
 
     def __init__(
-        self, folder: Path, record: EngineRecord, device: Device, trt: Any, loading: EngineLoading | None = None
+        self,
+        folder: Path,
+        record: EngineRecord,
+        device: Device,
+        trt: Any,
+        *,
+        kernels: Path | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         self.name = record.file
         self.device = "CUDA"
@@ -211,11 +221,10 @@ class TensorRtSession(Session):
         self._record = record
         self._device = device
         self._lock = threading.Lock()
-        loading = loading or EngineLoading()
-        self.repeats = loading.cuda_graphs
-        self._static = loading.cuda_graphs and _is_static(record)
+        self.repeats = cuda_graphs
+        self._static = cuda_graphs and _is_static(record)
         self._replays: dict[tuple[int, ...], _Replay] = {}
-        engine = device.load(read_plan(folder, record), trt, loading)
+        engine = device.load(read_plan(folder, record), trt, kernels)
         for differing in differences(engine.inputs, engine.outputs, record):
             raise BackendError(
                 f"{folder / record.file} has {differing.tensor}: {differing.found}",
