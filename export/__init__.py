@@ -1,6 +1,6 @@
 """Exporting: from a Hugging Face checkpoint to a package. Needs ``promprune[export]``; the runtime does not.
 
-Everything is imported on first use, so that a wrong option is answered before PyTorch is loaded.
+Everything is imported on first use, so that a wrong option is refused before PyTorch is loaded.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Settings of the commands that make, verify and calibrate packages; needs no PyTorch.
+"""Settings of the commands that export and calibrate; does not import PyTorch.
 
 The command line takes its defaults from these classes, and every step receives one of them.
 """
@@ -32,28 +32,28 @@ _PLOT_SUFFIXES: Final = (".png", ".svg")
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """What ``promprune-export`` is asked to do.
+    """Settings of ``promprune-export``.
 
     Attributes:
-        model: folder in Hugging Face format, or hub id; ``None`` is the embedded model.
-        output: folder to write; ``None`` derives a name from the model and the ratio.
+        model: folder in Hugging Face format, or hub id; None for the embedded model.
+        output: folder to write; None to derive a name from the model and the ratio.
         ratio: fraction of the visual tokens that is KEPT, in (0, 1]; 1 is the unpruned baseline.
         keep_tokens: visual tokens kept per image; overrides ``ratio``.
-        dtype: of the weights and activations in the graphs; the selection computes in fp32 whatever it is.
-        image_grids: sizes of images, as (rows, columns) of visual tokens, for families whose images have any size;
-            each gets a vision graph. Empty: the family's own choice.
+        dtype: dtype of weights and activations in the graphs; the selection always computes in fp32.
+        image_grids: sizes of images, as (rows, columns) of visual tokens, for families with a choice of sizes; each
+            gets a vision graph. Empty for the family's default.
         opset: ONNX operator set of the default domain.
-        split_selector: also write the selection as a graph of its own.
-        copy_weights: put the weights into files of the package's own; ``False``: link the checkpoint's files, or
-            fail; ``None``: link large ones where the file system allows it.
-        vision_only: write no language model, for one that runs elsewhere on the kept tokens.
-        verify: compare the package with the source model before it appears.
-        force: replace ``output`` if it is a package already.
+        split_selector: also write the selection as a separate graph.
+        copy_weights: True to copy the weights into the package; False to link the checkpoint's files, or fail; None
+            to link large files if the file system allows it.
+        vision_only: write no language model, for language models that run elsewhere.
+        verify: compare the package with the source model before it is moved into place.
+        force: replace ``output`` if it is a package.
         mu, tau: override the entropy constants of the model (see :class:`SelectionConfig`).
         order: order of the kept tokens.
-        policy: what chooses them (see :class:`SelectionConfig`).
-        loop: form of the greedy stage: ``"loop"`` with as many trips as the images need, ``"fixed"`` with always T, so
-            that nothing depends on the data, ``"unrolled"`` without a loop, some twenty nodes per kept token.
+        policy: policy that chooses them (see :class:`SelectionConfig`).
+        loop: form of the greedy stage: ``"loop"`` with as many iterations as the images need, ``"fixed"`` with always
+            T, so that nothing depends on the data, ``"unrolled"`` without a loop, about twenty nodes per kept token.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -94,13 +94,13 @@ class ExportConfig:
             )
         check_loop(self.loop)
         check_opset(self.opset)
-        self.selection({})  # refuses what is out of range
+        self.selection({})  # raises if a value is out of range
 
     def selection(self, own: Mapping[str, float]) -> SelectionConfig:
         """Return the settings of the selection: those given here, else the model's, else the paper's.
 
         Args:
-            own: what the model's own folder says of mu, tau and the limits of the split.
+            own: mu, tau and the limits of the split in the model's folder.
 
         Raises:
             ConfigError: a value is out of its range.
@@ -108,7 +108,7 @@ class ExportConfig:
         return SelectionConfig(order=self.order, policy=self.policy, **{**own, **self._given_constants})
 
     def parameters_from(self, own: Mapping[str, float]) -> str:
-        """Say who chose mu and tau: ``"command line"``, ``"model"`` or ``"defaults"``."""
+        """Return the source of mu and tau: ``"command line"``, ``"model"`` or ``"defaults"``."""
         return "command line" if self._given_constants else "model" if own else "defaults"
 
     @property
@@ -133,7 +133,7 @@ class ExportConfig:
 
 
 def default_output(config: ExportConfig) -> Path:
-    """Return the folder that is written when none is named: ``promprune-<model>-<ratio or T>``, and what is unusual."""
+    """Return the default output folder: ``promprune-<model>-<ratio or T>``, plus settings that are not defaults."""
     name = EMBEDDED_MODEL if config.model is None else Path(config.model).resolve().name
     kept = f"{config.ratio:g}" if config.keep_tokens is None else f"{config.keep_tokens}-tokens"
     defaults = ExportConfig
@@ -151,19 +151,19 @@ def check_calibration_images(count: int, received: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateConfig:
-    """What ``promprune-calibrate`` is asked to do.
+    """Settings of ``promprune-calibrate``.
 
     Attributes:
-        model: folder in Hugging Face format, or hub id; ``None`` is the embedded model.
-        images: folder of images such as those to come; ``None``: the embedded model's own calibration scenes.
-        limit: most images to look at.
+        model: folder in Hugging Face format, or hub id; None for the embedded model.
+        images: folder of images like those expected in use; None for the embedded model's calibration scenes.
+        limit: largest number of images to use.
         image_grids: see :class:`ExportConfig`.
-        write: write mu and tau into the model's folder.
-        plot: file for the histogram, ``.png`` or ``.svg``; ``None``: none.
+        write: write mu and tau to the model's folder.
+        plot: file for the histogram, ``.png`` or ``.svg``; None to write none.
 
     Raises:
         ConfigError: a value is out of its range, or contradicts another.
-        OutputError: the histogram cannot be written there.
+        OutputError: the histogram cannot be written to ``plot``.
     """
 
     model: str | None = None
@@ -177,14 +177,14 @@ class CalibrateConfig:
         check_calibration_images(self.limit, f"limit = {self.limit}")
         if self.images is None and self.model is not None:
             raise ConfigError(
-                "received no images", expected="a folder of images such as those to come", fix="--images DIR"
+                "received no images", expected="a folder of images like those expected in use", fix="--images DIR"
             )
         if self.images is not None and not self.images.is_dir():
-            raise ConfigError(f"received --images {self.images}, which is no folder", expected="a folder of images")
+            raise ConfigError(f"received --images {self.images}, which is not a folder", expected="a folder of images")
         if self.write and (self.model is None or not Path(self.model).is_dir()):
             raise ConfigError(
                 f"received --write for {self.model or 'the embedded model'}",
-                expected="a model in a folder of its own",
+                expected="a model in a local folder",
                 fix="give --mu and --tau to promprune-export instead",
             )
         if self.plot is not None:

@@ -1,4 +1,4 @@
-"""The export, whole: from a checkpoint to a verified package."""
+"""The export: from a checkpoint to a verified package."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ class ExportResult:
 
     Attributes:
         output: its folder.
-        manifest: as written.
-        seconds: wall time of the whole export.
+        manifest: its manifest.
+        seconds: wall time of the export.
         not_lowered: why there is no lowered decoder; empty if there is one, or no decoder at all.
     """
 
@@ -75,7 +75,7 @@ class ExportResult:
 
 
 def export_package(config: ExportConfig, *, progress: Progress = NO_PROGRESS) -> ExportResult:
-    """Export a model with its selection, verify the package, and let it appear by one rename.
+    """Export a model with its selection, verify the package, and move it into place by one rename.
 
     Raises:
         PrompruneError: one of its subclasses, if something is refused or fails; nothing is left behind then.
@@ -176,13 +176,14 @@ def write_client_files(folder: Path, checkpoint: Checkpoint, family: Family, tok
     processor, source = checkpoint.processor, checkpoint.meta_model
     template = chat_template(processor)
     processor.tokenizer.chat_template = template
-    processor.tokenizer.save_pretrained(folder, save_jinja_files=False)  # transformers.js reads no others
+    # In tokenizer_config.json: transformers.js reads no other templates.
+    processor.tokenizer.save_pretrained(folder, save_jinja_files=False)
     if isinstance(template, str):
         (folder / CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
     preprocessor = processor.image_processor.to_dict()
     preprocessor["image_processor_type"] = preprocessor["image_processor_type"].removesuffix("Pil").removesuffix("Fast")
     if family.layout.patch_pixels is not None:
-        preprocessor.setdefault("do_center_crop", False)  # SigLIP's does not say it, other readers take it for true
+        preprocessor.setdefault("do_center_crop", False)  # SigLIP's file lacks it; clients would assume true
         preprocessor["processor_class"] = type(processor).__name__
         _write_json(folder / "processor_config.json", _placeholders(family, tokens))
     _write_json(folder / "preprocessor_config.json", preprocessor)
@@ -193,13 +194,13 @@ def write_client_files(folder: Path, checkpoint: Checkpoint, family: Family, tok
 
 
 def _placeholders(family: Family, tokens: TokenCounts) -> dict[str, Any]:
-    """Make the processors of transformers and transformers.js, which count patches, write T placeholders an image."""
+    """Return settings that make the processors of transformers and transformers.js write T placeholders per image."""
     return {
         "processor_class": type(family.processor).__name__,
         "image_token": family.image_token,
         "patch_size": family.layout.patch_pixels,
         "num_additional_image_tokens": tokens.keep_tokens - tokens.num_tokens,
-        "vision_feature_select_strategy": "full",  # "default" would take one off for a CLS token
+        "vision_feature_select_strategy": "full",  # "default" would subtract one for a CLS token
     }
 
 
@@ -232,7 +233,7 @@ def build_manifest(
 
 
 def tool_versions() -> dict[str, str]:
-    """Return the versions of everything that shapes an export."""
+    """Return the versions of all tools that affect an export."""
     packages = ("onnx", "onnx-ir", "onnxscript", "torch", "transformers")
     versions = {name: metadata.version(name) for name in packages}
     return {"promprune": __version__, "python": platform.python_version(), **versions}

@@ -249,7 +249,7 @@ def test_a_graph_that_takes_truth_values_is_compared(tmp_path: Path) -> None:
 def test_a_graph_without_inputs_to_run_it_on_is_no_success(tmp_path: Path, graphs: tuple[str, ...]) -> None:
     counter = make_graph({"n": ("int64", [1])}, {"m": ("int64", [1])}, {}, ("Abs", "n", "m"))
     package = with_graph(tmp_path / "package", "counter", counter)
-    expected = "received graph counter, which no answer needs.*expected one of vision_encoder, .*name those with --gr"
+    expected = "no sample inputs for graph counter.*expected one of vision_encoder, .*choose others with --gr"
     with pytest.raises(ConfigError, match=expected):
         compare_package(package, CompareConfig(graphs=graphs))
     (result,) = compare_package(package, CompareConfig(graphs=("vision_encoder",)))

@@ -1,1 +1,1 @@
-"""The commands that make, verify and evaluate packages."""
+"""The commands that export, verify and evaluate packages, and build engines."""

@@ -101,12 +101,12 @@ def main() -> None:
 
 
 def _fit(config: CalibrateConfig) -> tuple[Calibration, int]:
-    """Return the constants, and the number of images they were fitted to."""
+    """Fit the constants; return them and the number of images."""
     local_folder(config.model)
     paths = None if config.images is None else _images(config.images, config.limit)
     if config.plot is not None:
         with missing_extra("eval"):
-            importlib.import_module("matplotlib.figure")  # rather now than after the work
+            importlib.import_module("matplotlib.figure")  # fail now rather than after the work
     with missing_extra("export"):
         from promprune.export.checkpoint.loading import load_checkpoint
         from promprune.export.evaluation import calibration
@@ -154,7 +154,7 @@ def _write(fitted: Calibration, config: CalibrateConfig) -> None:
 
 
 def _print_histogram(fitted: Calibration) -> None:
-    """Draw the entropies on stderr, with the share of the budget that goes to saliency at each."""
+    """Print a histogram of the entropies on stderr, with the share of the budget for saliency at each."""
     low, high = min(fitted.entropies), max(fitted.entropies)
     width = (high - low) / _BINS or 1.0
     shares: list[list[float]] = [[] for _ in range(_BINS)]

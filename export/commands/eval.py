@@ -1,4 +1,4 @@
-"""``promprune-eval``: how much of its accuracy a model keeps, at several ratios and under several policies."""
+"""``promprune-eval``: measure how much accuracy a model keeps at several ratios and with several policies."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def evaluate(
       promprune-eval llava-1.0 llava-0.12 --data photos
     """
     started, cpu_started = time.perf_counter(), time.process_time()
-    model, packages = _sorted_out(subjects or [])
+    model, packages = _split_subjects(subjects or [])
     config = EvalConfig(
         model=model,
         packages=packages,
@@ -171,12 +171,12 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class _Asked:
-    """What came of asking the model.
+    """The results of the model in torch.
 
     Attributes:
-        runs: one for every condition.
-        selection: how the kept tokens were chosen.
-        page: the gallery, where one is wanted.
+        runs: one run per condition.
+        selection: settings of the selection.
+        page: the gallery in HTML; None if none was requested.
     """
 
     runs: list[Run]
@@ -186,7 +186,7 @@ class _Asked:
 
 @dataclass(frozen=True)
 class _Results:
-    """Everything that is printed and written; ``model`` is ``None`` where only packages were asked."""
+    """Everything that is printed and written; ``model`` is None if only packages were evaluated."""
 
     pictures: Sequence[Picture]
     runs: Sequence[Run]
@@ -202,27 +202,27 @@ def _fractions(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in _parts(text))
     except ValueError as error:
-        raise ConfigError(f"received --ratios {text}", expected="fractions that are kept, such as 0.5,0.12") from error
+        raise ConfigError(f"received --ratios {text}", expected="fractions that are KEPT, such as 0.5,0.12") from error
 
 
-def _sorted_out(subjects: Sequence[str]) -> tuple[str | None, tuple[Path, ...]]:
-    """Which of the arguments is the model, and which are packages; the embedded model where nothing is named."""
+def _split_subjects(subjects: Sequence[str]) -> tuple[str | None, tuple[Path, ...]]:
+    """Divide the arguments into the model and the packages; without arguments, the embedded model."""
     packages = tuple(Path(name) for name in subjects if (Path(name) / MANIFEST_FILE).is_file())
     models = [name for name in subjects if Path(name) not in packages]
     if len(models) > 1:
-        raise ConfigError(f"received {len(models)} models: {', '.join(models)}", expected="one, and packages")
+        raise ConfigError(f"received {len(models)} models: {', '.join(models)}", expected="one model, and packages")
     if not subjects:
         return EMBEDDED_MODEL, ()
     return (models[0] if models else None), packages
 
 
 def _name(config: EvalConfig) -> str | None:
-    """Return the model's name, as the export takes it: ``None`` is the embedded one."""
+    """Return the model's name for the export; None for the embedded model."""
     return None if config.model == EMBEDDED_MODEL else config.model
 
 
 def _check_what_is_here(config: EvalConfig) -> None:
-    """Refuse a model, packages or dtypes that cannot be used here, before PyTorch is started and anything is asked."""
+    """Refuse a model, packages or dtypes that cannot be used here, before PyTorch is started."""
     if config.model is not None:
         local_folder(_name(config))
     manifests = {folder: read_manifest(folder) for folder in config.packages}
@@ -237,7 +237,7 @@ def _check_what_is_here(config: EvalConfig) -> None:
 
 
 def _check_cuda() -> None:
-    """Refuse bf16 where there is no CUDA: the CPU lacks operators for it."""
+    """Refuse bf16 without CUDA: the CPU lacks operators for it."""
     from promprune.runtime.sessions.providers import why_not
 
     reason = why_not("cuda")
@@ -245,7 +245,7 @@ def _check_cuda() -> None:
         raise BackendError(
             f"packages in bf16 run on CUDA only, which cannot be used here ({reason})",
             expected="an NVIDIA GPU with its driver, CUDA and cuDNN",
-            fix="take fp32 or fp16",
+            fix="use fp32 or fp16",
         )
 
 
@@ -255,7 +255,7 @@ def _run(config: EvalConfig) -> _Results:
     pictures = load_data(config.data, limit=config.limit)
     if config.output is not None and config.compares_promprune:
         with missing_extra("eval"):
-            importlib.import_module("matplotlib.figure")  # rather now than after everything was asked
+            importlib.import_module("matplotlib.figure")  # fail now rather than after the evaluation
     with missing_extra("export"):
         import torch
 
@@ -264,7 +264,7 @@ def _run(config: EvalConfig) -> _Results:
         torch.set_num_threads(config.threads)
     with show_progress() as progress, tempfile.TemporaryDirectory() as scratch:
         asked = None if config.model is None else _ask_model(config, pictures, progress)
-        packages = [*config.packages, *_exported(config, Path(scratch), progress)]
+        packages = [*config.packages, *_export_packages(config, Path(scratch), progress)]
         runs = [] if asked is None else list(asked.runs)
         progress.announce(len(packages))
         runs += [_ask_package(package, pictures, config.max_new_tokens, progress) for package in packages]
@@ -295,7 +295,7 @@ def _ask_model(config: EvalConfig, pictures: Sequence[Picture], progress: Progre
 def _page(
     subject: TorchModel, whole: Run, pruned: Run, pictures: Sequence[Picture], limit: int, progress: Progress
 ) -> str:
-    """Draw the gallery while the model is there: what it sees is made again, rather than kept of every picture."""
+    """Make the gallery while the model is loaded: it computes the views again, instead of storing them all."""
     from promprune.export.evaluation.gallery import gallery
 
     with progress.step("gallery", items=min(limit, len(pictures))) as step:
@@ -320,8 +320,8 @@ def _ask_package(folder: Path, pictures: Sequence[Picture], max_new_tokens: int,
         return ask_package(folder, pictures, max_new_tokens=max_new_tokens, step=step)
 
 
-def _exported(config: EvalConfig, scratch: Path, progress: Progress) -> list[Path]:
-    """Export the model in every dtype that is asked for, with all tokens and at the smallest ratio."""
+def _export_packages(config: EvalConfig, scratch: Path, progress: Progress) -> list[Path]:
+    """Export the model in every requested dtype, with all tokens and at the smallest ratio."""
     if not config.runtime:
         return []
     from promprune.export.pipeline import export_package
@@ -364,7 +364,7 @@ def _write_folder(results: _Results, output: Path) -> None:
     from promprune.export.evaluation.plots import plot_accuracy, plot_split
 
     plot_accuracy(results.scores, output / "accuracy.png")
-    if all(len(selection.spectral_entropies) == 1 for selection in smallest.selections):  # one split per picture
+    if all(len(selection.spectral_entropies) == 1 for selection in smallest.selections):  # one split each
         plot_split(smallest, results.model.selection, output / "split.png")
 
 
@@ -409,7 +409,7 @@ def _print(results: _Results) -> None:
     titles = {
         "overview": f"{found[0].asked} questions about {len(pictures)} images, percent and 95 % intervals",
         "by_group": "Accuracy by question, percent, fewest tokens",
-        "comparisons": "PromPrune less the others, points of accuracy",
+        "comparisons": "PromPrune minus the others, percentage points of accuracy",
     }
     screen = Console(highlight=False)
     for name, rows in _tables(found, pictures).items():

@@ -181,7 +181,7 @@ def main() -> None:
 
 
 def parse_grids(text: str) -> tuple[tuple[int, int], ...]:
-    """Return the grids of ``24x24,18x32`` as pairs of rows and columns.
+    """Parse a list of grids such as ``24x24,18x32`` into pairs of rows and columns.
 
     Raises:
         ConfigError: it is not such a list.
@@ -196,7 +196,7 @@ def parse_grids(text: str) -> tuple[tuple[int, int], ...]:
 
 
 def _run(config: ExportConfig) -> ExportResult:
-    """Export, once everything is refused that can be refused without PyTorch, which takes seconds to start."""
+    """Export after all checks that do not need PyTorch, which takes seconds to start."""
     local_folder(config.model)
     check_package_output(config.output or default_output(config), force=config.force)
     try:

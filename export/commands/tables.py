@@ -11,7 +11,7 @@ __all__ = ["checks_table", "print_verification"]
 
 
 def checks_table(checks: tuple[CheckRecord, ...]) -> Table:
-    """Lay out a verification for a person."""
+    """Return the table of all checks of a verification."""
     table = Table(title="Verification", title_justify="left", title_style="bold")
     table.add_column("check")
     table.add_column("measured", justify="right")
@@ -26,7 +26,7 @@ def checks_table(checks: tuple[CheckRecord, ...]) -> Table:
 
 
 def print_verification(record: VerificationRecord) -> None:
-    """Print the checks, what could not be checked, and what to beware of."""
+    """Print the checks, the omitted checks, and the warnings."""
     console.print(checks_table(record.checks))
     for what in record.not_verified:
         console.print(f"not verified: {plain(what)}", soft_wrap=True)

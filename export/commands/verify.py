@@ -1,4 +1,4 @@
-"""``promprune-verify``: compare a package with the model it was made from, or in two backends, or with another."""
+"""``promprune-verify``: compare a package with the model it was made from, or compare two backends or packages."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["main", "verify"]
 
 MAX_IMAGES: Final = 10_000
-MOST_OUTPUTS: Final = 5  # of a graph in the table; a decoder can have a hundred
+MOST_OUTPUTS: Final = 5  # outputs of a graph in the table; a decoder can have a hundred
 DEFAULTS: Final = CompareConfig()
 BACKENDS: Final = ("onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 
@@ -157,14 +157,14 @@ def _inspect(package: Path, graphs: Sequence[str]) -> None:
 
 
 def _verify(package: Path, model: str | None, images: int, *, as_json: bool) -> None:
-    """Compare a package with its source; what can be refused without PyTorch is refused before it is started."""
+    """Compare a package with its source model, after all checks that do not need PyTorch."""
     if not 1 <= images <= MAX_IMAGES:
         raise ConfigError(f"received images = {images}", expected=f"1 to {MAX_IMAGES}")
     if model is not None:
         local_folder(model)
     manifest = read_manifest(package)
     source = source_of_package(package, manifest.source.model) if model is None else model
-    read_manifest(package, check_weights=True)  # of a large package that takes minutes: not before the source is found
+    read_manifest(package, check_weights=True)  # takes minutes for a large package, so only after the source was found
     with missing_extra("export"):
         from promprune.export.checkpoint.loading import load_checkpoint
         from promprune.export.verify.verification import verify_package
@@ -184,7 +184,7 @@ def _verify(package: Path, model: str | None, images: int, *, as_json: bool) -> 
 def _compare(package: Path, config: CompareConfig, *, as_json: bool) -> None:
     if config.backend == config.against and (config.reference or package).resolve() == package.resolve():
         raise ConfigError(
-            f"received {config.backend} to compare with {config.against}, which compares {package} with itself",
+            f"received --backend {config.backend} --against {config.against}, which compares {package} with itself",
             expected="another backend, or another package",
             fix="choose another one with --backend, --against or --reference",
         )
@@ -218,9 +218,9 @@ def _print_comparison(results: tuple[GraphComparison, ...], config: CompareConfi
         if first is None:
             print(f"{state}, all within {config.tolerance:g}")
         else:
-            print(f"{state}, first past {config.tolerance:g}: {first.tensor} of {first.node}, error {first.error:.3g}")
+            print(f"{state}, first above {config.tolerance:g}: {first.tensor} of {first.node}, error {first.error:.3g}")
     if not config.layers and not all(result.passed for result in results):
-        console.print("[dim]--layers looks for the first tensor inside the graphs that is past the tolerance[/]")
+        console.print("[dim]--layers finds the first tensor inside the graphs that is above the tolerance[/]")
 
 
 def _check_source(package: Path, manifest: Manifest, source: str, weights_sha256: str) -> None:
@@ -228,7 +228,7 @@ def _check_source(package: Path, manifest: Manifest, source: str, weights_sha256
         raise ModelError(
             f"the weights of {source} are not those that {package} was made from",
             expected=f"weights with the digest {manifest.source.weights_sha256[:12]}...",
-            fix="name the right model with --model, or export again",
+            fix="pass the right model with --model, or export again",
         )
 
 

@@ -1,4 +1,4 @@
-"""The backends that can be compared: one table."""
+"""The table of backends that can be compared."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ __all__ = ["RUNNERS", "RunnerMaker", "Subject", "failure"]
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A graph to be run.
+    """A graph to run.
 
     Attributes:
-        file: the ONNX file, beside links to its weights.
-        folder: where the weights themselves are.
+        file: the ONNX file, in a folder with links to its weights.
+        folder: the folder of the weights themselves.
         profile: the shapes of the inputs.
     """
 
@@ -43,7 +43,7 @@ class Subject:
 # Makes a runner of a graph, under a name.
 RunnerMaker = Callable[[str, Subject], BaseRunner]
 
-_SHOWN: Final = 3  # lines of an error that are reported
+_MAX_ERROR_LINES: Final = 3  # number of reported lines of an error
 
 
 def _onnxruntime(provider: Provider) -> RunnerMaker:
@@ -54,14 +54,14 @@ def _onnxruntime(provider: Provider) -> RunnerMaker:
 
 
 def _session(provider: Provider, subject: Subject) -> ort.InferenceSession:
-    # ONNX Runtime does not follow links; a graph from memory may have its weights anywhere.
+    # ONNX Runtime does not follow links; a graph that is passed as bytes may have its weights in any folder.
     content, config = subject.file.read_bytes(), RuntimeConfig(provider=provider)
     return inference_session(content, config, name=subject.file.name, weights=subject.folder).session
 
 
 def _tensorrt(backend: EngineBackend) -> RunnerMaker:
     def make(name: str, subject: Subject) -> BaseRunner:
-        """Build an engine for this machine's GPU, with the settings of every engine of this project, and run it."""
+        """Make a runner that builds an engine for this machine's GPU, with the settings of ``promprune-build``."""
         toolkit = load_toolkit(backend)
         target = toolkit.resolve(CURRENT)
         # Polygraphy looks for this once, when its TensorRT backend is first imported.
@@ -87,6 +87,6 @@ RUNNERS: Final[Mapping[str, RunnerMaker]] = MappingProxyType(
 
 
 def failure(path: Path, error: Exception) -> BackendError:
-    """Return what a backend said, on one line."""
-    lines = [line for line in str(error).splitlines() if line.strip()][:_SHOWN]
+    """Return a backend's error on one line."""
+    lines = [line for line in str(error).splitlines() if line.strip()][:_MAX_ERROR_LINES]
     return BackendError(f"{path.name} cannot be compared ({trimmed(' '.join(lines) or error)})")

@@ -1,4 +1,4 @@
-"""One check of a verification, and what a package may differ by."""
+"""The record of one check of a verification, and the limits of the checks."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Limits:
     """How far a package may be from torch in fp32.
 
     Attributes:
-        relative_error: largest |difference| over the standard deviation of the reference.
-        identical_sets: least share of check images on which the kept set is that of the float64 method. Two kept
-            sets can differ by rounding where two tokens are all but tied.
-        overlap: least mean share of the kept tokens that the float64 method keeps as well.
-        equal_answers: least share of greedy answers that are equal to torch's, token for token.
+        relative_error: largest |difference| divided by the standard deviation of the reference.
+        identical_sets: smallest share of check images on which the kept set is that of the float64 method. Sets can
+            differ by rounding if two tokens are almost tied.
+        overlap: smallest mean share of the kept tokens that the float64 method keeps too.
+        equal_answers: smallest share of greedy answers that are equal to torch's, token for token.
     """
 
     relative_error: float
@@ -51,7 +51,7 @@ def check(
     *,
     advisory: bool = False,
 ) -> CheckRecord:
-    """Return one check; it passes if ``measured`` is within ``limit`` as ``comparison`` says."""
+    """Return the record of one check; it passes if ``measured`` is within ``limit``, compared by ``comparison``."""
     passed = {"<=": measured <= limit, ">=": measured >= limit, "==": measured == limit}[comparison]
     return CheckRecord(
         name=name,

@@ -1,4 +1,4 @@
-"""The comparison of whole packages: real inputs, marked tensors, two runners, and the first tensor that is off."""
+"""Comparing the graphs of packages: run two of them on the same inputs, and find the first tensor that differs."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ __all__ = ["GraphComparison", "compare_package", "describe_graphs", "sample_feed
 
 Feed = dict[str, NDArray[Any]]
 
-_MOST_FEEDS: Final = 2  # of one graph; of the decoder, a prompt and a single token
-_MARKED: Final = 64  # tensors that one run returns besides the graph's own outputs
+_MOST_FEEDS: Final = 2  # largest number of inputs per graph; for the decoder, a prompt and a single token
+_MARKED: Final = 64  # inner tensors that one run returns besides the graph's outputs
 _SIZES: Final = ((224, 224), (224, 392), (392, 224), (224, 672), (672, 224))  # height, width of the sample images
 
 
 @dataclass(frozen=True, kw_only=True)
 class GraphComparison:
-    """How one graph compares.
+    """The comparison of one graph.
 
     Attributes:
         graph: its name.
-        feeds: inputs it was run on.
-        outputs: the worst error of every output.
-        first: the first tensor past the tolerance, in the order of the graph; ``None``: there is none, or only the
-            outputs were looked at and they pass.
-        compared: tensors that were looked at.
+        feeds: number of inputs it was run on.
+        outputs: the largest error of every output.
+        first: the first tensor above the tolerance, in the order of the graph; None if there is none, or if only
+            outputs were compared and they pass.
+        compared: number of tensors that were compared.
     """
 
     graph: str
@@ -59,7 +59,7 @@ class GraphComparison:
 
     @property
     def passed(self) -> bool:
-        """Whether something was looked at, and everything that was is within the tolerance."""
+        """Whether at least one tensor was compared, and all of them are within the tolerance."""
         return self.compared > 0 and self.first is None and all(self.outputs)
 
 
@@ -69,8 +69,8 @@ class _Graph:
 
     Attributes:
         path: its file.
-        weights: the files that hold its weights.
-        model: what it computes, with the type of every tensor, and without its weights.
+        weights: the files of its weights.
+        model: the graph without its weights, with the type of every tensor.
     """
 
     path: Path
@@ -85,14 +85,14 @@ class _Graph:
 def compare_package(
     package: Path, config: CompareConfig, *, progress: Progress = NO_PROGRESS
 ) -> tuple[GraphComparison, ...]:
-    """Run the graphs of a package in two backends, or those of two packages, and compare what they compute.
+    """Run the graphs of a package in two backends, or those of two packages, and compare their results.
 
-    The inputs are those that the graphs get when the package answers questions about rendered images.
+    The inputs are those of the graphs while the package answers questions about rendered images.
 
     Raises:
-        ConfigError: no such backend or graph, or a graph for which there are no sample inputs.
-        PackageError: not a package, or one that has not the graphs of the other, or not their outputs.
-        BackendError: a backend cannot be used here, or cannot run a graph.
+        ConfigError: there is no such backend or graph, or there are no sample inputs for a graph.
+        PackageError: it is not a package, or lacks a graph, or an output, of the other one.
+        BackendError: a backend cannot be used on this machine, or cannot run a graph.
     """
     for name in (config.backend, config.against):
         if name not in RUNNERS:
@@ -101,7 +101,7 @@ def compare_package(
     reference_manifest = read_manifest(reference)
     names = _names(manifest, config.graphs)
     _check_alike(package, manifest, reference, reference_manifest)
-    G_LOGGER.module_severity = G_LOGGER.CRITICAL + 1  # it writes to stdout; what it has to say comes as an exception
+    G_LOGGER.module_severity = G_LOGGER.CRITICAL + 1  # it logs to stdout; errors are raised as exceptions
     progress.announce(1 + len(names))
     with progress.step("sample inputs"):
         feeds = sample_feeds(reference, manifest)
@@ -118,8 +118,8 @@ def describe_graphs(package: Path, graphs: Sequence[str] = ()) -> str:
     """Return Polygraphy's description of graphs of a package, layer by layer; of all of them by default.
 
     Raises:
-        ConfigError: no such graph.
-        PackageError: not a package.
+        ConfigError: there is no such graph.
+        PackageError: it is not a package.
     """
     manifest = read_manifest(package)
     texts = []
@@ -130,7 +130,7 @@ def describe_graphs(package: Path, graphs: Sequence[str] = ()) -> str:
 
 
 def _names(manifest: Manifest, graphs: Sequence[str]) -> list[str]:
-    """Return the graphs that are meant: those named, or all."""
+    """Return the given graphs, or all if none is given."""
     known = list(manifest.graphs)
     for name in graphs:
         if name not in known:
@@ -144,7 +144,7 @@ def _check_alike(package: Path, manifest: Manifest, reference: Path, reference_m
         raise PackageError(
             f"{reference} has no {', '.join(sorted(missing))}",
             expected=f"the graphs of {package}",
-            fix="compare packages of one model, exported alike",
+            fix="compare packages of the same model that were exported with the same options",
         )
 
 
@@ -152,28 +152,27 @@ def _check_fed(names: Sequence[str], feeds: Mapping[str, Sequence[Feed]]) -> Non
     unfed = [name for name in names if not feeds.get(name)]
     if unfed:
         raise ConfigError(
-            f"received graph {', '.join(unfed)}, which no answer needs, and which takes more than numbers and truth "
-            "values: there is nothing to run it on",
+            f"no sample inputs for graph {', '.join(unfed)}: answering does not use it, and it has integer inputs",
             expected=f"one of {', '.join(feeds)}",
-            fix="name those with --graph",
+            fix="choose others with --graph",
         )
 
 
 def _read_graph(package: Path, manifest: Manifest, name: str) -> _Graph:
     record = manifest.graphs[name]
     path = package / record.file
-    # TensorRT has to be told the types of outputs; an exporter writes those of some of the tensors inside.
+    # TensorRT needs the types of outputs; exporters write those of some inner tensors only.
     model = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False))
-    # Of the files that a graph names, those that the package lists are known to lie inside it.
+    # Only files that the manifest lists: those are known to be inside the package.
     weights = tuple(package / file.path for file in manifest.files if file.path in record.weights)
     return _Graph(path=path, weights=weights, model=model)
 
 
 def sample_feeds(package: Path, manifest: Manifest) -> dict[str, list[Feed]]:
-    """Return inputs of every graph, by its name: those it gets when the package is asked about rendered images.
+    """Return inputs of every graph, by its name: those it receives while the package answers about rendered images.
 
-    A graph that the answers do not need, such as ``token_selector``, gets random numbers, and ``True`` for every truth
-    value, if it takes nothing else; otherwise it is left out.
+    A graph that answering does not use, such as ``token_selector``, gets random numbers, and ``True`` for booleans; if
+    it has other inputs, it is omitted.
     """
     feeds: dict[str, list[Feed]] = {}
 
@@ -198,11 +197,11 @@ def sample_feeds(package: Path, manifest: Manifest) -> dict[str, list[Feed]]:
     random = np.random.default_rng(0)
     for graph, record in manifest.graphs.items():
         if graph not in feeds and all(tensor.dtype == "bool" or "float" in tensor.dtype for tensor in record.inputs):
-            feeds[graph] = [{tensor.name: _made_up(tensor, random) for tensor in record.inputs}]
+            feeds[graph] = [{tensor.name: _make_random_input(tensor, random) for tensor in record.inputs}]
     return feeds
 
 
-def _made_up(tensor: TensorRecord, random: np.random.Generator) -> NDArray[Any]:
+def _make_random_input(tensor: TensorRecord, random: np.random.Generator) -> NDArray[Any]:
     size = [dim if isinstance(dim, int) else 1 for dim in tensor.shape]
     return np.ones(size, bool) if tensor.dtype == "bool" else random.random(size).astype(tensor.dtype)
 
@@ -216,10 +215,10 @@ def _compare_graph(
         raise PackageError(
             f"{graphs[1].path} has no output {', '.join(sorted(missing))}",
             expected=f"those of {graphs[0].path}",
-            fix="compare packages of one model, exported alike",
+            fix="compare packages of the same model that were exported with the same options",
         )
     nodes = dict.fromkeys(outputs, "no node") | tensors_of(graphs[0].model)  # an output may be a constant or an input
-    # An output has its name in every package; what is inside is found by how it is computed.
+    # Outputs have the same name in every package; inner tensors are matched by how they are computed.
     same = {**same_tensors(*(graph.model for graph in graphs)), **{output: output for output in outputs}}
     same = {tensor: same[tensor] for tensor in nodes if tensor in same}
     compare = partial(compare_results, same=same, nodes=nodes, tolerance=config.tolerance)
@@ -247,15 +246,15 @@ def _run(
     config: CompareConfig,
     compare: Callable[..., OrderedDict[str, TensorError]],
 ) -> dict[str, TensorError]:
-    """Run both graphs with these tensors as outputs, and return the worst error of each over all inputs.
+    """Run both graphs with these tensors as outputs, and return the largest error of each over all inputs.
 
     Args:
-        marked: tensors of the first graph, and what they are in the second.
+        marked: name of a tensor in the first graph -> its name in the second.
     """
     profile = _profile(feeds)
     backends = (config.backend, config.against)
     with contextlib.ExitStack() as stack, warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of the means that Polygraphy logs
+        warnings.simplefilter("ignore", RuntimeWarning)  # warnings from the means that Polygraphy logs
         files = [
             stack.enter_context(_with_outputs(graph, list(tensors)))
             for graph, tensors in zip(graphs, (marked, marked.values()), strict=True)
@@ -269,7 +268,7 @@ def _run(
             (accuracy,) = Comparator.compare_accuracy(results, compare_func=lambda a, b: compare(a, b))
         except PrompruneError:
             raise
-        except Exception as error:  # every backend has types of its own, in no common tree
+        except Exception as error:  # every backend has its own types of errors, without a common base class
             raise failure(graphs[0].path, error) from error
     worst: dict[str, TensorError] = {}
     for iteration in next(iter(accuracy.values())):
@@ -280,7 +279,7 @@ def _run(
 
 
 class _Cast:
-    """The inputs, in the dtypes of whichever graph takes them; Polygraphy sets ``input_metadata``."""
+    """The inputs, converted to the dtypes of the graph that takes them; Polygraphy sets ``input_metadata``."""
 
     def __init__(self, feeds: Sequence[Feed]) -> None:
         self._feeds = feeds
@@ -292,11 +291,11 @@ class _Cast:
 
     def _dtype(self, name: str) -> np.dtype[Any]:
         dtype = self.input_metadata[name].dtype
-        return dtype if isinstance(dtype, np.dtype) else np.dtype(dtype.numpy())  # the first of bfloat16 only
+        return dtype if isinstance(dtype, np.dtype) else np.dtype(dtype.numpy())  # onnx_ir's dtype for bfloat16 only
 
 
 def _profile(feeds: Sequence[Feed]) -> ProfileRecord:
-    """Return the shapes that an engine has to serve: those of the inputs at hand."""
+    """Return the shapes that an engine has to accept: those of these inputs."""
     shapes = {}
     for name in feeds[0]:
         sizes = [feed[name].shape for feed in feeds]
@@ -307,7 +306,7 @@ def _profile(feeds: Sequence[Feed]) -> ProfileRecord:
 
 @contextlib.contextmanager
 def _with_outputs(graph: _Graph, marked: Sequence[str]) -> Iterator[Path]:
-    """Write a graph with other outputs, beside links to its weights; the package stays as it is."""
+    """Write a graph with other outputs to a new folder, with links to its weights; the package is not changed."""
     with tempfile.TemporaryDirectory(prefix="promprune-") as name:
         folder = Path(name)
         changed = onnx.ModelProto()

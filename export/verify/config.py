@@ -11,19 +11,19 @@ from promprune.errors import ConfigError
 
 __all__ = ["DEFAULT_CHECK_IMAGES", "CompareConfig"]
 
-DEFAULT_CHECK_IMAGES: Final = 8  # rendered images that a package is verified on
+DEFAULT_CHECK_IMAGES: Final = 8  # number of rendered images that a package is verified with
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """What ``promprune-verify`` is asked to compare, where it is not a package with its source.
+    """Settings of ``promprune-verify`` if it compares backends or packages.
 
     Attributes:
-        backend: that runs the package; one of ``promprune.export.verify.comparison.RUNNERS``.
-        against: that it is compared with.
-        reference: another package of the same model, which ``against`` runs; ``None``: the same package.
-        graphs: names of graphs; none: all.
-        layers: look at every tensor inside the graphs, in order, until the first that is past the tolerance.
+        backend: backend that runs the package; a key of ``promprune.export.verify.comparison.RUNNERS``.
+        against: backend to compare with.
+        reference: another package of the same model, which ``against`` runs; None for the same package.
+        graphs: names of the graphs to compare; empty for all.
+        layers: also compare the tensors inside the graphs, in order, up to the first one above the tolerance.
         tolerance: largest error that passes (see ``promprune.export.verify.comparison.TensorError``).
 
     Raises:

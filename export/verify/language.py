@@ -1,4 +1,4 @@
-"""Does the package read and answer as transformers does?"""
+"""Checks of the language model: embeddings, logits and answers against transformers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from promprune.runtime import VisionLanguagePipeline
 __all__ = ["check_answers", "check_language", "kept_position_ids", "torch_answer"]
 
 MAX_NEW_TOKENS: Final = 16
-OUT_OF_CORE_TOKENS: Final = 24  # of a text
+OUT_OF_CORE_TOKENS: Final = 24  # length of a text if the verification is out of core
 PAST: Final = "past_key_values"
 PRESENT: Final = "present"
 
@@ -71,7 +71,7 @@ def check_answers(
         for sample, reference in zip(samples, references, strict=True):
             try:
                 result = pipeline.generate([sample.image], sample.question, max_new_tokens=MAX_NEW_TOKENS)
-            except PrompruneError as error:  # the runtime refuses what the graphs gave
+            except PrompruneError as error:  # the runtime refuses the outputs of the graphs
                 refusal = f"; {error}"
                 continue
             indices = torch.as_tensor(np.array(result.selection[0].token_indices))
@@ -95,10 +95,10 @@ def torch_answer(family: Family, question: str, kept: Tensor, position_ids: Tens
 
 @contextlib.contextmanager
 def _plainly_greedy(model: Any, pad_token_id: int) -> Iterator[None]:
-    """Make ``generate`` take the likeliest token each time, as the runtime does by default.
+    """Make ``generate`` always choose the most likely token, as the runtime does by default.
 
-    A model's own ``generation_config`` may say otherwise, such as ``repetition_penalty`` 1.05 in Qwen2.5-VL, and its
-    values are used for whatever a config that is passed to ``generate`` leaves open.
+    A model's own ``generation_config`` may differ, such as ``repetition_penalty`` 1.05 in Qwen2.5-VL, and its values
+    are used for everything that a config passed to ``generate`` does not set.
     """
     own = model.generation_config
     model.generation_config = GenerationConfig(
@@ -113,7 +113,7 @@ def _plainly_greedy(model: Any, pad_token_id: int) -> Iterator[None]:
 def kept_position_ids(
     family: Family, question: str, reference: VisionReference, token_indices: Tensor
 ) -> Tensor | None:
-    """Place a prompt with all its placeholders, and leave out those that were not kept; None if the model counts."""
+    """Return the positions of a prompt with all placeholders, without those not kept; None if the model counts."""
     input_ids = prompt_ids(family, question, reference.features.shape[1])
     positions = family.position_ids(input_ids, reference)
     if positions is None:
@@ -132,7 +132,7 @@ def prompt_ids(family: Family, question: str, num_placeholders: int) -> Tensor:
 
 
 class _Decoder:
-    """The decoder graph, with the KV cache carried from step to step."""
+    """The decoder graph and its KV cache, which is passed from step to step."""
 
     def __init__(self, session: Runnable, record: GraphRecord, strides: Tensor) -> None:
         self.session = session
@@ -168,7 +168,7 @@ def _padded_ids(tokenizer: Any, questions: Sequence[str], *, most: int | None) -
 def _strides(family: Family, length: int) -> Tensor:
     """Return the distance between neighbouring tokens on each axis of ``position_ids``: int64 ``[*axes]``.
 
-    The axes differ, so that an exchange of two of them is noticed; the distances are as large as the context allows,
+    The axes differ, so that swapping two of them is detected; the distances are as large as the context allows,
     because the rotary frequencies of the last axes are low.
     """
     axes = math.prod(family.position_axes)
@@ -177,6 +177,6 @@ def _strides(family: Family, length: int) -> Tensor:
 
 
 def _position_ids(attention_mask: Tensor, strides: Tensor) -> Tensor:
-    """Positions of a text with padding on the left: ``[*axes, B, S]``."""
+    """Return the positions of texts with padding on the left: ``[*axes, B, S]``."""
     positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
     return positions * strides[..., None, None]

@@ -1,4 +1,4 @@
-"""The images and questions that packages are verified and compared on."""
+"""The images and questions that packages are verified and compared with."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Sample:
 
 
 def check_samples(count: int, *, sizes: Sequence[tuple[int, int]]) -> list[Sample]:
-    """Render the images that a package is verified on: scenes of shapes and digits, never trained on.
+    """Render the images that a package is verified with: scenes of shapes and digits that were not used in training.
 
     Args:
         count: number of images.
-        sizes: (height, width) of the images in pixels, in turns; scenes are square, others are stretched.
+        sizes: (height, width) of the images in pixels, used in turn; scenes are rendered square and then stretched.
     """
     samples = []
     for index in range(count):

@@ -1,4 +1,4 @@
-"""Does a vision graph keep T distinct tokens, unchanged, and those that the method keeps in float64?"""
+"""Checks of the selection: T distinct, unchanged tokens, the same as those of the method in float64."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MIN_TAU_SHARE: Final = 40  # an entropy that is off by tau / 40 moves at most 0.
 def check_selection(
     manifest: Manifest, runs: Mapping[str, Sequence[VisionRun]], limits: Limits
 ) -> Iterator[CheckRecord]:
-    """Compare what the vision graphs kept with the method in float64, on the features that the graphs computed."""
+    """Compare the tokens kept by the vision graphs with those of the method in float64 on the graphs' features."""
     config = manifest.selection.config
     rows = [
         SelectedRow.of(run, index, config, manifest.tokens_of(graph))
@@ -52,7 +52,7 @@ def check_selection(
 
 
 def check_budget(record: SelectionRecord, rows: Sequence[SelectedRow]) -> CheckRecord:
-    """Warn if mu and tau give the whole budget to one stage, whatever the image."""
+    """Warn if mu and tau give the entire budget to one stage for almost every image."""
     ends = {"coverage": 0, "saliency": 0}
     for row in rows:
         ends["coverage"] += row.saliency_count == 0
@@ -67,15 +67,15 @@ def check_budget(record: SelectionRecord, rows: Sequence[SelectedRow]) -> CheckR
 
 @dataclass(frozen=True, kw_only=True)
 class SelectedRow:
-    """The selection of one row of a vision graph's batch, against the method in float64.
+    """The selection in one batch row of a vision graph, compared with the method in float64.
 
     Attributes:
-        keep_tokens: T, as the manifest says.
-        is_valid: T distinct tokens in range.
-        changed_by: largest difference between a kept feature and the encoder's own.
-        kept, wanted: indices of the kept tokens, and those of the method.
-        saliency_count: T_sal, of the graph.
-        count_difference, entropy_difference: of the saliency count, and of the spectral entropy.
+        keep_tokens: T according to the manifest.
+        is_valid: whether there are T distinct tokens in range.
+        changed_by: largest difference between a kept feature and that of the encoder.
+        kept, wanted: indices of the tokens kept by the graph, and by the method.
+        saliency_count: T_sal of the graph.
+        count_difference, entropy_difference: differences in the saliency count and in the spectral entropy.
     """
 
     keep_tokens: int

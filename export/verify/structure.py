@@ -1,4 +1,4 @@
-"""Are the graphs what the manifest says?"""
+"""Check of the structure: do the graphs match the manifest?"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["check_structure"]
 
 
 def check_structure(subject: Subject) -> Iterator[CheckRecord]:
-    """Compare the names, dtypes and shapes of every graph, as ONNX Runtime sees them, with the manifest."""
+    """Compare the names, dtypes and shapes that ONNX Runtime reports for every graph with the manifest."""
     different = []
     for name, record in subject.manifest.graphs.items():
         session, path = subject.open(name), subject.folder / record.file

@@ -1,4 +1,4 @@
-"""A package and its source, ready to run."""
+"""A package and its source model, opened for verification."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ Array = NDArray[Any]
 
 
 class Runnable(Protocol):
-    """The part of ``onnxruntime.InferenceSession`` that is used."""
+    """The part of ``onnxruntime.InferenceSession`` that the verification uses."""
 
     def get_inputs(self) -> Sequence[Any]:
         """Describe the inputs: ``name``, ``type`` and ``shape``."""
 
     def get_outputs(self) -> Sequence[Any]:
-        """Describe the outputs likewise."""
+        """Describe the outputs in the same way."""
 
     def run(self, names: None, feeds: Mapping[str, Array]) -> Sequence[Any]:
         """Return all outputs, in order."""
@@ -39,12 +39,12 @@ class Runnable(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A package and its source, ready to be run.
+    """A package and its source model, opened for verification.
 
     Attributes:
         folder, manifest: the package.
-        family: its source: the transformers model in fp32.
-        out_of_core: whether both are run a part at a time.
+        family: its source, the transformers model in fp32.
+        out_of_core: whether both run one part at a time.
     """
 
     folder: Path
@@ -54,8 +54,8 @@ class Subject:
 
     @classmethod
     def of(cls, folder: Path, manifest: Manifest, checkpoint: Checkpoint, *, out_of_core: bool) -> Subject:
-        """Load the source, or prepare it to be loaded a part at a time."""
-        # ONNX Runtime runs a bf16 package in fp32: torch has to compute in fp32 on the same weights.
+        """Load the source model; with ``out_of_core``, let it load one part at a time."""
+        # ONNX Runtime runs a bf16 package in fp32, so torch has to compute in fp32 with the same weights.
         rounded_to = torch.bfloat16 if manifest.dtype == "bf16" else torch.float32
         source = checkpoint.out_of_core_model(rounded_to=rounded_to) if out_of_core else checkpoint.model
         return cls(
@@ -66,7 +66,7 @@ class Subject:
         )
 
     def open(self, graph: str, outputs: Sequence[str] = ()) -> Runnable:
-        """Open a graph of the package; ``outputs`` are inner values to return besides its own outputs."""
+        """Open a graph of the package; ``outputs`` are inner values to return besides its outputs."""
         path = self.folder / self.manifest.graphs[graph].file
         if self.out_of_core:
             return PiecewiseSession(path, outputs)
@@ -78,7 +78,7 @@ class Subject:
 
 
 def run_graph(session: Runnable, feeds: Mapping[str, Array]) -> dict[str, Array]:
-    """Run a graph once; returns all its outputs by name."""
+    """Run a graph once and return all its outputs by name."""
     values = session.run(None, dict(feeds))
     names = [value.name for value in session.get_outputs()]
     return {name: np.asarray(value) for name, value in zip(names, values, strict=True)}

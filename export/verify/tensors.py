@@ -1,4 +1,4 @@
-"""How far two results are from each other, and which tensors of a graph can be looked at."""
+"""Errors of tensors, and matching the tensors of two graphs."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from numpy.typing import NDArray
 
 __all__ = ["TensorError", "compare_results", "relative_error", "same_tensors", "tensor_error", "tensors_of"]
 
-_MASK_SHARE: Final = 1 / 4  # of the lowest number of a dtype; a mask is that number or half of it, and scores added
+_MASK_SHARE: Final = 1 / 4  # share of the lowest number of a dtype; a mask is that number or half of it, plus scores
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorError:
-    """How far one tensor is from the reference.
+    """The error of one tensor.
 
     Attributes:
         tensor: its name.
-        node: what computes it, as ``operator name``.
-        error: of numbers, the root mean square of the difference over that of the reference; of whole numbers and
-            truth values, the share of elements that differ. Infinite where shapes, or NaN and infinities, differ.
-            A mask in one dtype is equal to a mask in another.
+        node: the node that computes it, as ``operator name``.
+        error: for floats, the root mean square of the difference divided by that of the reference; for integers and
+            booleans, the share of elements that differ. Infinite if shapes, or NaN and infinities, differ. Mask values
+            of different dtypes count as equal.
         passed: whether the error is within the tolerance.
     """
 
@@ -40,7 +40,7 @@ class TensorError:
 
 
 def tensors_of(model: onnx.ModelProto) -> dict[str, str]:
-    """Return the tensors that a graph computes, in the order in which it does, and the node behind each."""
+    """Return the tensors that a graph computes, in their order, with the node that computes each."""
     return {
         output: f"{node.op_type} {node.name}".strip()
         for node in model.graph.node
@@ -51,10 +51,10 @@ def tensors_of(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def same_tensors(model: onnx.ModelProto, other: onnx.ModelProto) -> dict[str, str]:
-    """Return which tensor of another graph each tensor of a graph is, in the order of the graph.
+    """Match the tensors of two graphs: tensor of the first -> tensor of the second, in the order of the first.
 
-    Two tensors are the same that are computed by the same operators of the same tensors, casts aside: names do not
-    tell, because an exporter numbers them, and counts casts. Where several are alike, the order decides.
+    Tensors match if the same operators compute them from matching tensors, ignoring casts. Names cannot be used,
+    because exporters number the nodes, including casts. If several tensors match, they are paired in order.
     """
     places: dict[Hashable, list[str]] = defaultdict(list)
     for tensor, key in _keys(other).items():
@@ -67,7 +67,7 @@ def same_tensors(model: onnx.ModelProto, other: onnx.ModelProto) -> dict[str, st
 
 
 def _keys(model: onnx.ModelProto) -> dict[str, Hashable]:
-    """Return a digest of how each tensor comes about; casts have that of what they cast, and are left out."""
+    """Return a digest of the computation of each tensor; a cast has the digest of its input, and is omitted."""
     sources: dict[str, Hashable] = {value.name: value.name for value in model.graph.input}
     sources |= {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     keys: dict[str, Hashable] = {}
@@ -84,7 +84,7 @@ def _keys(model: onnx.ModelProto) -> dict[str, Hashable]:
 
 
 def relative_error(value: NDArray[Any], reference: NDArray[Any]) -> float:
-    """Largest |difference| over the standard deviation of the reference; infinite if anything is not finite."""
+    """Return the largest |difference| / standard deviation of the reference; infinite if a value is not finite."""
     difference = np.abs(value.astype(np.float64) - reference.astype(np.float64)).max()
     if not np.isfinite(difference):
         return float("inf")
@@ -92,7 +92,7 @@ def relative_error(value: NDArray[Any], reference: NDArray[Any]) -> float:
 
 
 def tensor_error(value: NDArray[Any], reference: NDArray[Any]) -> float:
-    """Return the error of a tensor, as :class:`TensorError` says."""
+    """Return the error of a tensor, as defined in :class:`TensorError`."""
     if value.shape != reference.shape:
         return float("inf")
     if value.size == 0:
@@ -112,7 +112,7 @@ def tensor_error(value: NDArray[Any], reference: NDArray[Any]) -> float:
 
 
 def _is_mask(values: NDArray[Any]) -> NDArray[np.bool_]:
-    """Say which numbers only mean "not this one", and are as low as their dtype allows."""
+    """Return which numbers are mask values: close to the lowest number of their dtype."""
     return values.astype(np.float64) <= float(ml_dtypes.finfo(values.dtype).min) * _MASK_SHARE
 
 
@@ -123,12 +123,12 @@ def compare_results(
     nodes: Mapping[str, str],
     tolerance: float,
 ) -> OrderedDict[str, TensorError]:
-    """Compare what two runs have in common, in the order of the graph; for Polygraphy's Comparator.
+    """Compare the matching tensors of two runs, in the order of the graph; for Polygraphy's Comparator.
 
     Args:
-        values, references: what was computed, by the name of the tensor.
-        same: which tensor of the reference each tensor is.
-        nodes: what computes each tensor.
+        values, references: the results, by the name of the tensor.
+        same: name of a tensor -> its name in the reference.
+        nodes: name of a tensor -> the node that computes it.
         tolerance: largest error that passes.
     """
     found: OrderedDict[str, TensorError] = OrderedDict()

@@ -1,12 +1,11 @@
 """Verification of a package against the model it was exported from.
 
-In this order: names, dtypes and shapes (structure.py); features and saliency against torch (vision.py); the selection
-against the method in float64 (selection.py); embeddings, logits and answers (language.py). Every comparison of values
-is relative to the spread of the reference, because the features of a real tower have a standard deviation of several
-units.
+The checks are, in this order: names, dtypes and shapes (structure.py); features and saliency against torch
+(vision.py); the selection against the method in float64 (selection.py); embeddings, logits and answers (language.py).
+Errors are relative to the standard deviation of the reference, because that of real features is several units.
 
-If the source or the package does not fit into memory, both run out of core, a part at a time, with all layers and all
-weights but on fewer inputs; the record says what was not verified.
+If the source or the package does not fit into memory, both run out of core, one part at a time, with all layers and
+all weights, but on fewer inputs; the record lists what was not verified.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ from promprune.package.manifest import Manifest, VerificationRecord
 
 __all__ = ["verify_package"]
 
-# Memory of a verification that is not out of core, in bytes for each parameter of the model: the reference in fp32, the
-# weights as the package has them, and the copy that ONNX Runtime makes of them.
+# Memory of a verification that is not out of core, in bytes per parameter of the model: the reference in fp32, the
+# weights of the package, and the copy that ONNX Runtime makes of them.
 BYTES_PER_PARAMETER: Final = 12
 OUT_OF_CORE_IMAGES: Final = 2
 FP16_MAX: Final = 65504.0
-FP16_WARNING: Final = 0.25  # share of FP16_MAX above which features are warned of
+FP16_WARNING: Final = 0.25  # share of FP16_MAX above which features cause a warning
 
 
 def verify_package(
@@ -46,14 +45,14 @@ def verify_package(
     """Compare a package with its source on ``num_images`` rendered images.
 
     Args:
-        folder: the package, finished or still being made.
-        manifest: its manifest, whose digests were compared or have just been made.
-        checkpoint: the model it was made from, fp32.
-        num_images: images to compare on; at least one of each of the model's sample sizes or, out of core, one for
-            each of its vision graphs.
+        folder: the package, finished or before it is moved into place.
+        manifest: its manifest, whose digests were checked or just computed.
+        checkpoint: the model it was made from, in fp32.
+        num_images: number of images; at least one of each of the model's sample sizes or, out of core, one for each
+            of its vision graphs.
 
     Returns:
-        Every check with what was measured; ``passed`` when all passed that are not advisory.
+        All checks with their measured values; ``passed`` if all checks passed that are not advisory.
     """
     out_of_core = manifest.dtype == "bf16" or _bytes_needed(checkpoint) > available_memory()
     subject = Subject.of(folder, manifest, checkpoint, out_of_core=out_of_core)
@@ -86,7 +85,7 @@ def _not_verified(manifest: Manifest, num_images: int) -> Iterator[str]:
     if manifest.has_language_model:
         yield "answers, token for token"
     if manifest.dtype == "bf16":
-        yield "rounding to bf16 between operators: ONNX Runtime computed in fp32, on the weights as they are"
+        yield "rounding to bf16 between operators: ONNX Runtime computed in fp32, with the same weights"
 
 
 def _warnings(manifest: Manifest, references: Sequence[VisionReference]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Does a vision graph compute the features and the saliency that transformers computes?"""
+"""Checks of the vision graphs: features and saliency against transformers."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from promprune.package.manifest import CheckRecord
 __all__ = ["VisionRun", "check_vision", "run_vision"]
 
 BATCH_SIZE: Final = 8
-CHOSEN_FROM: Final = ("encoder/image_features", "encoder/saliency")  # what a selection in a graph chooses from
+CHOSEN_FROM: Final = ("encoder/image_features", "encoder/saliency")  # the inputs of the selection inside a graph
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisionRun:
-    """What a vision graph returned for some images, and torch.
+    """The results of a vision graph and of torch for some images.
 
     Attributes:
-        outputs: of the graph, by name, ``[B, ...]``; with a selection, also ``encoder/image_features [B, N, D]`` and
-            ``encoder/saliency [B, N]``, what was chosen from.
+        outputs: outputs of the graph by name, ``[B, ...]``; with a selection, also its inputs
+            ``encoder/image_features [B, N, D]`` and ``encoder/saliency [B, N]``.
         features: ``[B, N, D]`` from transformers.
         saliency: ``[B, N]`` from transformers, or from the exported module if the family cannot get it there.
         is_independent: whether the saliency is transformers'.
@@ -41,17 +41,17 @@ class VisionRun:
 
     @property
     def is_pruned(self) -> bool:
-        """Whether the graph chooses tokens, rather than keeping all."""
+        """Whether the graph contains a selection."""
         return "token_indices" in self.outputs
 
     @property
     def all_features(self) -> Array:
-        """What the graph made of all tokens, ``[B, N, D]``."""
+        """The graph's features of all tokens, ``[B, N, D]``."""
         return self.outputs["encoder/image_features" if self.is_pruned else "image_features"]
 
 
 def run_vision(subject: Subject, references: Sequence[VisionReference]) -> dict[str, list[VisionRun]]:
-    """Run every vision graph on the images that it takes; the runs, by the name of the graph."""
+    """Run every vision graph on the images that it takes; return the runs by the name of the graph."""
     return {
         vision.name: list(_runs(subject, vision, [one for one in references if one.graph == vision.name]))
         for vision in subject.family.vision_modules
@@ -98,7 +98,7 @@ def _runs(subject: Subject, vision: VisionModule, references: Sequence[VisionRef
 
 
 def _rows(reference: VisionReference) -> Iterator[VisionReference]:
-    """Yield the rows of a batch, such as the crops of an image, one by one."""
+    """Yield the rows of a batch one by one, such as the crops of an image."""
     for row in range(len(reference.features)):
         taken = slice(row, row + 1)
         yield replace(
