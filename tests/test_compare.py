@@ -37,7 +37,7 @@ import polygraphy.config
 from polygraphy.backend.base import BaseRunner
 
 from promprune.export.verify import comparison as pipeline
-from promprune.export.verify.backends import RUNNERS, Subject
+from promprune.export.verify.backends import RUNNERS, GraphToRun
 from promprune.export.verify.comparison import GraphComparison, compare_package, sample_feeds
 from promprune.export.verify.tensors import same_tensors, tensor_error
 
@@ -211,7 +211,7 @@ def test_tensorrt_builds_every_graph_with_every_tensor_as_an_output(
     monkeypatch.setattr(polygraphy.config, "USE_TENSORRT_RTX", True)
     built: list[tuple[str, list[str]]] = []
 
-    def build(name: str, subject: Subject) -> BaseRunner:
+    def build(name: str, subject: GraphToRun) -> BaseRunner:
         assert type(RUNNERS["tensorrt-rtx"](name, subject)).__name__ == "TrtRunner"
         graph = onnx.load(subject.file, load_external_data=False).graph
         built.append((subject.file.stem, [output.name for output in graph.output]))

@@ -22,11 +22,11 @@ from promprune.runtime.sessions.config import Provider, RuntimeConfig
 from promprune.runtime.sessions.onnxruntime import inference_session
 from promprune.runtime.sessions.tensorrt.modules import trimmed
 
-__all__ = ["RUNNERS", "RunnerMaker", "Subject", "failure"]
+__all__ = ["RUNNERS", "GraphToRun", "RunnerMaker", "failure"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
+class GraphToRun:
     """A graph to run.
 
     Attributes:
@@ -41,26 +41,26 @@ class Subject:
 
 
 # Makes a runner of a graph, under a name.
-RunnerMaker = Callable[[str, Subject], BaseRunner]
+RunnerMaker = Callable[[str, GraphToRun], BaseRunner]
 
 _MAX_ERROR_LINES: Final = 3  # number of reported lines of an error
 
 
 def _onnxruntime(provider: Provider) -> RunnerMaker:
-    def make(name: str, subject: Subject) -> BaseRunner:
+    def make(name: str, subject: GraphToRun) -> BaseRunner:
         return OnnxrtRunner(partial(_session, provider, subject), name=name)
 
     return make
 
 
-def _session(provider: Provider, subject: Subject) -> ort.InferenceSession:
+def _session(provider: Provider, subject: GraphToRun) -> ort.InferenceSession:
     # ONNX Runtime does not follow links; a graph that is passed as bytes may have its weights in any folder.
     content, config = subject.file.read_bytes(), RuntimeConfig(provider=provider)
     return inference_session(content, config, name=subject.file.name, weights=subject.folder).session
 
 
 def _tensorrt(backend: EngineBackend) -> RunnerMaker:
-    def make(name: str, subject: Subject) -> BaseRunner:
+    def make(name: str, subject: GraphToRun) -> BaseRunner:
         """Make a runner that builds an engine for this machine's GPU, with the settings of ``promprune-build``."""
         toolkit = load_toolkit(backend)
         target = toolkit.resolve(CURRENT)

@@ -20,7 +20,7 @@ from polygraphy.comparator import Comparator
 from polygraphy.logger.logger import G_LOGGER
 
 from promprune.errors import ConfigError, PackageError, PrompruneError
-from promprune.export.verify.backends import RUNNERS, Subject, failure
+from promprune.export.verify.backends import RUNNERS, GraphToRun, failure
 from promprune.export.verify.config import CompareConfig
 from promprune.export.verify.samples import check_samples
 from promprune.export.verify.tensors import TensorError, compare_results, same_tensors, tensors_of
@@ -261,7 +261,9 @@ def _run(
         ]
         try:
             runners = [
-                RUNNERS[backend](f"{number} {backend}", Subject(file=file, folder=graph.path.parent, profile=profile))
+                RUNNERS[backend](
+                    f"{number} {backend}", GraphToRun(file=file, folder=graph.path.parent, profile=profile)
+                )
                 for number, (backend, file, graph) in enumerate(zip(backends, files, graphs, strict=True))
             ]
             results = Comparator.run(runners, data_loader=_Cast(feeds))
