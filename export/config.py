@@ -6,20 +6,22 @@ The command line takes its defaults from these classes, and every step receives 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from promprune.checks import check_integer, check_name
-from promprune.dtypes import DTYPES, Dtype
+from promprune.dtypes import DTYPES, WEIGHT_FORMATS, Dtype, WeightFormat, is_quantized
 from promprune.errors import ConfigError
-from promprune.export.graphs.opset import DEFAULT_OPSET, check_opset
+from promprune.export.graphs.opset import DEFAULT_OPSET, QUANTIZED_OPSET, check_opset
 from promprune.files import check_output_file
 from promprune.method.config import DEFAULT_LOOP, LoopForm, SelectionConfig, SelectionPolicy, TokenOrder, check_loop
-from promprune.package.manifest import TokenCounts
+from promprune.package.manifest import TokenCounts, WeightRecord, WeightsRecord
 from promprune.package.sources import EMBEDDED_MODEL
 
 __all__ = [
+    "BLOCK_SIZES",
+    "DEFAULT_INT4_BLOCK",
     "CalibrateConfig",
     "ExportConfig",
     "check_calibration_images",
@@ -27,6 +29,8 @@ __all__ = [
 ]
 
 _MIN_CALIBRATION_IMAGES: Final = 8
+BLOCK_SIZES: Final = (16, 32, 64, 128)
+DEFAULT_INT4_BLOCK: Final = 32  # int8 has one scale per column
 _PLOT_SUFFIXES: Final = (".png", ".svg")
 
 
@@ -39,7 +43,14 @@ class ExportConfig:
         output: folder to write; None to derive a name from the model and the ratio.
         ratio: fraction of the visual tokens that is KEPT, in (0, 1]; 1 is the unpruned baseline.
         keep_tokens: visual tokens kept per image; overrides ``ratio``.
-        dtype: dtype of weights and activations in the graphs; the selection always computes in fp32.
+        dtype: dtype of activations, and of weights with no other format; the selection always computes in fp32.
+        weight_format: format of the weights of the language model's matrix products, including the head; None for the
+            checkpoint's own if it is quantized, else ``dtype``.
+        vision_weight_format: format of the weights of the vision encoder and the projector; None for ``"int8"`` if the
+            language model is quantized, else ``dtype``.
+        block_size: number of quantized weights that share one scale; None for 32 in int4, and a whole column in int8.
+        vision_int8_activations: compute the vision encoder's products in int8, which is faster on CPUs but not
+            supported by TensorRT.
         image_grids: sizes of images, as (rows, columns) of visual tokens, for families with a choice of sizes; each
             gets a vision graph. Empty for the family's default.
         opset: ONNX operator set of the default domain.
@@ -64,6 +75,10 @@ class ExportConfig:
     ratio: float = 0.12
     keep_tokens: int | None = None
     dtype: Dtype = "fp32"
+    weight_format: WeightFormat | None = None
+    vision_weight_format: WeightFormat | None = None
+    block_size: int | None = None
+    vision_int8_activations: bool = False
     image_grids: tuple[tuple[int, int], ...] = ()
     opset: int = DEFAULT_OPSET
     split_selector: bool = False
@@ -86,6 +101,7 @@ class ExportConfig:
             )
         check_integer(self, "keep_tokens", least=1, optional=True)
         check_name(self, "dtype", DTYPES)
+        self._check_weights()
         grids = self.image_grids
         if any(side < 1 for grid in grids for side in grid) or len(set(grids)) < len(grids):
             raise ConfigError(
@@ -95,6 +111,58 @@ class ExportConfig:
         check_loop(self.loop)
         check_opset(self.opset)
         self.selection({})  # raises if a value is out of range
+
+    def _check_weights(self) -> None:
+        for name in ("weight_format", "vision_weight_format"):
+            if getattr(self, name) is not None:
+                check_name(self, name, WEIGHT_FORMATS)
+        if self.block_size is not None and self.block_size not in BLOCK_SIZES:
+            sizes = ", ".join(map(str, BLOCK_SIZES))
+            raise ConfigError(f"received block_size = {self.block_size}", expected=f"one of {sizes}")
+        weights = self.weights()
+        if self.vision_int8_activations and weights.vision.format != "int8":
+            raise ConfigError(
+                f"received vision_int8_activations with vision weights in {weights.vision.format}",
+                expected="vision weights in int8",
+                fix="add --vision-weight-format int8",
+            )
+        if self.copy_weights is False and weights.is_quantized:
+            raise ConfigError(
+                "received --link-weights for quantized weights",
+                expected="weights in the package's own files: the checkpoint does not have them",
+                fix="leave --link-weights out",
+            )
+
+    def weights(self, own: WeightRecord | None = None) -> WeightsRecord:
+        """Return the format of the weights of each part.
+
+        Args:
+            own: of the checkpoint's language model if it is quantized.
+        """
+        language = self._weight_record(self.weight_format or (own.format if own else self.dtype))
+        if own is not None and self.block_size is None and language.is_quantized:  # keeps its integers, if it can
+            language = WeightRecord(format=language.format, block_size=own.block_size)
+        vision = self.vision_weight_format or ("int8" if language.is_quantized else self.dtype)
+        return WeightsRecord(
+            language=language, vision=self._weight_record(vision, int8_activations=self.vision_int8_activations)
+        )
+
+    def for_weights(self, weights: WeightsRecord) -> ExportConfig:
+        """Return these settings as an export with such weights needs them: an opset that has their operators.
+
+        Quantized weights are not those of the checkpoint, which is not linked then.
+        """
+        if not weights.is_quantized:
+            return self
+        return replace(self, opset=max(self.opset, QUANTIZED_OPSET), copy_weights=True)
+
+    def _weight_record(self, weight_format: WeightFormat, *, int8_activations: bool = False) -> WeightRecord:
+        block = self.block_size or (DEFAULT_INT4_BLOCK if weight_format == "int4" else None)
+        return WeightRecord(
+            format=weight_format,
+            block_size=None if int8_activations or not is_quantized(weight_format) else block,
+            int8_activations=int8_activations,
+        )
 
     def selection(self, own: Mapping[str, float]) -> SelectionConfig:
         """Return the settings of the selection: those given here, else the model's, else the paper's.
@@ -137,7 +205,8 @@ def default_output(config: ExportConfig) -> Path:
     name = EMBEDDED_MODEL if config.model is None else Path(config.model).resolve().name
     kept = f"{config.ratio:g}" if config.keep_tokens is None else f"{config.keep_tokens}-tokens"
     defaults = ExportConfig
-    other = [value for value in ("policy", "loop", "dtype") if getattr(config, value) != getattr(defaults, value)]
+    named = ("policy", "loop", "dtype", "weight_format")
+    other = [value for value in named if getattr(config, value) != getattr(defaults, value)]
     return Path("-".join(["promprune", name, kept, *(getattr(config, value) for value in other)]))
 
 

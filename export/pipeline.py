@@ -31,6 +31,7 @@ from promprune.export.graphs.selector import build_selector
 from promprune.export.graphs.trace import save_graph
 from promprune.export.graphs.vision import vision_graph
 from promprune.export.lower.build import try_to_lower
+from promprune.export.quantize.graph import format_products
 from promprune.export.verify.verification import verify_package
 from promprune.package.image import ImageRecord
 from promprune.package.manifest import (
@@ -45,6 +46,7 @@ from promprune.package.manifest import (
     Manifest,
     SelectionRecord,
     TokenCounts,
+    WeightsRecord,
     file_records,
     write_manifest,
     writing_package,
@@ -86,6 +88,8 @@ def export_package(config: ExportConfig, *, progress: Progress = NO_PROGRESS) ->
     with writing_package(output, force=config.force) as folder:
         with progress.step("read the checkpoint"):
             checkpoint = load_checkpoint(config.model, dtype=torch_dtype(config.dtype))
+            weights = config.weights(checkpoint.weight_record)
+            config = config.for_weights(weights)
             make_fake(checkpoint.meta_model)
             family = checkpoint.family(checkpoint.meta_model, checkpoint.processor, config.image_grids)
             tokens = {vision.name: config.token_counts(vision.num_tokens) for vision in family.vision_modules}
@@ -96,12 +100,13 @@ def export_package(config: ExportConfig, *, progress: Progress = NO_PROGRESS) ->
         graphs = {}
         for name, make in makers.items():
             with progress.step(f"export {name}"):
-                graphs[name] = save_graph(make(), name, data, tokens.get(name))
+                graph = format_products(make(), weights.of(name), config.dtype)
+                graphs[name] = save_graph(graph, name, data, tokens.get(name))
         data.remove_unused()
         with progress.step("write tokenizer and configuration"):
             write_client_files(folder, checkpoint, family, tokens[VISION_ENCODER])
             files = file_records(folder, digests=data.digests)
-            manifest = build_manifest(config, checkpoint, family, selection, graphs, files)
+            manifest = build_manifest(config, checkpoint, family, selection, weights, graphs, files)
             write_manifest(folder, manifest)
         if config.verify:
             with progress.step("verify against the model"):
@@ -213,6 +218,7 @@ def build_manifest(
     checkpoint: Checkpoint,
     family: Family,
     selection: SelectionRecord,
+    weights: WeightsRecord,
     graphs: dict[str, GraphRecord],
     files: tuple[FileRecord, ...],
 ) -> Manifest:
@@ -229,6 +235,7 @@ def build_manifest(
         graphs=graphs,
         files=files,
         tools=tool_versions(),
+        weights=weights,
     )
 
 

@@ -15,14 +15,27 @@ __all__ = [
     "BY_TENSORRT",
     "DTYPES",
     "ELEMENT_TYPES",
+    "WEIGHT_FORMATS",
     "Dtype",
     "ElementType",
+    "WeightFormat",
+    "is_quantized",
 ]
 
-# The dtypes of a package's activations, inputs and outputs. Weights may be stored in other types.
+# The dtypes of a package's activations, inputs and outputs.
 Dtype = Literal["fp32", "fp16", "bf16"]
 
 DTYPES: Final = get_args(Dtype)
+
+# Of the weights of its matrix products.
+WeightFormat = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+
+WEIGHT_FORMATS: Final = get_args(WeightFormat)
+
+
+def is_quantized(weight_format: WeightFormat) -> bool:
+    """Whether weights in a format are integers with scales."""
+    return weight_format not in DTYPES
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,7 +82,7 @@ def opened(path: Path, accuracy_level: int = 0) -> tuple[ort.InferenceSession, l
 
 def dequantized(path: Path, quantization: WeightQuantization) -> np.ndarray[Any, Any]:
     stored = stored_tensors(path.parent)["weight"]
-    return QuantizedWeight(stored=stored, quantization=quantization).dequantized().numpy()
+    return QuantizedWeight(stored=stored, quantization=quantization).read().numpy()
 
 
 @pytest.mark.parametrize("form", FORMS)

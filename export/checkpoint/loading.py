@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,13 +15,14 @@ import msgspec
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch import nn
 
 from promprune.errors import ModelError, UnsupportedModelError, first_line
 from promprune.export.checkpoint.meta_model import build_meta_model
-from promprune.export.checkpoint.out_of_core import load_weights_on_call
+from promprune.export.checkpoint.out_of_core import load_weights, load_weights_on_call
 from promprune.export.checkpoint.weights import weight_files
 from promprune.export.families import FAMILIES, Family
-from promprune.package.manifest import SourceRecord, sha256_of_file
+from promprune.package.manifest import SourceRecord, WeightRecord, sha256_of_file
 from promprune.package.sources import EMBEDDED_MODEL, EXPECTED_MODEL, embedded_model_folder, local_folder
 
 __all__ = [
@@ -55,6 +56,7 @@ class Checkpoint:
             meta device, each linked to its tensor in the checkpoint.
         processor: the transformers processor, or its parts: tokenizer, image processor, chat template.
         digests: file of weights -> its SHA-256.
+        weight_record: how the language model's weights are quantized; None if they are not.
     """
 
     source: SourceRecord
@@ -63,21 +65,31 @@ class Checkpoint:
     meta_model: Any
     processor: Any
     digests: Mapping[Path, str]
+    weight_record: WeightRecord | None = None
 
-    def out_of_core_model(self, *, rounded_to: torch.dtype = torch.float32) -> Any:
+    def out_of_core_model(
+        self, *, rounded_to: torch.dtype = torch.float32, relink: Callable[[nn.Module], None] | None = None
+    ) -> Any:
         """Return the reference with its weights on disk: each module loads its weights when it is called.
 
         Args:
             rounded_to: dtype that the weights are rounded to when they are loaded; everything is computed in fp32.
+            relink: links parameters to other weights than the checkpoint's.
         """
         model = build_meta_model(self.folder, self.family.model_class, torch.float32)
+        if relink is not None:
+            relink(model)
         load_weights_on_call(model, rounded_to=rounded_to)
         return model
 
     @cached_property
     def model(self) -> Any:
         """The transformers model with all its weights in memory, in fp32 and in evaluation mode: the reference."""
-        return load_model(self.folder, self.family)
+        if self.weight_record is None:
+            return load_model(self.folder, self.family)
+        model = build_meta_model(self.folder, self.family.model_class, torch.float32)
+        load_weights(model)
+        return model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +131,13 @@ def load_checkpoint(name: str | None, *, dtype: torch.dtype = torch.float32) -> 
         weights_sha256=_digest_of(digests),
     )
     return Checkpoint(
-        source=source, folder=folder, family=family, meta_model=meta_model, processor=processor, digests=digests
+        source=source,
+        folder=folder,
+        family=family,
+        meta_model=meta_model,
+        processor=processor,
+        digests=digests,
+        weight_record=meta_model.packed_weights.record if meta_model.packed_weights else None,
     )
 
 

@@ -19,6 +19,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from promprune.errors import ModelError, UnsupportedModelError, first_line
+from promprune.export.checkpoint.packed import PackedWeights, packed_weights
 from promprune.export.checkpoint.weights import LinkedWeight, StoredTensor, link, linked, stored_tensors
 
 __all__ = ["build_meta_model", "fake_mode_of", "make_fake"]
@@ -27,6 +28,8 @@ __all__ = ["build_meta_model", "fake_mode_of", "make_fake"]
 def build_meta_model(folder: Path, model_class: str, dtype: torch.dtype) -> Any:
     """Build a model whose parameters are on the meta device, each linked to its tensor in the checkpoint.
 
+    The attribute ``packed_weights`` of the model tells how the checkpoint quantizes them; None if it does not.
+
     Args:
         folder: the checkpoint.
         model_class: name of the class in ``transformers``; code from the checkpoint is never run.
@@ -34,12 +37,13 @@ def build_meta_model(folder: Path, model_class: str, dtype: torch.dtype) -> Any:
 
     Raises:
         ModelError: the configuration or the weights are not those of a complete checkpoint of this class.
-        UnsupportedModelError: the weights are quantized, or not stored parameter by parameter.
+        UnsupportedModelError: the weights are quantized in a form that is not read, or not stored parameter by
+            parameter.
     """
     kind = getattr(transformers, model_class)
     try:
         config = kind.config_class.from_pretrained(folder, local_files_only=True)
-        _refuse_quantized(folder, config)
+        packed = _take_packing(folder, config)
         with torch.device("meta"):
             model = kind._from_config(config, dtype=dtype, attn_implementation="sdpa")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, StrictDataclassError) as error:
@@ -51,7 +55,9 @@ def build_meta_model(folder: Path, model_class: str, dtype: torch.dtype) -> Any:
     _make_buffers_real(model)
     if (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
-    _link_all(model, _by_parameter(model, stored_tensors(folder)), folder)
+    tensors = stored_tensors(folder)
+    _link_all(model, _by_parameter(model, packed.combine(tensors) if packed else tensors), folder)
+    model.packed_weights = packed
     return model
 
 
@@ -78,11 +84,13 @@ def fake_mode_of(module: nn.Module) -> FakeTensorMode | None:
     return next((tensor.fake_mode for tensor in module.parameters() if isinstance(tensor, FakeTensor)), None)
 
 
-def _refuse_quantized(folder: Path, config: Any) -> None:
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModelError(
-            f"{folder.name} is quantized", expected="weights in floating point", fix="export the original checkpoint"
-        )
+def _take_packing(folder: Path, config: Any) -> PackedWeights | None:
+    """Return how the checkpoint packs its weights, and remove it from a configuration: the model has plain weights."""
+    packed = packed_weights(folder, config)
+    for part in (config, getattr(config, "text_config", config)):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return packed
 
 
 def _make_buffers_real(model: Any) -> None:

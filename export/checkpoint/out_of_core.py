@@ -28,7 +28,7 @@ from promprune.export.checkpoint.weights import linked
 from promprune.runtime.sessions.config import RuntimeConfig
 from promprune.runtime.sessions.onnxruntime import inference_session
 
-__all__ = ["PiecewiseSession", "available_memory", "load_weights_on_call"]
+__all__ = ["PiecewiseSession", "available_memory", "load_weights", "load_weights_on_call"]
 
 Array = NDArray[Any]
 
@@ -161,6 +161,19 @@ def load_weights_on_call(model: nn.Module, *, rounded_to: torch.dtype) -> None:
             continue
         module.register_forward_pre_hook(_Load(links, rounded_to))
         module.register_forward_hook(_Forget(links))
+
+
+def load_weights(model: nn.Module) -> None:
+    """Load all weights of a model on the meta device, each linked to its tensor of a checkpoint."""
+    loaded: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            weight = linked(parameter) if parameter is not None else None
+            if parameter is None or weight is None:
+                continue
+            if parameter not in loaded:
+                loaded[parameter] = nn.Parameter(weight.stored.read(parameter.dtype), requires_grad=False)
+            module._parameters[name] = loaded[parameter]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor
@@ -92,6 +93,11 @@ class StoredTensor:
                 expected=f"one of {', '.join(_FLOATS)}: quantized checkpoints are not exported",
             )
         return torch_dtype(BY_SAFETENSORS[self.dtype].name)
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """The dtype it is stored in, as numpy's; integers too."""
+        return np.dtype(BY_SAFETENSORS[self.dtype].numpy)
 
     @property
     def size(self) -> int:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Final
 import msgspec
 import typer
 
-from promprune.dtypes import DTYPES
+from promprune.dtypes import DTYPES, WEIGHT_FORMATS
 from promprune.errors import ConfigError, VerificationError
 from promprune.export.commands.tables import checks_table, print_verification
-from promprune.export.config import ExportConfig, default_output
+from promprune.export.config import BLOCK_SIZES, DEFAULT_INT4_BLOCK, ExportConfig, default_output
+from promprune.export.graphs.opset import QUANTIZED_OPSET
 from promprune.method.config import POLICIES, SelectionConfig
-from promprune.package.describe import describe_selection
+from promprune.package.describe import describe_selection, describe_weights
 from promprune.package.manifest import check_package_output
 from promprune.package.sources import local_folder
 from promprune.runtime.commands.options import Version
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["export", "main"]
 
 DEFAULTS: Final = ExportConfig()
+COST: Final = "cost of quantization"  # how the names of these checks begin
 
 
 def export(
@@ -66,10 +68,43 @@ def export(
     dtype: Annotated[
         str,
         typer.Option(
-            help=f"Dtype of weights and activations: {' or '.join(DTYPES)}. The selection is always fp32.",
+            help=f"Dtype of activations, and of weights if no --weight-format is given: {', '.join(DTYPES)}. "
+            "The selection is always fp32.",
             metavar="DTYPE",
         ),
     ] = DEFAULTS.dtype,
+    weight_format: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Format of the language model's weights, the head included: {', '.join(WEIGHT_FORMATS)}. "
+            "Embeddings keep the dtype.",
+            metavar="FORMAT",
+            show_default="--dtype, or the checkpoint's own format if it is quantized",
+        ),
+    ] = DEFAULTS.weight_format,
+    vision_weight_format: Annotated[
+        str | None,
+        typer.Option(
+            help="Format of the weights of the vision encoder and the projector.",
+            metavar="FORMAT",
+            show_default="int8 if the language model is quantized, else --dtype",
+        ),
+    ] = DEFAULTS.vision_weight_format,
+    block_size: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Quantized weights that share one scale: {', '.join(map(str, BLOCK_SIZES))}.",
+            metavar="COUNT",
+            show_default=f"{DEFAULT_INT4_BLOCK} in int4, a whole column in int8",
+        ),
+    ] = DEFAULTS.block_size,
+    vision_int8_activations: Annotated[
+        bool,
+        typer.Option(
+            "--vision-int8-activations",
+            help="Compute the vision encoder's products in int8: faster on CPUs, but not supported by TensorRT.",
+        ),
+    ] = DEFAULTS.vision_int8_activations,
     image_grid: Annotated[
         str | None,
         typer.Option(
@@ -143,6 +178,8 @@ def export(
 
       promprune-export ./llava-1.5-7b-hf --ratio 0.12 --dtype fp16 -o llava-0.12
 
+      promprune-export ./llava-1.5-7b-hf --ratio 0.12 --weight-format int4
+
       promprune-export ./llava-1.5-7b-hf --ratio 1.0     (the unpruned baseline)
     """
     started = time.perf_counter()
@@ -154,6 +191,10 @@ def export(
         ratio=DEFAULTS.ratio if ratio is None else ratio,
         keep_tokens=keep_tokens,
         dtype=dtype,  # type: ignore[arg-type]  # validated by ExportConfig
+        weight_format=weight_format,  # type: ignore[arg-type]  # validated by ExportConfig
+        vision_weight_format=vision_weight_format,  # type: ignore[arg-type]  # validated by ExportConfig
+        block_size=block_size,
+        vision_int8_activations=vision_int8_activations,
         image_grids=() if image_grid is None else parse_grids(image_grid),
         opset=opset,
         split_selector=split_selector,
@@ -212,9 +253,17 @@ def _run(config: ExportConfig) -> ExportResult:
 
 
 def _print_warnings(result: ExportResult) -> None:
-    for check in result.manifest.verification.checks if result.manifest.verification else ():
-        if not check.passed:
-            console.print(f"[bold yellow]warning:[/] {check.detail}; fit them with promprune-calibrate", soft_wrap=True)
+    manifest = result.manifest
+    for check in manifest.verification.checks if manifest.verification else ():
+        if check.passed:
+            continue
+        if check.name.startswith(COST):
+            text = f"{check.name} is {check.measured:.3g}, usually {check.comparison} {check.limit:g}; try int8 weights"
+        else:
+            text = f"{check.detail}; fit them with promprune-calibrate"
+        console.print(f"[bold yellow]warning:[/] {text}", soft_wrap=True)
+    if manifest.weights is not None and manifest.weights.is_quantized:
+        console.print(f"opset {manifest.opset}: quantized weights need at least {QUANTIZED_OPSET}", soft_wrap=True)
 
 
 def _print_summary(result: ExportResult, seconds: float) -> None:
@@ -223,7 +272,9 @@ def _print_summary(result: ExportResult, seconds: float) -> None:
         print_verification(manifest.verification)
     size_mb = sum(file.size_bytes for file in manifest.files) / 1e6
     verified = "not verified" if manifest.verification is None else "verified"
-    print(f"{result.output}: {describe_selection(manifest)}, {manifest.dtype}, {size_mb:.1f} MB, {verified}")
+    print(
+        f"{result.output}: {describe_selection(manifest)}, {describe_weights(manifest)}, {size_mb:.1f} MB, {verified}"
+    )
     answers = "promprune-run {} --image FILE --prompt TEXT" if manifest.has_language_model else "see docs/runtime.md"
     if result.not_lowered:
         console.print(f"[yellow]note:[/] no lowered decoder: {plain(result.not_lowered)}", soft_wrap=True)

@@ -6,11 +6,12 @@ from typing import Final
 
 from promprune.errors import ConfigError
 
-__all__ = ["DEFAULT_OPSET", "check_opset"]
+__all__ = ["DEFAULT_OPSET", "QUANTIZED_OPSET", "check_opset"]
 
 MIN_OPSET: Final = 18  # reductions take their axes as an input
 MAX_OPSET: Final = 23
 DEFAULT_OPSET: Final = 20
+QUANTIZED_OPSET: Final = 21  # the first in which DequantizeLinear takes int4, and blocks
 
 
 def check_opset(opset: int) -> None:

@@ -1,22 +1,41 @@
-"""The pass over a traced graph that quantizes its matrix products."""
+"""The pass over a traced graph that stores the weights of its matrix products in another format."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 import onnx_ir as ir
+import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from promprune.export.checkpoint.weights import CheckpointTensor
-from promprune.export.quantize.weights import QuantizedTensor, QuantizedWeight, WeightQuantization
+from promprune.dtypes import Dtype
+from promprune.export.checkpoint.weights import CheckpointTensor, LazyWeight, torch_dtype
+from promprune.export.graphs.opset import QUANTIZED_OPSET
+from promprune.export.quantize.weights import QuantizedWeight, WeightQuantization
+from promprune.package.manifest import WeightRecord
 
-__all__ = ["MIN_OPSET", "quantize_products"]
+__all__ = ["QUANTIZED_SUFFIX", "format_products", "quantize_products"]
 
-MIN_OPSET: Final = 21  # the first in which DequantizeLinear takes int4, and blocks
+QUANTIZED_SUFFIX: Final = "_quantized"  # after the name of a weight, for that of its integers
 
 
-def quantize_products(model: ir.Model, quantization: WeightQuantization) -> int:
+def format_products(model: ir.Model, record: WeightRecord, dtype: Dtype) -> ir.Model:
+    """Store the weights of matrix products as a package's record says, and return the graph.
+
+    Args:
+        model: as traced, of at least opset 21 if it is to be quantized; its weights are tensors of a checkpoint.
+        record: of these weights.
+        dtype: of the package.
+    """
+    if record.is_quantized:
+        quantize_products(model, WeightQuantization.of(record, dtype), int8_activations=record.int8_activations)
+    elif record.format != dtype:
+        _cast_weights(model, torch_dtype(record.format))
+    return model
+
+
+def quantize_products(model: ir.Model, quantization: WeightQuantization, *, int8_activations: bool = False) -> int:
     """Quantize the weights of matrix products, in the form that ONNX Runtime and TensorRT have kernels for.
 
     ``MatMul(x, Transpose(weight [N, K]))`` becomes ``MatMul(x, DequantizeLinear(integers [K, N], scales))``, and
@@ -26,96 +45,158 @@ def quantize_products(model: ir.Model, quantization: WeightQuantization) -> int:
     Args:
         model: as traced, of at least opset 21; its weights are tensors of a checkpoint.
         quantization: of every weight.
+        int8_activations: quantize ``x`` as well, when the graph runs, with one scale for all of it:
+            ``DynamicQuantizeLinear``, ``MatMulInteger``, and a product with both scales. For ONNX Runtime on CPUs.
 
     Returns:
-        How many weights were quantized.
+        How many products were quantized.
     """
-    if model.opset_imports.get("", 0) < MIN_OPSET:
-        raise RuntimeError(f"a quantized graph needs opset {MIN_OPSET}, not {model.opset_imports.get('')}")
-    quantized: dict[ir.Value, ir.Value] = {}
-    for node in list(model.graph):
-        product = _product_of(node)
-        if product is None or quantization.block_of(product.weight.stored.shape[1]) is None:
-            continue
-        if product.initializer not in quantized:
-            quantized[product.initializer] = _dequantized(model.graph, node, product, quantization)
-        _replace(model.graph, node, quantized[product.initializer])
+    if model.opset_imports.get("", 0) < QUANTIZED_OPSET:
+        raise RuntimeError(f"a quantized graph needs opset {QUANTIZED_OPSET}, not {model.opset_imports.get('')}")
+    products = [p for p in _products(model.graph) if quantization.block_of(p.weight.stored.shape[1]) is not None]
+    writer = _Writer(model.graph, quantization)
+    for product in products:
+        multiply = writer.integer_product if int8_activations else writer.product
+        _replace(model.graph, product, multiply(product))
     RemoveUnusedNodesPass()(model)
-    return len(quantized)
+    return len(products)
 
 
 class _Product(NamedTuple):
-    """A matrix product with a weight ``[N, K]`` of a checkpoint."""
+    """A node that multiplies ``x`` by a weight ``[N, K]`` of a checkpoint and may add a bias."""
 
+    node: ir.Node
+    x: ir.Value
     initializer: ir.Value
     weight: CheckpointTensor
+    bias: ir.Value | None
 
 
-def _product_of(node: ir.Node) -> _Product | None:
-    if node.op_type == "MatMul":
-        transpose = node.inputs[1].producer() if node.inputs[1] is not None else None
-        source = transpose.inputs[0] if transpose is not None and transpose.op_type == "Transpose" else None
-    elif node.op_type == "Gemm" and node.attributes.get_int("transB") and _is_plain(node):
-        source = node.inputs[1]
-    else:
-        return None
-    weight = source.const_value if source is not None else None
-    if source is None or not isinstance(weight, CheckpointTensor) or len(weight.stored.shape) != 2:
-        return None
-    return _Product(source, weight)
+def _products(graph: ir.Graph) -> Iterator[_Product]:
+    for node in graph:
+        x, source, *bias = node.inputs if node.op_type in ("MatMul", "Gemm") else (None, None)
+        if node.op_type == "MatMul":
+            transpose = source.producer() if source is not None else None
+            source = transpose.inputs[0] if transpose is not None and transpose.op_type == "Transpose" else None
+        elif node.op_type == "Gemm" and not _is_linear(node):
+            continue
+        weight = source.const_value if source is not None else None
+        if x is not None and source is not None and isinstance(weight, CheckpointTensor) and weight.shape.rank() == 2:
+            yield _Product(node, x, source, weight, bias[0] if bias else None)
 
 
-def _is_plain(gemm: ir.Node) -> bool:
+def _is_linear(gemm: ir.Node) -> bool:
     get = gemm.attributes
-    return get.get_float("alpha", 1.0) == get.get_float("beta", 1.0) == 1.0 and not get.get_int("transA")
+    plain = get.get_float("alpha", 1.0) == get.get_float("beta", 1.0) == 1.0 and not get.get_int("transA")
+    return plain and bool(get.get_int("transB"))
 
 
-def _dequantized(graph: ir.Graph, node: ir.Node, product: _Product, quantization: WeightQuantization) -> ir.Value:
-    """Insert before ``node`` what dequantizes its weight, and return the weight ``[K, N]``."""
-    weight = QuantizedWeight(stored=product.weight.stored, quantization=quantization)
-    dtype, name = product.weight.dtype, str(product.initializer.name)
-    integers, scales = (_initializer(graph, tensor) for tensor in weight.tensors(name))
-    whole_columns = len(scales.shape or ()) == 1
-    if scales.dtype != dtype:  # constant: folded when the graph is loaded
-        scales = _insert(graph, node, "Cast", [scales], {"to": dtype}, name=f"{name}_scale_{dtype.name.lower()}")
-    attributes = {"axis": 1} if whole_columns else {"axis": 0, "block_size": weight.block_size}
-    value = _insert(graph, node, "DequantizeLinear", [integers, scales], attributes, name=f"{name}_dequantized")
-    value.type, value.shape = ir.TensorType(dtype), integers.shape
-    return value
+class _Writer:
+    """Inserts what multiplies by quantized weights; a weight or an activation of several products is quantized once."""
 
+    def __init__(self, graph: ir.Graph, quantization: WeightQuantization) -> None:
+        self._graph = graph
+        self._quantization = quantization
+        self._parts: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        self._dequantized: dict[ir.Value, ir.Value] = {}
+        self._activations: dict[ir.Value, Sequence[ir.Value]] = {}
 
-def _initializer(graph: ir.Graph, tensor: QuantizedTensor) -> ir.Value:
-    value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value
+    def product(self, product: _Product) -> ir.Value:
+        """Multiply by the dequantized weight."""
+        weight = product.initializer
+        if weight not in self._dequantized:
+            integers, scales = self._integers_and_scales(product)
+            block_size = self._quantization.block_of(product.weight.stored.shape[1])
+            attributes = {"axis": 1} if len(scales.shape or ()) == 1 else {"axis": 0, "block_size": block_size}
+            inputs, name = [integers, scales], f"{weight.name}_dequantized"
+            self._dequantized[weight] = self._insert(product, "DequantizeLinear", inputs, attributes, name=name)
+        return self._insert(product, "MatMul", [product.x, self._dequantized[weight]], name=product.node.name)
+
+    def integer_product(self, product: _Product) -> ir.Value:
+        """Quantize ``x``, multiply the integers, and multiply by the scales of both."""
+        x, name = product.x, str(product.node.name)
+        if x not in self._activations:
+            quantize = ir.node("DynamicQuantizeLinear", [x], num_outputs=3, name=f"{x.name}_quantize")
+            self._graph.insert_before(product.node, quantize)
+            for output, part in zip(quantize.outputs, ("quantized", "scale", "zero_point"), strict=True):
+                output.name = f"{x.name}_{part}"
+            self._activations[x] = quantize.outputs
+        values, scale, zero_point = self._activations[x]
+        integers, scales = self._integers_and_scales(product)
+        sums = self._insert(product, "MatMulInteger", [values, integers, zero_point], name=f"{name}_integers")
+        floats = self._insert(product, "Cast", [sums], {"to": product.weight.dtype}, name=f"{name}_sums")
+        both = self._insert(product, "Mul", [scale, scales], name=f"{name}_scales")
+        return self._insert(product, "Mul", [floats, both], name=name)
+
+    def _integers_and_scales(self, product: _Product) -> tuple[ir.Value, ir.Value]:
+        """Return them as values of the graph, the scales in its dtype."""
+        key = product.initializer
+        if key not in self._parts:
+            weight = QuantizedWeight(stored=product.weight.stored, quantization=self._quantization)
+            integers, scales = (self._initializer(tensor) for tensor in weight.tensors(str(key.name)))
+            dtype, shape = product.weight.dtype, scales.shape
+            if scales.dtype != dtype:  # constant: folded when the graph is loaded
+                name = f"{scales.name}_{dtype.name.lower()}"
+                scales = self._insert(product, "Cast", [scales], {"to": dtype}, name=name)
+                scales.type, scales.shape = ir.TensorType(dtype), shape
+            self._parts[key] = integers, scales
+        return self._parts[key]
+
+    def _initializer(self, tensor: LazyWeight) -> ir.Value:
+        value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        self._graph.register_initializer(value)
+        return value
+
+    def _insert(
+        self,
+        product: _Product,
+        op_type: str,
+        inputs: Sequence[ir.Value],
+        attributes: dict[str, Any] | None = None,
+        *,
+        name: str | None,
+    ) -> ir.Value:
+        return _insert(self._graph, product.node, op_type, inputs, attributes, name=name)
 
 
 def _insert(
     graph: ir.Graph,
     before: ir.Node,
     op_type: str,
-    inputs: Sequence[ir.Value | None],
-    attributes: dict[str, Any],
+    inputs: Sequence[ir.Value],
+    attributes: dict[str, Any] | None = None,
     *,
-    name: str,
+    name: str | None,
 ) -> ir.Value:
-    """Insert a node of one output and return that output; both are named ``name``."""
+    """Insert a node of one output and return that output; both have the name ``name``."""
     node = ir.node(op_type, inputs, attributes, name=name)
     node.outputs[0].name = name
     graph.insert_before(before, node)
     return node.outputs[0]
 
 
-def _replace(graph: ir.Graph, node: ir.Node, weight: ir.Value) -> None:
-    """Let a product take a weight ``[K, N]``."""
-    if node.op_type == "MatMul":
-        node.replace_input_with(1, weight)
-        return
-    first, _, *bias = node.inputs
-    result = _insert(graph, node, "MatMul", [first, weight], {}, name=f"{node.name}_product")
-    result.type, result.shape = weight.type, node.outputs[0].shape
-    if bias and bias[0] is not None:
-        result = _insert(graph, node, "Add", [result, bias[0]], {}, name=f"{node.name}_with_bias")
-        result.type, result.shape = weight.type, node.outputs[0].shape
-    ir.convenience.replace_all_uses_with(node.outputs[0], result, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
+def _replace(graph: ir.Graph, product: _Product, result: ir.Value) -> None:
+    """Let what was multiplied take the place of a product, once its bias is added."""
+    old = product.node.outputs[0]
+    if product.bias is not None:
+        result = _insert(graph, product.node, "Add", [result, product.bias], name=f"{product.node.name}_biased")
+    result.type, result.shape = old.type, old.shape
+    name = old.name
+    ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
+    graph.remove(product.node, safe=True)
+    result.name = name
+
+
+def _cast_weights(model: ir.Model, dtype: torch.dtype) -> None:
+    """Store the weights of products in another dtype of floating point, and cast them in the graph."""
+    for product in list(_products(model.graph)):
+        old = product.initializer
+        if old.name in model.graph.initializers:
+            tensor = CheckpointTensor(product.weight.stored, dtype, str(old.name))
+            del model.graph.initializers[str(old.name)]
+            value = ir.Value(name=old.name, shape=old.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+            model.graph.register_initializer(value)
+            first = next(node for node in model.graph if old in node.inputs)
+            cast = _insert(model.graph, first, "Cast", [value], {"to": product.weight.dtype}, name=f"{old.name}_cast")
+            cast.type, cast.shape = old.type, old.shape
+            ir.convenience.replace_all_uses_with(old, cast)

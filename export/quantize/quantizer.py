@@ -1,7 +1,7 @@
 """Round weights to signed integers with one scale per block: the arithmetic, in numpy.
 
 A block is ``block_size`` neighbours along K, the dimension that a matrix product sums over. Quantization is symmetric:
-``weight = scale * integer``, with integers in [-8, 7] for 4 bits and in [-128, 127] for 8 bits.
+``weight = scale * integer``, with integers in [-8, 7] for 4 bits, [-64, 63] for 7 and [-128, 127] for 8.
 """
 
 from __future__ import annotations
@@ -23,12 +23,16 @@ __all__ = [
     "unpack_int4",
 ]
 
-Bits = Literal[4, 8]
+Bits = Literal[4, 7, 8]
 Floats = NDArray[np.float32]
 
 # A block's scale is its largest magnitude over one of these. Clipping the largest weight of a block of 4-bit integers
 # often costs less than the finer steps gain; 8-bit steps are fine enough.
-_DIVISORS: Final[dict[Bits, tuple[float, ...]]] = {4: (7.0, 7.5, 8.0, 8.6, 9.2, 10.0), 8: (127.0, 128.0)}
+_DIVISORS: Final[dict[Bits, tuple[float, ...]]] = {
+    4: (7.0, 7.5, 8.0, 8.6, 9.2, 10.0),
+    7: (63.0, 64.0),
+    8: (127.0, 128.0),
+}
 _ELEMENTS_AT_ONCE: Final = 64 * 1024  # fits the processor's cache
 _COLUMNS_AT_ONCE: Final = 1024
 _LEAST_SCALE: Final = 2.0**-24  # of fp16; scales must be positive
@@ -62,7 +66,7 @@ def quantize_blocks(
 
     Args:
         weights: fp32 ``[K, N]``, in any memory order; K need not be a multiple of ``block_size``.
-        bits: 4 or 8.
+        bits: 4, 7 or 8.
         block_size: neighbours along K that share one scale.
         scale_dtype: of the scales; integers are rounded with the scale as this dtype stores it.
 

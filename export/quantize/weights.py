@@ -11,7 +11,9 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
+from promprune.dtypes import Dtype
 from promprune.errors import ModelError
+from promprune.export.checkpoint.packed import PackedTensor
 from promprune.export.checkpoint.weights import LazyWeight, StoredTensor
 from promprune.export.quantize.quantizer import (
     Bits,
@@ -21,12 +23,13 @@ from promprune.export.quantize.quantizer import (
     pack_int4,
     quantize_blocks,
 )
+from promprune.package.manifest import WeightRecord
 
 __all__ = ["MIN_BLOCK_SIZE", "QuantizedTensor", "QuantizedWeight", "WeightQuantization"]
 
 MIN_BLOCK_SIZE: Final = 16  # the smallest that ONNX Runtime and TensorRT have kernels for
 _ELEMENTS_AT_ONCE: Final = 16 * 1024 * 1024  # of a weight in fp32
-_INTEGER_DTYPES: Final[dict[Bits, ir.DataType]] = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
+_INTEGER_DTYPES: Final[dict[Bits, ir.DataType]] = {4: ir.DataType.INT4, 7: ir.DataType.INT8, 8: ir.DataType.INT8}
 
 Part = Literal["integers", "scales"]
 
@@ -44,6 +47,17 @@ class WeightQuantization:
     bits: Bits
     block_size: int | None
     scale_dtype: ir.DataType = ir.DataType.FLOAT16
+
+    @classmethod
+    def of(cls, record: WeightRecord, dtype: Dtype) -> WeightQuantization:
+        """Return what a package's record says; ``dtype`` is the package's.
+
+        With activations in int8, weights have 7 bits: a processor that adds two products of 8-bit integers in 16 bits,
+        as those of AVX2 do, would saturate.
+        """
+        bits: Bits = 4 if record.format == "int4" else 7 if record.int8_activations else 8
+        scale_dtype = ir.DataType.BFLOAT16 if dtype == "bf16" else ir.DataType.FLOAT16
+        return cls(bits=bits, block_size=record.block_size, scale_dtype=scale_dtype)
 
     def block_of(self, length: int) -> int | None:
         """Return the block size for K = ``length``: the largest that divides it; None if there is none.
@@ -77,12 +91,17 @@ class QuantizedWeight:
             raise ValueError(f"{self.stored.key} has {self.stored.shape[1]} columns, which no block divides")
         return block
 
-    def read(self) -> QuantizedBlocks:
-        """Quantize it; a part of it at a time is in memory in fp32.
+    def quantized(self) -> QuantizedBlocks:
+        """Quantize it, a part at a time in fp32; integers that the checkpoint has already are kept if they can be.
 
         Raises:
             ModelError: a weight is NaN or infinite, or the file became shorter.
         """
+        if isinstance(self.stored, PackedTensor) and self.stored.keeps_integers(
+            self.quantization.bits, self.block_size
+        ):
+            unpacked, group_scales = self.stored.unpacked()
+            return QuantizedBlocks(unpacked, group_scales.astype(self.quantization.scale_dtype.numpy()))
         columns, length = self.stored.shape
         scale_dtype = self.quantization.scale_dtype.numpy()
         integers = np.empty((length, columns), np.int8)
@@ -100,10 +119,10 @@ class QuantizedWeight:
             begin = part.stop
         return QuantizedBlocks(integers, scales)
 
-    def dequantized(self) -> torch.Tensor:
-        """Return what the integers and scales stand for: fp32 ``[N, K]``."""
-        integers, scales = self.read()
-        return torch.from_numpy(dequantize_blocks(integers, scales, block_size=self.block_size)).T
+    def read(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Return what the integers and scales stand for: ``[N, K]``."""
+        integers, scales = self.quantized()
+        return torch.from_numpy(dequantize_blocks(integers, scales, block_size=self.block_size)).T.to(dtype)
 
     def tensors(self, name: str) -> tuple[QuantizedTensor, QuantizedTensor]:
         """Return the integers and the scales as values of a graph's initializers.
@@ -121,15 +140,15 @@ class QuantizedWeight:
     def take(self, part: Part, shape: tuple[int, ...]) -> ir.TensorProtocol:
         """Return one part and forget it: quantized once if each part is taken once."""
         if part not in self._parts:
-            integers, scales = self.read()
+            integers, scales = self.quantized()
             self._parts["integers"] = self._integer_tensor(integers)
             self._parts["scales"] = ir.Tensor(scales.reshape(-1, *shape[1:]), dtype=self.quantization.scale_dtype)
         return self._parts.pop(part)
 
     def _integer_tensor(self, integers: NDArray[np.int8]) -> ir.TensorProtocol:
-        if self.quantization.bits == 8:
-            return ir.Tensor(integers, dtype=ir.DataType.INT8)
-        return ir.PackedTensor(pack_int4(integers), ir.DataType.INT4, shape=ir.Shape(integers.shape))
+        if self.quantization.bits == 4:
+            return ir.PackedTensor(pack_int4(integers), ir.DataType.INT4, shape=ir.Shape(integers.shape))
+        return ir.Tensor(integers, dtype=ir.DataType.INT8)
 
 
 class QuantizedTensor(LazyWeight):

@@ -20,9 +20,16 @@ from promprune.export.verify.samples import Sample
 from promprune.export.verify.subject import Array, Runnable, Subject, run_graph
 from promprune.export.verify.tensors import relative_error
 from promprune.package.manifest import DECODER, EMBED_TOKENS, CheckRecord, GraphRecord
-from promprune.runtime import VisionLanguagePipeline
+from promprune.runtime import Result, VisionLanguagePipeline
 
-__all__ = ["check_answers", "check_language", "kept_position_ids", "torch_answer"]
+__all__ = [
+    "check_answers",
+    "check_language",
+    "filled_prompt",
+    "kept_position_ids",
+    "package_answers",
+    "torch_answer",
+]
 
 MAX_NEW_TOKENS: Final = 16
 OUT_OF_CORE_TOKENS: Final = 24  # length of a text if the verification is out of core
@@ -61,36 +68,56 @@ def check_language(subject: Subject, samples: Sequence[Sample], limits: Limits) 
     yield check("decode logits, relative error", max(errors[1:]), "<=", limits.relative_error)
 
 
+def package_answers(subject: Subject, samples: Sequence[Sample]) -> list[Result | PrompruneError]:
+    """Answer with the runtime; an error if it refuses what the graphs gave."""
+    answers: list[Result | PrompruneError] = []
+    with VisionLanguagePipeline.from_package(subject.folder, provider="cpu", accuracy_level=0) as pipeline:
+        for sample in samples:
+            try:
+                answers.append(pipeline.generate([sample.image], sample.question, max_new_tokens=MAX_NEW_TOKENS))
+            except PrompruneError as error:
+                answers.append(error)
+    return answers
+
+
 def check_answers(
-    subject: Subject, samples: Sequence[Sample], references: Sequence[VisionReference], limits: Limits
+    subject: Subject,
+    samples: Sequence[Sample],
+    references: Sequence[VisionReference],
+    answers: Sequence[Result | PrompruneError],
+    limits: Limits,
 ) -> Iterator[CheckRecord]:
     """Compare the runtime's greedy answers with those of transformers' ``generate`` on the same kept tokens."""
     equal, refusal = 0, ""
     family = subject.family
-    with VisionLanguagePipeline.from_package(subject.folder, provider="cpu") as pipeline:
-        for sample, reference in zip(samples, references, strict=True):
-            try:
-                result = pipeline.generate([sample.image], sample.question, max_new_tokens=MAX_NEW_TOKENS)
-            except PrompruneError as error:  # the runtime refuses the outputs of the graphs
-                refusal = f"; {error}"
-                continue
-            indices = torch.as_tensor(np.array(result.selection[0].token_indices))
-            kept = family.kept_features(reference, indices)
-            positions = kept_position_ids(family, sample.question, reference, indices)
-            equal += torch_answer(family, sample.question, kept, positions) == list(result.token_ids)
+    for sample, reference, answer in zip(samples, references, answers, strict=True):
+        if isinstance(answer, PrompruneError):
+            refusal = f"; {answer}"
+            continue
+        indices = torch.as_tensor(np.array(answer.selection[0].token_indices))
+        kept = family.kept_features(reference, indices)
+        positions = kept_position_ids(family, sample.question, reference, indices)
+        equal += torch_answer(family, sample.question, kept, positions) == list(answer.token_ids)
     detail = f"{equal} of {len(samples)}{refusal}"
     yield check("greedy answers equal to torch's", equal / len(samples), ">=", limits.equal_answers, detail)
 
 
 def torch_answer(family: Family, question: str, kept: Tensor, position_ids: Tensor | None = None) -> list[int]:
     """Return the token ids of transformers' greedy answer, with ``kept [placeholders, D]`` for the placeholders."""
-    input_ids = prompt_ids(family, question, len(kept))
-    embeds = family.embed_tokens(input_ids).clone()
-    embeds[input_ids == family.image_token_id] = kept.to(embeds.dtype)
+    embeds = filled_prompt(family, question, kept)
+    mask = torch.ones(embeds.shape[:2], dtype=torch.int64)
     placed = {} if position_ids is None else {"position_ids": position_ids}
     with _plainly_greedy(family.model, family.processor.tokenizer.pad_token_id or 0):
-        generated = family.model.generate(inputs_embeds=embeds, attention_mask=torch.ones_like(input_ids), **placed)
+        generated = family.model.generate(inputs_embeds=embeds, attention_mask=mask, **placed)
     return list(generated[0].tolist())
+
+
+def filled_prompt(family: Family, question: str, kept: Tensor) -> Tensor:
+    """Embed one question about one image, with ``kept [placeholders, D]`` for the placeholders: ``[1, S, D]``."""
+    input_ids = prompt_ids(family, question, len(kept))
+    embeds: Tensor = family.embed_tokens(input_ids).clone()
+    embeds[input_ids == family.image_token_id] = kept.to(embeds.dtype)
+    return embeds
 
 
 @contextlib.contextmanager

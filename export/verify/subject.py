@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from promprune.export.checkpoint.loading import Checkpoint
 from promprune.export.checkpoint.out_of_core import PiecewiseSession
 from promprune.export.families import Family
+from promprune.export.quantize.reference import PackageWeights, package_weights
 from promprune.package.manifest import Manifest
 from promprune.runtime.sessions.config import RuntimeConfig
 from promprune.runtime.sessions.onnxruntime import inference_session
@@ -45,25 +47,50 @@ class Subject:
         folder, manifest: the package.
         family: its source, the transformers model in fp32.
         out_of_core: whether both run one part at a time.
+        meta_model: the source without its weights, linked to the checkpoint.
+        weights: the weights that the package stores in another format than its dtype; None if there are none.
     """
 
     folder: Path
     manifest: Manifest
     family: Family
     out_of_core: bool
+    meta_model: Any
+    weights: PackageWeights | None
 
     @classmethod
     def of(cls, folder: Path, manifest: Manifest, checkpoint: Checkpoint, *, out_of_core: bool) -> Subject:
         """Load the source model; with ``out_of_core``, let it load one part at a time."""
         # ONNX Runtime runs a bf16 package in fp32, so torch has to compute in fp32 with the same weights.
         rounded_to = torch.bfloat16 if manifest.dtype == "bf16" else torch.float32
-        source = checkpoint.out_of_core_model(rounded_to=rounded_to) if out_of_core else checkpoint.model
+        weights = package_weights(folder, manifest)
+        if out_of_core:
+            relink = weights.link_to if weights else None
+            source = checkpoint.out_of_core_model(rounded_to=rounded_to, relink=relink)
+        else:
+            source = checkpoint.model
         return cls(
             folder=folder,
             manifest=manifest,
             family=checkpoint.family(source, checkpoint.processor, manifest.image.layout.grid_sizes),
             out_of_core=out_of_core,
+            meta_model=checkpoint.meta_model,
+            weights=weights,
         )
+
+    @property
+    def has_int8_activations(self) -> bool:
+        """Whether the vision graphs quantize their activations."""
+        return self.manifest.weights is not None and self.manifest.weights.vision.int8_activations
+
+    @contextlib.contextmanager
+    def package_weights(self) -> Iterator[None]:
+        """Make the source compute with the package's weights; out of core, it always does."""
+        if self.weights is None or self.out_of_core:
+            yield
+            return
+        with self.weights.applied_to(self.family.model, self.meta_model):
+            yield
 
     def open(self, graph: str, outputs: Sequence[str] = ()) -> Runnable:
         """Open a graph of the package; ``outputs`` are inner values to return besides its outputs."""
@@ -72,7 +99,7 @@ class Subject:
             return PiecewiseSession(path, outputs)
         model = onnx.load(path, load_external_data=False)
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
-        content, config = model.SerializeToString(), RuntimeConfig(provider="cpu")
+        content, config = model.SerializeToString(), RuntimeConfig(provider="cpu", accuracy_level=0)
         session: Runnable = inference_session(content, config, name=str(path), weights=path.parent).session
         return session
 

@@ -3,6 +3,8 @@
 The checks are, in this order: names, dtypes and shapes (structure.py); features and saliency against torch
 (vision.py); the selection against the method in float64 (selection.py); embeddings, logits and answers (language.py).
 Errors are relative to the standard deviation of the reference, because that of real features is several units.
+A package with quantized weights is compared with torch on the same weights; the cost of quantization itself is measured
+separately (cost.py).
 
 If the source or the package does not fit into memory, both run out of core, one part at a time, with all layers and
 all weights, but on fewer inputs; the record lists what was not verified.
@@ -21,7 +23,8 @@ from promprune.export.checkpoint.out_of_core import available_memory
 from promprune.export.families import VisionReference
 from promprune.export.verify.checks import LIMITS
 from promprune.export.verify.config import DEFAULT_CHECK_IMAGES
-from promprune.export.verify.language import check_answers, check_language
+from promprune.export.verify.cost import cases_of, cost_of_quantization, run_model
+from promprune.export.verify.language import check_answers, check_language, package_answers
 from promprune.export.verify.samples import check_samples
 from promprune.export.verify.selection import check_selection
 from promprune.export.verify.structure import check_structure
@@ -60,14 +63,25 @@ def verify_package(
     count = min(num_images, OUT_OF_CORE_IMAGES) if out_of_core else num_images
     least = len(family.vision_modules if out_of_core else family.sample_sizes)
     samples = check_samples(max(count, least), sizes=family.sample_sizes)
+    answers = package_answers(subject, samples) if manifest.has_language_model and not out_of_core else []
+    quantized = manifest.weights is not None and manifest.weights.is_quantized
     with torch.inference_mode():
-        references = [family.reference(sample.image) for sample in samples]
-        runs = run_vision(subject, references)
-        checks = [*check_structure(subject), *check_vision(runs, limits), *check_selection(manifest, runs, limits)]
-        if manifest.has_language_model:
-            checks += check_language(subject, samples, limits)
-            if not out_of_core:
-                checks += check_answers(subject, samples, references, limits)
+        cases = cases_of(samples, answers) if quantized else []
+        source = run_model(family, manifest, cases)
+        with subject.package_weights():
+            references = [family.reference(sample.image) for sample in samples]
+            runs = run_vision(subject, references)
+            checks = [
+                *check_structure(subject),
+                *check_vision(runs, limits, int8_activations=subject.has_int8_activations),
+                *check_selection(manifest, runs, limits),
+            ]
+            if manifest.has_language_model:
+                checks += check_language(subject, samples, limits)
+            if answers:
+                checks += check_answers(subject, samples, references, answers, limits)
+            if cases:
+                checks += cost_of_quantization(source, run_model(family, manifest, cases, source.answers))
     return VerificationRecord(
         passed=all(check.passed or check.advisory for check in checks),
         checks=tuple(checks),
@@ -84,6 +98,8 @@ def _not_verified(manifest: Manifest, num_images: int) -> Iterator[str]:
     yield f"more than {num_images} images"
     if manifest.has_language_model:
         yield "answers, token for token"
+    if manifest.weights is not None and manifest.weights.is_quantized:
+        yield "what quantization costs"
     if manifest.dtype == "bf16":
         yield "rounding to bf16 between operators: ONNX Runtime computed in fp32, with the same weights"
 

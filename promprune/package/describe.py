@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from promprune.package.manifest import Manifest
+from promprune.package.manifest import Manifest, WeightRecord
 
-__all__ = ["describe_selection"]
+__all__ = ["describe_selection", "describe_weights"]
 
 
 def describe_selection(manifest: Manifest) -> str:
@@ -22,3 +22,19 @@ def describe_selection(manifest: Manifest) -> str:
         return kept
     first, *others = sizes
     return f"{kept}, in images of {first} tokens; also takes images of {', '.join(others)}"
+
+
+def describe_weights(manifest: Manifest) -> str:
+    """Say in which formats activations and weights are, such as ``"fp32, weights int4/32 (vision int8)"``."""
+    weights = manifest.weights
+    if weights is None:
+        return manifest.dtype
+    language, vision = (_describe_weight(record) for record in (weights.language, weights.vision))
+    if not manifest.has_language_model or language == vision:
+        return f"{manifest.dtype}, weights {vision}"
+    return f"{manifest.dtype}, weights {language} (vision {vision})"
+
+
+def _describe_weight(record: WeightRecord) -> str:
+    blocks = "" if record.block_size is None else f"/{record.block_size}"
+    return f"{record.format}{blocks}{' with int8 activations' if record.int8_activations else ''}"

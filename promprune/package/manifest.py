@@ -27,7 +27,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from promprune.dtypes import Dtype
+from promprune.dtypes import Dtype, WeightFormat, is_quantized
 from promprune.errors import ConfigError, PackageError
 from promprune.files import check_output_folder, writing_folder
 from promprune.method.config import LoopForm, SelectionConfig
@@ -53,6 +53,8 @@ __all__ = [
     "TokenCounts",
     "VerificationRecord",
     "Versioned",
+    "WeightRecord",
+    "WeightsRecord",
     "file_records",
     "read_manifest",
     "sha256_of_file",
@@ -142,6 +144,35 @@ class GraphRecord(Record, frozen=True):
     tokens: TokenCounts | None = None  # of a vision graph; None for other graphs
 
 
+class WeightRecord(Record, frozen=True):
+    """How the weights of matrix products are stored; embeddings, norms and convolutions have the package's dtype."""
+
+    format: WeightFormat
+    block_size: Count | None = None  # integers along K with one scale; None: a whole column, or not quantized
+    int8_activations: bool = False  # products are computed in int8: for CPUs, not for TensorRT
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the weights are integers with scales."""
+        return is_quantized(self.format)
+
+
+class WeightsRecord(Record, frozen=True):
+    """How the weights of both parts are stored."""
+
+    language: WeightRecord  # of the decoder and its head
+    vision: WeightRecord  # of the vision encoder and its projector
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any weights are integers with scales."""
+        return self.language.is_quantized or self.vision.is_quantized
+
+    def of(self, graph: str) -> WeightRecord:
+        """Return what holds for a graph, by its name."""
+        return self.vision if graph.startswith(VISION_ENCODER) else self.language
+
+
 class FileRecord(Record, frozen=True):
     """One file of the package."""
 
@@ -189,6 +220,7 @@ class Manifest(Record, frozen=True):
     files: tuple[FileRecord, ...]
     tools: dict[str, str]
     verification: VerificationRecord | None = None
+    weights: WeightsRecord | None = None  # None: all weights have the package's dtype
 
     @property
     def has_language_model(self) -> bool:

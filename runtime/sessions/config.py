@@ -37,6 +37,8 @@ class RuntimeConfig:
             scratch memory of long prompts, at the cost of more runs.
         cuda_graphs: with the backend ``"tensorrt"``, replay the vision encoder and the decode steps as CUDA graphs;
             the latter needs the memory of two more KV caches of the largest size.
+        accuracy_level: how ONNX Runtime multiplies by quantized weights: 4 for activations in int8, which is the
+            fastest; 0 for exact products. The levels in between are those of its ``MatMulNBits``.
 
     Raises:
         ConfigError: a value has the wrong type, or is out of its range.
@@ -49,6 +51,7 @@ class RuntimeConfig:
     image_cache_size: int = 8
     prefill_chunk: int | None = None
     cuda_graphs: bool = False
+    accuracy_level: int = 4
 
     def __post_init__(self) -> None:
         check_name(self, "backend", tuple(BACKENDS))
@@ -56,5 +59,6 @@ class RuntimeConfig:
         check_integer(self, "num_threads", least=1, optional=True)
         check_integer(self, "image_cache_size", least=0)
         check_integer(self, "prefill_chunk", least=1, optional=True)
+        check_integer(self, "accuracy_level", least=0, most=4)
         engines = self.backend == "tensorrt"
         require(engines or not self.cuda_graphs, "cuda_graphs", self.cuda_graphs, "the backend 'tensorrt' with it")

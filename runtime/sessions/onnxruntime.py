@@ -206,6 +206,7 @@ def _settings(config: RuntimeConfig, weights: Path | None, *, low_memory: bool) 
     settings.intra_op_num_threads = config.num_threads or _usable_cpus()
     # Threads that spin between operators slow down other processes, and other sessions of this one.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(config.accuracy_level))
     settings.log_severity_level = _FATAL
     if weights is not None:
         settings.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(weights))

@@ -1,0 +1,139 @@
+"""The source model with the weights of a quantized package: what its graphs are compared with.
+
+The weights are quantized again from the checkpoint and never read from the package, so that wrong integers, scales,
+axes or block sizes in the package's files differ from them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from promprune.dtypes import BY_NAME
+from promprune.export.checkpoint.weights import LinkedWeight, StoredTensor, link, linked, torch_dtype
+from promprune.export.quantize.graph import QUANTIZED_SUFFIX
+from promprune.export.quantize.weights import QuantizedWeight, WeightQuantization
+from promprune.package.manifest import Manifest
+
+__all__ = ["PackageWeights", "PackagedTensor", "fake_quantize", "package_weights"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackagedTensor(StoredTensor):
+    """A tensor of a checkpoint that is read as a package has it: quantized or rounded, and in fp32 again."""
+
+    stored: StoredTensor
+    format: WeightQuantization | torch.dtype
+
+    @classmethod
+    def of(cls, stored: StoredTensor, format: WeightQuantization | torch.dtype) -> PackagedTensor:  # noqa: A002
+        """Return a tensor of a checkpoint in a package's format."""
+        own = {field.name: getattr(stored, field.name) for field in fields(StoredTensor)}
+        return cls(**own, stored=stored, format=format)
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """Read it whole."""
+        if isinstance(self.format, torch.dtype):
+            return self.stored.read(self.format).to(dtype)
+        return QuantizedWeight(stored=self.stored, quantization=self.format).read(dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackageWeights:
+    """Which weights of its source a package has in another format than its dtype.
+
+    Attributes:
+        formats: by the name of the parameter in the transformers model: how it is quantized, or the dtype it has.
+        int8_activations: names of those that multiply activations in int8.
+    """
+
+    formats: Mapping[str, WeightQuantization | torch.dtype]
+    int8_activations: frozenset[str]
+
+    def link_to(self, meta_model: nn.Module) -> None:
+        """Let the linear modules of a model on the meta device load their weights as the package has them."""
+        for module, stored, name in self._linears(meta_model):
+            module.weight = nn.Parameter(torch.empty_like(module.weight), requires_grad=False)
+            link(module.weight, LinkedWeight(name, stored))
+            self._quantize_activations(module, name)
+
+    @contextlib.contextmanager
+    def applied_to(self, model: nn.Module, meta_model: nn.Module) -> Iterator[None]:
+        """Give a model the package's weights, and its own back afterwards.
+
+        Args:
+            model: with its weights, fp32.
+            meta_model: the same on the meta device, linked to the checkpoint.
+        """
+        own, hooks = [], []
+        paths = {module: path for path, module in meta_model.named_modules()}
+        for meta, stored, name in self._linears(meta_model):
+            module = model.get_submodule(paths[meta])
+            own.append((module, module.weight))
+            module.weight = nn.Parameter(stored.read(torch.float32), requires_grad=False)
+            hooks.append(self._quantize_activations(module, name))
+        try:
+            yield
+        finally:
+            for module, parameter in own:
+                module.weight = parameter
+            for hook in hooks:
+                hook()
+
+    def _linears(self, meta_model: nn.Module) -> Iterator[tuple[nn.Linear, StoredTensor, str]]:
+        """Yield every linear module whose weight the package has in another format, and its weight as the package has.
+
+        An embedding tied to a linear module stays as it is.
+        """
+        for module in meta_model.modules():
+            if not isinstance(module, nn.Linear):
+                continue
+            found = linked(module.weight)
+            if found is not None and found.name in self.formats:
+                yield module, PackagedTensor.of(found.stored, self.formats[found.name]), found.name
+
+    def _quantize_activations(self, module: nn.Module, name: str) -> Callable[[], None]:
+        if name not in self.int8_activations:
+            return lambda: None
+        return module.register_forward_pre_hook(lambda module, args: (fake_quantize(args[0]), *args[1:])).remove
+
+
+def package_weights(folder: Path, manifest: Manifest) -> PackageWeights | None:
+    """Return which weights a package has in another format than its dtype; None if it has none.
+
+    The names are those of the graphs' initializers; how they are quantized is what the manifest says.
+    """
+    if manifest.weights is None:
+        return None
+    formats: dict[str, WeightQuantization | torch.dtype] = {}
+    int8_activations: set[str] = set()
+    for graph, graph_record in manifest.graphs.items():
+        record = manifest.weights.of(graph)
+        if record.format == manifest.dtype:
+            continue
+        initializers = onnx.load(folder / graph_record.file, load_external_data=False).graph.initializer
+        if not record.is_quantized:
+            element = BY_NAME[record.format]
+            names = [tensor.name for tensor in initializers if tensor.data_type == element.onnx]
+            formats.update(dict.fromkeys(names, torch_dtype(record.format)))
+            continue
+        names = [t.name.removesuffix(QUANTIZED_SUFFIX) for t in initializers if t.name.endswith(QUANTIZED_SUFFIX)]
+        formats.update(dict.fromkeys(names, WeightQuantization.of(record, manifest.dtype)))
+        if record.int8_activations:
+            int8_activations.update(names)
+    return PackageWeights(formats=formats, int8_activations=frozenset(int8_activations)) if formats else None
+
+
+def fake_quantize(values: Tensor) -> Tensor:
+    """Round to the 256 values that ONNX's DynamicQuantizeLinear would take for them."""
+    low, high = values.min().clamp(max=0), values.max().clamp(min=0)
+    scale = (high - low) / 255
+    zero_point = (-low / scale).round().clamp(0, 255)
+    integers = ((values / scale).round() + zero_point).clamp(0, 255)
+    return (integers - zero_point) * scale
