@@ -30,7 +30,7 @@ from promprune.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
 __all__ = ["LoweredDecoder", "lower_package", "try_to_lower"]
 
-_ON_CPU: Final = RuntimeConfig(provider="cpu")
+_ON_CPU: Final = RuntimeConfig(provider="cpu", accuracy_level=0)
 _SAMPLE_ROWS: Final = 3
 _SAMPLE_POSITIONS: Final = 64
 _MEMORY_FACTOR: Final = 2  # of the weights: ONNX Runtime rearranges them for its kernels
@@ -52,6 +52,9 @@ class LoweredDecoder(NamedTuple):
 
 def try_to_lower(package: Package) -> str:
     """Lower the decoder of a package that is being made; return why there is no lowered decoder, or an empty text."""
+    verification = package.manifest.verification
+    if verification is not None and verification.not_verified:
+        return "the model was verified out of core; promprune-build lowers its decoder if that fits into memory"
     try:
         if package.manifest.has_language_model:
             lower_package(package)
