@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
@@ -180,18 +181,25 @@ def check_schedule(model: Model, schedule: Schedule) -> None:
 
 def check_limits(requests: list[tuple[Ask, Request]], max_batch: int | None, max_cache_tokens: int | None) -> None:
     slots = [request.slot for _, request in requests if request.slot is not None]
-    rows = {id(slot.cache): slot.cache.mask.size for slot in slots}
+    rows = {id(slot.cache): slot.cache.batch * int(slot.cache.lengths.max()) for slot in slots}
     assert max_batch is None or len(slots) <= max_batch
     assert max_cache_tokens is None or sum(rows.values()) <= max_cache_tokens
 
 
-@pytest.fixture(scope="module")
-def embedded(embedded_export: ExportResult) -> Iterator[Model]:
-    with VisionLanguagePipeline.from_package(embedded_export.output, provider="cpu", num_threads=1) as pipeline:
+@pytest.fixture(scope="module", params=["portable", "lowered"])
+def embedded(
+    request: pytest.FixtureRequest, embedded_export: ExportResult, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Model]:
+    package, lowered = embedded_export.output, request.param == "lowered"
+    if not lowered:
+        ignored = shutil.ignore_patterns("engines")
+        package = shutil.copytree(package, tmp_path_factory.mktemp("packages") / "portable", ignore=ignored)
+    with VisionLanguagePipeline.from_package(package, provider="cpu", num_threads=1) as pipeline:
+        assert any(note.startswith("decoder lowered") for note in pipeline.notes) == lowered
         yield Model(pipeline)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(schedule=SCHEDULES)
 def test_every_schedule_gives_the_answers_of_requests_alone(embedded: Model, schedule: Schedule) -> None:
     check_schedule(embedded, schedule)

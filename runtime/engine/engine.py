@@ -128,12 +128,19 @@ class Engine:
         if not running:
             return []
         with time_stage("decode", running):
-            slots = [request.slot for request in running if request.slot is not None]
             try:
-                logits, cache = self._model.decode([request.token_ids[-1] for request in running], slots)
+                cache = self._gather(running)
+                logits, cache = self._model.decode([request.token_ids[-1] for request in running], cache)
             except Exception as error:
                 return _fail(running, error)
             return self._choose_tokens(running, logits, cache)
+
+    def _gather(self, running: Sequence[Request]) -> Cache:
+        """Bring the rows of requests into one cache, which may end the caches that they are in."""
+        cache: Cache = self._model.decoder.caches.gather([request.slot for request in running if request.slot])
+        for row, request in enumerate(running):
+            request.slot = Slot(cache, row)
+        return cache
 
     def _choose_tokens(self, requests: Sequence[Request], logits: Logits, cache: Cache) -> list[Update]:
         """Choose the next token of each row; errors of one request end that one only."""

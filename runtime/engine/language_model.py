@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from promprune.errors import ConfigError
-from promprune.runtime.engine.cache import Cache, CachedPrefix, Slot
+from promprune.runtime.engine.cache import Cache, CachedPrefix
 from promprune.runtime.engine.decoder import Decoder
 from promprune.runtime.engine.prompt import TokenIds
 from promprune.runtime.images.encoded import EncodedImage
@@ -102,20 +102,19 @@ class LanguageModel:
         cache = prefix.cache.truncate(begin) if prefix and begin else self.decoder.caches.empty(batch, most_tokens)
         return self.decoder.forward(spliced.embeds, cache, spliced.mask, spliced.positions)
 
-    def decode(self, token_ids: Sequence[int], slots: Sequence[Slot[Any]]) -> tuple[Logits, Cache]:
+    def decode(self, token_ids: Sequence[int], cache: Cache) -> tuple[Logits, Cache]:
         """Run the decoder on one token per row.
 
         Args:
             token_ids: of the rows.
-            slots: the rows, in any caches.
+            cache: of the rows.
 
         Returns:
-            The logits after each token, float32 [batch, vocabulary], and the cache of all rows, in their order.
+            The logits after each token, float32 [batch, vocabulary], and the cache that includes the tokens.
 
         Raises:
             BackendError: the backend fails.
         """
-        cache = self.decoder.caches.gather(slots)
         return self.decoder.forward(self._embed(np.array(token_ids, np.int64)[:, None]), cache)
 
     def close(self) -> None:
