@@ -13,7 +13,7 @@ from promprune.package.manifest import TensorRecord
 from promprune.runtime.engine.cache import Slot
 from promprune.runtime.engine.decoder import Decoder
 from promprune.runtime.engine.slots import SlotCache, SlotCacheManager
-from promprune.runtime.sessions import DeviceTensor, Session, Value
+from promprune.runtime.sessions import BoundRun, DeviceTensor, Session, Value
 
 Array = np.ndarray[Any, Any]
 HIDDEN = 4
@@ -60,12 +60,16 @@ class SummingDecoder(Session):
         self.runs: list[tuple[int, int]] = []
         self.fails = False
 
-    def run_into(self, inputs: Mapping[str, Value], buffers: Mapping[str, Value]) -> dict[str, DeviceTensor]:
-        self._begin(inputs)
-        embeds, positions, keys = (np.asarray(inputs[name]) for name in ("inputs_embeds", "position_ids", KEY))
+    def bind_buffers(self, buffers: Mapping[str, Array], updated: Mapping[str, str]) -> BoundRun:
+        assert updated == {"present.0.key": KEY, "present.0.value": VALUE}
+        return lambda inputs: self.run_on(buffers[KEY], inputs)
+
+    def run_on(self, keys: Array, inputs: Mapping[str, Value]) -> dict[str, DeviceTensor]:
+        self._begin(inputs, bound=(KEY, VALUE))
+        embeds, positions = (np.asarray(inputs[name]) for name in ("inputs_embeds", "position_ids"))
         totals = np.asarray(inputs["seqlens_k"]) + 1
         assert np.asarray(inputs["total_sequence_length"]).item() == totals.max()
-        assert buffers["present.0.key"] is inputs[KEY]
+        assert len(keys) == len(embeds)
         count = embeds.shape[1]
         assert count == 1 or len(embeds) == 1, "the operator appends several positions to one row only"
         self.runs.append((len(embeds), count))

@@ -87,8 +87,8 @@ def lowered_logits(session: Session, embeds: Array) -> dict[str, list[Array]]:
         totals = np.array(run.begins) + run.new
         lengths = {SEQLENS: (totals - 1).astype(np.int32), TOTAL_LENGTH: totals.max(keepdims=True).astype(np.int32)}
         kept = {name: buffer[run.rows.start : run.rows.stop] for name, buffer in buffers.items()}
-        inputs = {**_feeds(session, embeds, run.rows.start, run.begins, run.new), **lengths, **kept}
-        outputs = session.run_into(inputs, {_present(name): buffer for name, buffer in kept.items()})
+        run_on_kept = session.bind_buffers(kept, {_present(name): name for name in past})
+        outputs = run_on_kept({**_feeds(session, embeds, run.rows.start, run.begins, run.new), **lengths})
         logits.setdefault(run.name, []).extend(outputs["logits"].numpy()[:, -1])
     return logits
 

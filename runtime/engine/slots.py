@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from promprune.package.lowered import SEQLENS, TOTAL_LENGTH
 from promprune.runtime.engine.cache import PAST, PRESENT, Mask, Slot, cache_bytes_per_token, fixed_size, to_host
-from promprune.runtime.sessions import Array, Session, Value
+from promprune.runtime.sessions import Array, BoundRun, Session, Value
 
 __all__ = ["SlotCache", "SlotCacheManager"]
 
@@ -33,15 +33,24 @@ class _Buffers:
     Attributes:
         tensors: by name of the graph input, [slots, kv heads, capacity, head dim] each.
         written: int64 [slots]; positions of each slot that any cache uses.
+        bound: the session's run on some adjacent slots, by the first and their number.
     """
 
     tensors: Mapping[str, Array]
     written: Lengths
+    bound: dict[tuple[int, int], BoundRun] = field(default_factory=dict)
 
     @property
     def capacity(self) -> int:
         """Positions per slot."""
         return int(next(iter(self.tensors.values())).shape[2])
+
+    def bind(self, session: Session, begin: int, count: int, updated: Mapping[str, str]) -> BoundRun:
+        """Return the session's run on ``count`` slots, the first of which is ``begin``; bound the first time."""
+        if (begin, count) not in self.bound:
+            views = {name: tensor[begin : begin + count] for name, tensor in self.tensors.items()}
+            self.bound[begin, count] = session.bind_buffers(views, updated)
+        return self.bound[begin, count]
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,9 +211,8 @@ class SlotCacheManager:
     def _run(self, feeds: Mapping[str, Value], cache: SlotCache, begin: int, lengths: Lengths, count: int) -> Array:
         """Append ``count`` positions to adjacent slots, the first of which is ``begin``."""
         totals = (lengths + count).astype(np.int32)
-        views = {name: tensor[begin : begin + len(lengths)] for name, tensor in cache.buffers.tensors.items()}
-        inputs = {**feeds, SEQLENS: totals - np.int32(1), TOTAL_LENGTH: totals.max(keepdims=True), **views}
-        outputs = self._session.run_into(inputs, {present: views[past] for present, past in self._present.items()})
+        run = cache.buffers.bind(self._session, begin, len(lengths), self._present)
+        outputs = run({**feeds, SEQLENS: totals - np.int32(1), TOTAL_LENGTH: totals.max(keepdims=True)})
         return outputs["logits"].numpy()
 
 

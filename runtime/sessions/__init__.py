@@ -11,10 +11,10 @@ from pathlib import Path
 
 from promprune.package.agree import check_graph
 from promprune.package.package import Package
-from promprune.runtime.sessions.base import Array, DeviceTensor, RowCopy, Session, Value
+from promprune.runtime.sessions.base import Array, BoundRun, DeviceTensor, RowCopy, Session, Value
 from promprune.runtime.sessions.config import BACKENDS, RuntimeConfig
 
-__all__ = ["BACKENDS", "Array", "DeviceTensor", "RowCopy", "Session", "Value", "open_file", "open_session"]
+__all__ = ["BACKENDS", "Array", "BoundRun", "DeviceTensor", "RowCopy", "Session", "Value", "open_file", "open_session"]
 
 
 def open_session(package: Package, graph: str, config: RuntimeConfig) -> Session:

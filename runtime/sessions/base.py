@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeAlias
 
 import ml_dtypes  # noqa: F401 - gives numpy its "bfloat16"
 import numpy as np
@@ -44,6 +44,7 @@ class DeviceTensor(Protocol):
 
 
 Value = Array | DeviceTensor
+BoundRun: TypeAlias = "Callable[[Mapping[str, Value]], dict[str, DeviceTensor]]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,24 +153,28 @@ class Session(ABC):
             target[:, :, at : at + new.shape[2]] = new
         return outputs
 
-    def run_into(self, inputs: Mapping[str, Value], buffers: Mapping[str, Value]) -> dict[str, DeviceTensor]:
-        """Like :meth:`run_keeping`, with outputs that are written to buffers of the caller's.
+    def bind_buffers(self, buffers: Mapping[str, Array], updated: Mapping[str, str]) -> BoundRun:
+        """Return a function that runs the graph on the same buffers each time.
 
         Args:
-            inputs: all of the graph's; a buffer may be one of them, if the graph allows to update it in place.
-            buffers: C-contiguous arrays by the name of an output; they have its dtype and shape.
+            buffers: inputs by name, C-contiguous.
+            updated: output -> the buffer that it is written to, which has its dtype and shape.
 
         Returns:
-            The other outputs, on the host.
+            A function of the other inputs that returns the other outputs, on the host; for one thread at a time. It
+            raises a BackendError if a name, dtype or shape is not the graph's, or the backend fails.
 
         Raises:
-            BackendError: a name, dtype or shape is not the graph's, or the backend fails.
+            BackendError: a buffer is not what the graph takes.
         """
-        outputs = self.run_keeping(inputs, keep=())
-        for name, buffer in buffers.items():
-            target: Any = buffer
-            target[...] = outputs.pop(name).numpy()
-        return outputs
+
+        def run(inputs: Mapping[str, Value]) -> dict[str, DeviceTensor]:
+            outputs = self.run_keeping({**inputs, **buffers}, keep=())
+            for output, name in updated.items():
+                buffers[name][...] = outputs.pop(output).numpy()
+            return outputs
+
+        return run
 
     @abstractmethod
     def _run(self, inputs: Mapping[str, Value], keep: Collection[str]) -> dict[str, DeviceTensor]:
@@ -193,20 +198,22 @@ class Session(ABC):
             if part.source.shape[-1] != size:
                 raise BackendError(f"{self.name} received rows of {part.source.shape[-1]} numbers", expected=str(size))
 
-    def _begin(self, inputs: Mapping[str, Value]) -> None:
-        self._check(inputs)
+    def _begin(self, inputs: Mapping[str, Value], bound: Collection[str] = ()) -> None:
+        self._check(inputs, bound)
         if self.on_run is not None:
             self.on_run(inputs)
 
-    def _check(self, inputs: Mapping[str, Value]) -> None:
-        if inputs.keys() != self.inputs.keys():
+    def _check(self, inputs: Mapping[str, Value], bound: Collection[str] = ()) -> None:
+        """Refuse inputs that are not the graph's, apart from those that are ``bound`` already."""
+        wanted = self.inputs.keys() - set(bound)
+        if inputs.keys() != wanted:
             raise BackendError(
                 f"{self.name} received inputs {sorted(inputs)}",
-                expected=f"{sorted(self.inputs)}",
+                expected=f"{sorted(wanted)}",
             )
         sizes: dict[str, int] = {}
-        for name, spec in self.inputs.items():
-            value = inputs[name]
+        for name, value in inputs.items():
+            spec = self.inputs[name]
             dtype, shape = str(value.dtype), tuple(value.shape)
             if dtype != spec.dtype or not _fits(shape, spec.shape, sizes):
                 known = f" with {sizes}" if sizes else ""

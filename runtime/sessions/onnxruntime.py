@@ -9,7 +9,6 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -21,7 +20,7 @@ from promprune.package.agree import check_graph
 from promprune.package.lowered import LOWERED_FILE, read_lowered
 from promprune.package.manifest import DECODER, TensorRecord
 from promprune.package.package import Package
-from promprune.runtime.sessions.base import Array, DeviceTensor, Session, Value
+from promprune.runtime.sessions.base import Array, BoundRun, DeviceTensor, Session, Value
 from promprune.runtime.sessions.config import RuntimeConfig
 from promprune.runtime.sessions.providers import AUTO, CPU, PROVIDERS, refused, why_not
 
@@ -82,32 +81,46 @@ class OnnxRuntimeSession(Session):
         self.inputs = {node.name: tensor_record(node, path) for node in self._session.get_inputs()}
         self.outputs = {node.name: tensor_record(node, path) for node in self._session.get_outputs()}
 
-    def run_into(self, inputs: Mapping[str, Value], buffers: Mapping[str, Value]) -> dict[str, DeviceTensor]:
-        """Run with the buffers as the graph's own outputs: nothing is copied."""
-        self._begin(inputs)
-        outputs = self._run(inputs, keep=(), into=buffers)
-        return {name: value for name, value in outputs.items() if name not in buffers}
+    def bind_buffers(self, buffers: Mapping[str, Array], updated: Mapping[str, str]) -> BoundRun:
+        """Bind each buffer once, as an input and as an output: a run neither copies nor binds them."""
+        values = {name: _ort_value(buffer) for name, buffer in buffers.items()}
+        binding = self._open().io_binding()
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        for output, name in updated.items():
+            binding.bind_ortvalue_output(output, values[name])
+        others = [name for name in self.outputs if name not in updated]
 
-    def _run(
-        self, inputs: Mapping[str, Value], keep: Collection[str], into: Mapping[str, Value] = MappingProxyType({})
+        def run(inputs: Mapping[str, Value]) -> dict[str, DeviceTensor]:
+            self._begin(inputs, bound=values)
+            return self._run_binding(binding, inputs, dict.fromkeys(others, CPU), first=len(updated))
+
+        return run
+
+    def _run(self, inputs: Mapping[str, Value], keep: Collection[str]) -> dict[str, DeviceTensor]:
+        devices = {name: self.device.lower() if name in keep else CPU for name in self.outputs}
+        return self._run_binding(self._open().io_binding(), inputs, devices)
+
+    def _run_binding(
+        self, binding: ort.IOBinding, inputs: Mapping[str, Value], devices: Mapping[str, str], first: int = 0
     ) -> dict[str, DeviceTensor]:
-        session = self._session
-        if session is None:
-            raise BackendError(f"{self.name} was closed", fix="load the package again")
+        """Run with further inputs, and with outputs on the devices given; ``first`` outputs are bound already."""
+        session = self._open()
         try:
-            binding = session.io_binding()
             for name, value in inputs.items():
                 binding.bind_ortvalue_input(name, _ort_value(value))
-            for name in self.outputs:
-                if name in into:
-                    binding.bind_ortvalue_output(name, _ort_value(into[name]))
-                else:
-                    binding.bind_output(name, self.device.lower() if name in keep else "cpu")
+            for name, device in devices.items():
+                binding.bind_output(name, device)
             session.run_with_iobinding(binding)
-            values = binding.get_outputs()
+            values = binding.get_outputs()[first:]
         except Exception as error:  # ORT raises RuntimeErrors and its own types, without a common base class
             raise _failure(f"{self.name} failed while running", error) from error
-        return {name: _OrtTensor(value) for name, value in zip(self.outputs, values, strict=True)}
+        return {name: _OrtTensor(value) for name, value in zip(devices, values, strict=True)}
+
+    def _open(self) -> ort.InferenceSession:
+        if self._session is None:
+            raise BackendError(f"{self.name} was closed", fix="load the package again")
+        return self._session
 
     def close(self) -> None:
         """Free the graph; running it afterwards is a BackendError."""
