@@ -32,7 +32,6 @@ from promprune.export.config import ExportConfig
 from promprune.package.manifest import DECODER
 from promprune.package.package import read_package
 from promprune.runtime import VisionLanguagePipeline
-from promprune.runtime.engine.cache import Slot
 from promprune.runtime.engine.decoder import Decoder
 from promprune.runtime.engine.language_model import LanguageModel
 from promprune.runtime.sessions import open_session
@@ -100,12 +99,11 @@ def time_decode(model: LanguageModel, rows: int, length: int) -> Iterator[float]
     """Yield the time of one decode step after the other; the cache is cut back to ``length`` after 32 of them."""
     embeds = embeddings(model, rows, length)
     while True:
-        slots = [Slot(prefill(model, embeds, length + 64), row) for row in range(rows)]
+        cache = prefill(model, embeds, length + 64)
         for _ in range(32):
             start = time.perf_counter()
-            _, cache = model.decode([5] * rows, slots)
+            _, cache = model.decode([5] * rows, cache)
             yield (time.perf_counter() - start) * 1000
-            slots = [Slot(cache, row) for row in range(rows)]
 
 
 def embeddings(model: LanguageModel, rows: int, length: int) -> np.ndarray[Any, Any]:
