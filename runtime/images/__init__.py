@@ -1,7 +1,7 @@
-"""How images enter a model: one file a kind, with its preprocessing, its postprocessing and its positions.
+"""How images enter a model: one file per kind, with its preprocessing, postprocessing and positions.
 
-To add a kind: write its record in :mod:`promprune.package.image`, a file beside this one with an
-:class:`~promprune.runtime.images.base.ImageProcessor`, and add its row below.
+To add a kind: write its record in :mod:`promprune.package.image`, a file in this folder with an
+:class:`~promprune.runtime.images.base.ImageProcessor`, and add its row to the table below.
 """
 
 from __future__ import annotations
@@ -28,6 +28,6 @@ def open_processor(package: Package) -> ImageProcessor:
     """Return the image processor of a package.
 
     Raises:
-        PackageError: its files are unusable, or do not fit the manifest.
+        PackageError: its files are unusable, or do not match the manifest.
     """
     return PROCESSORS[type(package.manifest.image.layout)](package)

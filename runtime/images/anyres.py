@@ -1,15 +1,15 @@
-"""A batch of crops per image, of which some tokens are padding: LLaVA-NeXT.
+"""A batch of crops per image, some of whose tokens are padding: LLaVA-NeXT.
 
-A picture is seen twice: whole, stretched to one square crop; and enlarged, with its proportions, on the canvas among
-the model's that fits it best, which is cut into crops. What the canvas has around the picture is padding; the tokens
-that see nothing else are left out. The arithmetic is transformers', rounding included.
+The model sees a picture twice: once stretched to one square crop (the overview), and once enlarged, with its
+proportions, on the best fitting of the model's canvases, which is divided into crops. The area of the canvas around the
+picture is padding; tokens that show only padding are omitted. The arithmetic, including rounding, is transformers'.
 
-An image's tokens are counted over two grids: that of the crop that shows it whole, then that of its canvas without the
-padding. The selection runs once for every crop; a crop that shows nothing but padding is not run at all.
+An image's tokens are numbered over two grids: first that of the overview, then that of the canvas without padding. The
+selection runs once per crop; crops that are entirely padding are not run.
 
-With nothing removed, the language model gets what transformers gives it: the tokens of both grids in this order, and
-``image_newline`` behind every row of the second. From a pruned package it gets the kept tokens without newlines: in
-the order of this count (``order="spatial"``), or crop by crop as they were picked (``order="selection"``).
+If all tokens are kept, the language model gets the same input as from transformers: the tokens of both grids in this
+order, with ``image_newline`` after every row of the second. From a pruned package it gets the kept tokens without
+newlines: in the order of the numbering (``order="spatial"``), or crop by crop as picked (``order="selection"``).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class PreprocessedCrops(PreprocessedImage):
 
     Attributes:
         token_indices: int64 [crops, N]; index of each token among all tokens of the image, -1 for padding.
-        grids: of the image's tokens.
+        grids: the grids of the image's tokens.
     """
 
     token_indices: npt.NDArray[np.int64]
@@ -75,10 +75,10 @@ class AnyresProcessor(ImageProcessor):
     def __init__(self, package: Package) -> None:
         folder, manifest, layout = package.folder, package.manifest, package.manifest.image.layout
         self._package = package
-        assert isinstance(layout, AnyresLayout)  # as the table says
+        assert isinstance(layout, AnyresLayout)  # by the table of kinds
         for height, width in layout.canvases:
-            expect("canvases that are no multiple of a crop", (height % layout.side, width % layout.side), (0, 0))
-        expect("tokens of a crop", layout.patches**2, manifest.tokens_of().num_tokens)
+            expect("remainder of canvas / crop size", (height % layout.side, width % layout.side), (0, 0))
+        expect("tokens per crop", layout.patches**2, manifest.tokens_of().num_tokens)
         self.preprocessor = AnyresPreprocessor.from_file(folder / "preprocessor_config.json", layout)
         self._layout = layout
         self._counts = manifest.tokens_of()
@@ -95,13 +95,13 @@ class AnyresProcessor(ImageProcessor):
         return expected_graph(self._package, graph, width=len(self._newline), **inputs)
 
     def view(self, image: Image) -> Image:
-        """Return the whole crop, and at its right what the other crops show besides padding."""
+        """Return the overview, and to its right the picture on the canvas without padding."""
         fit = fit_to_canvas(image.height, image.width, self._layout)
         whole, canvas = self.preprocessor.whole(image), self.preprocessor.canvas(image, fit)
         return view_of(whole, canvas, fit, self._layout)
 
     def preprocess(self, image: Image) -> PreprocessedCrops:
-        """Return the crops that show something of the image, and which of their tokens do."""
+        """Return the crops that are not entirely padding, with masks of their tokens."""
         fit = fit_to_canvas(image.height, image.width, self._layout)
         whole, canvas = self.preprocessor.whole(image), self.preprocessor.canvas(image, fit)
         token_indices = image_token_indices(fit, self._layout)
@@ -126,8 +126,8 @@ class AnyresProcessor(ImageProcessor):
         )
 
     def postprocess(self, outputs: Mapping[str, Array], image: PreprocessedImage) -> EncodedImage:
-        """Return the kept tokens of all crops; with nothing removed, the newlines too."""
-        assert isinstance(image, PreprocessedCrops)  # as ``preprocess`` returned it
+        """Return the kept tokens of all crops; with newlines if all tokens are kept."""
+        assert isinstance(image, PreprocessedCrops)  # returned by ``preprocess``
         crops = [selected_tokens(outputs, row, self._counts) for row in range(len(image.token_indices))]
         chosen = [row[crop.indices] for row, crop in zip(image.token_indices, crops, strict=True)]
         real = [some != _PADDING for some in chosen]
@@ -151,7 +151,7 @@ class AnyresProcessor(ImageProcessor):
         return EncodedImage(features[order], selection)
 
     def num_placeholders(self, selection: TokenSelection) -> int:
-        """Return the number of kept tokens, and of newlines."""
+        """Return the number of kept tokens plus newlines."""
         newlines = 0 if self._counts.is_pruned else sum(grid.rows for grid in selection.grids[1:])
         return selection.keep_tokens + newlines
 
@@ -166,7 +166,7 @@ class AnyresProcessor(ImageProcessor):
 
 
 def token_grids(fit: CanvasFit, layout: AnyresLayout) -> tuple[TokenGrid, ...]:
-    """Return the grids in which an image's tokens are counted, placed side by side; the second where it has rows."""
+    """Return the grids of an image's tokens, side by side; without the second if it has no rows."""
     side, patches = layout.side, layout.patches
     whole = TokenGrid(rows=patches, columns=patches, left=0, top=0, width=side, height=side)
     if not fit.rows:
@@ -183,7 +183,7 @@ def token_grids(fit: CanvasFit, layout: AnyresLayout) -> tuple[TokenGrid, ...]:
 
 
 def view_of(whole: Image, canvas: Image, fit: CanvasFit, layout: AnyresLayout) -> Image:
-    """Return the crop that shows an image whole, and at its right what its canvas shows besides padding."""
+    """Return the overview of an image, and to its right the picture on the canvas without padding."""
     from PIL import Image as PILImage
 
     grids = token_grids(fit, layout)
@@ -202,7 +202,7 @@ def _pixels(tokens: int, layout: AnyresLayout) -> int:
 def image_token_indices(fit: CanvasFit, layout: AnyresLayout) -> npt.NDArray[np.int64]:
     """Return the index of every token of every crop among all tokens of the image: int64 [crops, N], -1 for padding.
 
-    The tokens of the whole crop come first, then those of the canvas that are not padding, in raster order.
+    The tokens of the overview come first, then those of the canvas that are not padding, in raster order.
     """
     n = layout.patches
     rows, columns = fit.canvas[0] // layout.side, fit.canvas[1] // layout.side
@@ -215,7 +215,7 @@ def image_token_indices(fit: CanvasFit, layout: AnyresLayout) -> npt.NDArray[np.
 
 
 def _size_of(grids: tuple[TokenGrid, ...]) -> tuple[int, int]:
-    """Width and height of a picture that has room for all grids."""
+    """Return the width and height of a picture that contains all grids."""
     return max(grid.left + grid.width for grid in grids), max(grid.top + grid.height for grid in grids)
 
 
@@ -226,7 +226,7 @@ def _read_newline(path: Path) -> npt.NDArray[np.float32]:
         raise PackageError(f"{path} is not a usable array ({error})", fix="export again") from error
     if newline.dtype != np.float32 or newline.ndim != 1 or not np.isfinite(newline).all():
         raise PackageError(
-            f"{path} holds {newline.dtype}{list(newline.shape)}",
+            f"{path} contains {newline.dtype}{list(newline.shape)}",
             expected="finite float32 [hidden size]",
             fix="export again",
         )
@@ -234,7 +234,7 @@ def _read_newline(path: Path) -> npt.NDArray[np.float32]:
 
 
 class _LlavaNextFile(PixelFile, frozen=True):
-    """What is read of ``preprocessor_config.json``; the defaults are LlavaNextImageProcessor's."""
+    """The keys of ``preprocessor_config.json`` that are used; the defaults are LlavaNextImageProcessor's."""
 
     size: SizeDict = SizeDict(shortest_edge=224)
     do_center_crop: bool = True
@@ -244,13 +244,13 @@ class _LlavaNextFile(PixelFile, frozen=True):
 
 @dataclass(frozen=True)
 class CanvasFit:
-    """Where a picture lies on its canvas.
+    """The position of a picture on its canvas.
 
     Attributes:
         canvas: height and width, in pixels.
         resized: height and width of the picture on it, in pixels.
-        top, left: where it begins, in pixels.
-        rows, columns: of the canvas' tokens, those that are not padding.
+        top, left: offset of the picture, in pixels.
+        rows, columns: the rows and columns of the canvas's tokens that are not padding.
     """
 
     canvas: tuple[int, int]
@@ -262,9 +262,9 @@ class CanvasFit:
 
 
 def fit_to_canvas(height: int, width: int, layout: AnyresLayout) -> CanvasFit:
-    """Return where a picture of ``height`` x ``width`` pixels lies, and which tokens see it."""
+    """Place a picture of ``height`` x ``width`` pixels on the best canvas."""
     canvas = _best_canvas(height, width, layout.canvases)
-    resized = _fitted(height, width, canvas)
+    resized = _fit_size(height, width, canvas)
     grid = (canvas[0] // layout.side * layout.patches, canvas[1] // layout.side * layout.patches)
     rows, columns = _tokens_of_picture(height, width, grid)
     return CanvasFit(
@@ -279,19 +279,19 @@ def fit_to_canvas(height: int, width: int, layout: AnyresLayout) -> CanvasFit:
 
 @dataclass(frozen=True)
 class AnyresPreprocessor:
-    """Resize, place, cut, rescale and normalise."""
+    """Resizes, places, crops, rescales and normalises pictures."""
 
     _config: _LlavaNextFile
     _side: int
-    _levels: npt.NDArray[np.float32]  # [3, 256]: what each 8-bit level of each channel becomes
+    _levels: npt.NDArray[np.float32]  # [3, 256]: the value of each 8-bit level per channel
 
     @classmethod
     def from_file(cls, path: Path, layout: AnyresLayout) -> AnyresPreprocessor:
         """Read a ``preprocessor_config.json``.
 
         Raises:
-            PackageError: it cannot be read, asks for something that is not supported, or makes other crops than
-                ``layout`` says.
+            PackageError: it cannot be read, needs something that is not supported, or makes other crops than those of
+                ``layout``.
         """
         config = read_pixel_file(path, _LlavaNextFile)
         size = config.size
@@ -300,7 +300,7 @@ class AnyresPreprocessor:
         if not config.do_resize or not square == crop == (layout.side, layout.side):
             raise PackageError(
                 f"{path} makes crops of {crop[0]} x {crop[1]} pixels from pictures of {square[0]} x {square[1]}",
-                expected=f"do_resize, and {layout.side} x {layout.side} for both, as the vision graph takes",
+                expected=f"do_resize, and {layout.side} x {layout.side} for both, the input size of the vision graph",
                 fix="export again",
             )
         if config.image_grid_pinpoints != layout.canvases:
@@ -323,7 +323,7 @@ class AnyresPreprocessor:
         return canvas
 
     def pixel_values(self, pictures: Sequence[Image]) -> npt.NDArray[np.float32]:
-        """Return the crops of some pictures, cut row by row: float32 [crops, 3, side, side]."""
+        """Return the crops of pictures, in raster order: float32 [crops, 3, side, side]."""
         pixels = np.concatenate([self._cut(np.asarray(picture)) for picture in pictures])
         return normalize(pixels, self._levels, axis=1)
 
@@ -334,9 +334,9 @@ class AnyresPreprocessor:
 
 
 def _best_canvas(height: int, width: int, canvases: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Return the canvas on which the picture has most pixels; of several, the one with least padding, then the first.
+    """Return the canvas on which the picture has most pixels; among equals, the one with least padding, then the first.
 
-    Enlarging adds no pixels.
+    Pixels that are added by enlarging do not count.
     """
 
     def rank(canvas: tuple[int, int]) -> tuple[int, int]:
@@ -347,7 +347,7 @@ def _best_canvas(height: int, width: int, canvases: Sequence[tuple[int, int]]) -
     return min(canvases, key=rank)
 
 
-def _fitted(height: int, width: int, canvas: tuple[int, int]) -> tuple[int, int]:
+def _fit_size(height: int, width: int, canvas: tuple[int, int]) -> tuple[int, int]:
     """Return the height and width of a picture that is scaled to fill one side of a canvas."""
     scale_width, scale_height = canvas[1] / width, canvas[0] / height
     if scale_width < scale_height:
@@ -356,9 +356,9 @@ def _fitted(height: int, width: int, canvas: tuple[int, int]) -> tuple[int, int]
 
 
 def _tokens_of_picture(height: int, width: int, grid: tuple[int, int]) -> tuple[range, range]:
-    """Return the rows and columns of a grid of tokens that are not padding, as transformers counts them.
+    """Return the rows and columns of a grid of tokens that are not padding, computed as in transformers.
 
-    Of a picture so long that it is less than a token high, or wide, nothing is left.
+    They are empty if the picture is so long that its height or width is less than a token.
     """
     rows, columns = grid
     if width / height > columns / rows:

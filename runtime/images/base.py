@@ -1,4 +1,4 @@
-"""The interface of image processors, one for each kind of image handling, and what they share."""
+"""The interface of image processors, and what all kinds share."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class PreprocessedImage:
     Attributes:
         graph: name of that graph in the manifest.
         feeds: its inputs, by name.
-        digest: of what the graph will see; equal digests stand for equal results.
-        num_placeholders: tokens that the image will take in a prompt, known before anything runs.
+        digest: digest of the inputs; equal digests mean equal results.
+        num_placeholders: number of tokens of the image in a prompt, known before the graph runs.
     """
 
     graph: str
@@ -43,10 +43,10 @@ class PreprocessedImage:
 class ImageProcessor(ABC):
     """Turns a picture into the inputs of a vision graph, and the graph's outputs into an encoded image.
 
-    Safe to use from several threads at once.
+    Thread-safe.
 
     Args:
-        package: whose images these are.
+        package: the package whose vision graphs encode the images.
 
     Attributes:
         graphs: names of the vision graphs in the manifest.
@@ -59,7 +59,7 @@ class ImageProcessor(ABC):
         """Read what preprocessing and postprocessing need of the package.
 
         Raises:
-            PackageError: a file is unusable, or does not fit the manifest.
+            PackageError: a file is unusable, or does not match the manifest.
         """
 
     @abstractmethod
@@ -68,7 +68,7 @@ class ImageProcessor(ABC):
 
     @abstractmethod
     def view(self, image: Image) -> Image:
-        """Return what the model sees of an 8-bit RGB image; ``TokenSelection.grids`` are boxes in it."""
+        """Return the part of an 8-bit RGB image that the model sees; ``TokenSelection.grids`` are boxes in it."""
 
     @abstractmethod
     def preprocess(self, image: Image) -> PreprocessedImage:
@@ -76,10 +76,10 @@ class ImageProcessor(ABC):
 
     @abstractmethod
     def postprocess(self, outputs: Mapping[str, Array], image: PreprocessedImage) -> EncodedImage:
-        """Return ``image.num_placeholders`` features, and say which tokens they are.
+        """Return ``image.num_placeholders`` features, with the selection that they are from.
 
         Raises:
-            BackendError: the outputs are not what the manifest promises, or not numbers.
+            BackendError: the outputs contradict the manifest, or are not finite numbers.
         """
 
     @abstractmethod
@@ -89,13 +89,13 @@ class ImageProcessor(ABC):
 
 @dataclass(frozen=True, eq=False)
 class SelectedTokens:
-    """What a vision graph with selection inside returned for one row of its batch.
+    """The outputs of a vision graph for one row of its batch.
 
     Attributes:
         features: ``[T, D]``.
         indices: int64 [T].
-        saliency_mask: bool [T]; ``None`` in a package without selection.
-        spectral_entropy: ``None`` in a package without selection.
+        saliency_mask: bool [T]; None in a package without selection.
+        spectral_entropy: None in a package without selection.
     """
 
     features: Array
@@ -105,15 +105,15 @@ class SelectedTokens:
 
 
 def selected_tokens(outputs: Mapping[str, Array], row: int, counts: TokenCounts) -> SelectedTokens:
-    """Check what a vision graph returned for one row of its batch, and give it its names.
+    """Check the outputs of a vision graph for one row of its batch.
 
     Args:
-        outputs: of the vision graph; a package that keeps every token has only ``image_features``.
-        row: of the batch.
+        outputs: outputs of the vision graph; only ``image_features`` in a package that keeps every token.
+        row: index in the batch.
         counts: N and T of the graph.
 
     Raises:
-        BackendError: features or entropy are not numbers, or the selection is not T distinct tokens of N.
+        BackendError: features or entropy are not finite, or the selection is not T distinct tokens of N.
     """
     features = outputs["image_features"][row]
     if not np.isfinite(features).all():
@@ -142,10 +142,10 @@ def expected_graph(
     """Return the tensors that a vision graph should have, given its N and T.
 
     Args:
-        package: that the graph is of.
-        graph: its name.
-        width: of a visual token.
-        **inputs: dtype of every input, and its sizes after the first dimension.
+        package: the package of the graph.
+        graph: name of the graph.
+        width: number of features of a visual token.
+        **inputs: name of an input -> its dtype, and its sizes after the first dimension.
     """
     record, counts = package.manifest.graphs[graph], package.manifest.tokens_of(graph)
     dtype = next((output.dtype for output in record.outputs if output.name == "image_features"), "float32")
@@ -165,16 +165,18 @@ def _records(tensors: Mapping[str, tuple[str, tuple[int | str, ...]]]) -> tuple[
 
 
 def expect(what: str, found: object, expected: object) -> None:
-    """Refuse a package of which a part is not as it is stated elsewhere.
+    """Refuse a package with a part that contradicts another part.
 
     Raises:
         PackageError: ``found`` differs from ``expected``.
     """
     if found != expected:
-        raise PackageError(f"{what}: {_shown(found)}", expected=_shown(expected), fix="export the package again")
+        raise PackageError(
+            f"{what}: {_format_value(found)}", expected=_format_value(expected), fix="export the package again"
+        )
 
 
-def _shown(value: object) -> str:
+def _format_value(value: object) -> str:
     return ", ".join(sorted(map(str, value))) if isinstance(value, (set, frozenset)) else str(value)
 
 

@@ -1,4 +1,4 @@
-"""One crop of a fixed size per image, preprocessed as CLIP and LLaVA image processors do: LLaVA-1.5."""
+"""One crop of a fixed size per image, preprocessed like CLIP and LLaVA image processors: LLaVA-1.5."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CropPreprocessor", "CropProcessor"]
 
-_FILTER_REACH: Final = 4  # output or input pixels, whichever is larger, beyond which no filter looks
-_LARGE_PIXELS: Final = 16_000_000  # a resized image larger than this is computed only where the crop needs it
+_FILTER_REACH: Final = 4  # radius of all filters, in output or input pixels, whichever are larger
+_LARGE_PIXELS: Final = 16_000_000  # of a larger resized image, only the part that the crop needs is computed
 
 
 class CropProcessor(ImageProcessor):
@@ -50,7 +50,7 @@ class CropProcessor(ImageProcessor):
     def __init__(self, package: Package) -> None:
         manifest, layout = package.manifest, package.manifest.image.layout
         self._package = package
-        assert isinstance(layout, CropLayout)  # as the table says
+        assert isinstance(layout, CropLayout)  # by the table of kinds
         self.preprocessor = CropPreprocessor.from_file(
             package.folder / "preprocessor_config.json", height=layout.height, width=layout.width
         )
@@ -61,7 +61,7 @@ class CropProcessor(ImageProcessor):
             columns=layout.patch_columns,
             left=0,
             top=0,
-            width=layout.width // layout.patch_columns * layout.patch_columns,  # what fills no patch is not seen
+            width=layout.width // layout.patch_columns * layout.patch_columns,  # without incomplete patches
             height=layout.height // layout.patch_rows * layout.patch_rows,
         )
         expect("patches", self._grid.num_tokens, self._counts.num_tokens)
@@ -72,7 +72,7 @@ class CropProcessor(ImageProcessor):
         return expected_graph(self._package, graph, pixel_values=("float32", pixels))
 
     def view(self, image: Image) -> Image:
-        """Return the part of the crop that patches are made of."""
+        """Return the part of the crop that is divided into patches."""
         return self.preprocessor.crop(image).crop((0, 0, self._grid.width, self._grid.height))
 
     def preprocess(self, image: Image) -> PreprocessedImage:
@@ -98,7 +98,7 @@ class CropProcessor(ImageProcessor):
 
 
 class _ClipFile(PixelFile, frozen=True):
-    """What is read of ``preprocessor_config.json``; the defaults are CLIPImageProcessor's."""
+    """The keys of ``preprocessor_config.json`` that are used; the defaults are CLIPImageProcessor's."""
 
     image_processor_type: str = "CLIPImageProcessor"
     size: SizeDict | Size = SizeDict(shortest_edge=224)
@@ -109,16 +109,16 @@ class _ClipFile(PixelFile, frozen=True):
 
 @dataclass(frozen=True)
 class CropPreprocessor:
-    """Resize, centre crop, rescale and normalise.
+    """Resizes, crops, rescales and normalises pictures.
 
     Attributes:
-        height, width: of what comes out, in pixels.
+        height, width: size of the crop, in pixels.
     """
 
     height: int
     width: int
     _config: _ClipFile
-    _levels: npt.NDArray[np.float32]  # [3, 256]: what each 8-bit level of each channel becomes
+    _levels: npt.NDArray[np.float32]  # [3, 256]: the value of each 8-bit level per channel
 
     @classmethod
     def from_file(cls, path: Path, *, height: int, width: int) -> CropPreprocessor:
@@ -126,17 +126,17 @@ class CropPreprocessor:
 
         Args:
             path: the file.
-            height, width: what the vision graph takes, in pixels; the file has to lead there.
+            height, width: input size of the vision graph, in pixels; the file must result in it.
 
         Raises:
-            PackageError: it cannot be read, asks for something that is not supported, or leads to another size.
+            PackageError: it cannot be read, needs something that is not supported, or results in another size.
         """
         config = read_pixel_file(path, _ClipFile)
         final = _final_size(config, path)
         if final != (height, width):
             raise PackageError(
                 f"{path} makes images of {final[0]} x {final[1]} pixels",
-                expected=f"{height} x {width}, as the vision graph takes",
+                expected=f"{height} x {width}, the input size of the vision graph",
                 fix="export again",
             )
         return cls(height, width, config, pixel_levels(config, path))
@@ -146,32 +146,32 @@ class CropPreprocessor:
         from PIL import Image as PILImage
 
         if self._config.do_pad:
-            image = _padded_to_square(image, self._config.image_mean)
+            image = _pad_to_square(image, self._config.image_mean)
         if self._config.do_resize:
-            image = self._resized(image)
+            image = self._resize(image)
         if self._config.do_center_crop:
             image = PILImage.fromarray(_center_crop(np.asarray(image), self.height, self.width))
         return image
 
     def pixel_values(self, crop: Image) -> npt.NDArray[np.float32]:
-        """Return what the vision graph takes of one cropped image: float32 [1, 3, height, width]."""
+        """Return the input of the vision graph for one cropped image: float32 [1, 3, height, width]."""
         return normalize(np.asarray(crop), self._levels)[None]
 
     def __call__(self, image: Image) -> npt.NDArray[np.float32]:
         """Return ``pixel_values(crop(image))``: float32 [1, 3, height, width]."""
         return self.pixel_values(self.crop(image))
 
-    def _resized(self, image: Image) -> Image:
+    def _resize(self, image: Image) -> Image:
         height, width = _resized_size(self._config, image.height, image.width)
         if self._config.do_center_crop and height * width > _LARGE_PIXELS:
-            return self._resized_middle(image, height, width)
+            return self._resize_middle(image, height, width)
         return image.resize((width, height), resample=self._config.resample)
 
-    def _resized_middle(self, image: Image, height: int, width: int) -> Image:
-        """Resize only what the crop will keep of a very long image, which could be too large for memory.
+    def _resize_middle(self, image: Image, height: int, width: int) -> Image:
+        """Resize only the part of a very long image that the crop keeps: the entire one could exceed the memory.
 
-        Within one level (1/255) of resizing all of it, but for noise that the filter overshoots on: there the
-        order of Pillow's two passes shows, which depends on the sizes.
+        The result differs by at most one level (1/255) from resizing everything, except for noise on which the filter
+        overshoots: there the order of Pillow's two passes matters, which depends on the sizes.
         """
         x0, x1 = _window(width, self.width, image.width)
         y0, y1 = _window(height, self.height, image.height)
@@ -192,7 +192,7 @@ def _final_size(config: _ClipFile, path: Path) -> tuple[int, int]:
     if isinstance(size, SizeDict) and size.height and size.width:
         fixed = (size.height, size.width)
     if fixed is None or not (config.do_center_crop or config.do_resize):
-        raise PackageError(f"{path} leads to no fixed size", expected="crop_size, or size with height and width")
+        raise PackageError(f"{path} has no fixed size", expected="crop_size, or size with height and width")
     if config.do_resize and isinstance(config.size, SizeDict):
         known = config.size.shortest_edge or (config.size.height and config.size.width)
         if not known or config.size.longest_edge:
@@ -210,14 +210,14 @@ def _resized_size(config: _ClipFile, height: int, width: int) -> tuple[int, int]
 
 
 def _window(resized: int, kept: int, original: int) -> tuple[int, int]:
-    """Return the part of one side to compute: what the crop keeps and what its filters look at, centred."""
+    """Return the part of one side to compute, centred: what the crop keeps, plus the radius of the filters."""
     margin = math.ceil(_FILTER_REACH * max(1.0, resized / original))
     start = (resized - kept) // 2 - margin
     return (0, resized) if start <= 0 else (start, start + kept + 2 * margin)
 
 
 def _center_crop(pixels: Pixels, height: int, width: int) -> Pixels:
-    """Cut [height, width, 3] out of the middle; where the image is smaller, zeros surround it."""
+    """Return the [height, width, 3] in the centre; a smaller image is padded with zeros."""
     missing = [max(0, height - pixels.shape[0]), max(0, width - pixels.shape[1])]
     if any(missing):
         before = [(missing[0] + 1) // 2, (missing[1] + 1) // 2]
@@ -226,11 +226,11 @@ def _center_crop(pixels: Pixels, height: int, width: int) -> Pixels:
     return pixels[top : top + height, left : left + width]
 
 
-def _padded_to_square(image: Image, mean: Channels) -> Image:
+def _pad_to_square(image: Image, mean: Channels) -> Image:
     """Centre the image on a square of the mean colour (LlavaImageProcessor with ``do_pad``).
 
     Raises:
-        ImageError: the square would have more pixels than are decoded.
+        ImageError: the square would have more pixels than the limit for decoding.
     """
     from PIL import Image as PILImage
 
@@ -238,7 +238,7 @@ def _padded_to_square(image: Image, mean: Channels) -> Image:
     if side * side > max_decodable_pixels():
         raise ImageError(
             f"the image is {image.width} x {image.height} pixels, and this model pads it to {side} x {side}",
-            expected=f"at most {max_decodable_pixels()} pixels then",
+            expected=f"at most {max_decodable_pixels()} pixels after padding",
             fix="resize or crop it first",
         )
     square = PILImage.new("RGB", (side, side), (int(mean[0] * 255), int(mean[1] * 255), int(mean[2] * 255)))

@@ -1,4 +1,4 @@
-"""An encoded image, and which of its visual tokens were kept."""
+"""An encoded image, and the selection of its visual tokens."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["EncodedImage", "TokenGrid", "TokenSelection"]
 
 @dataclass(frozen=True, kw_only=True)
 class TokenGrid:
-    """A grid of patches that the model sees of an image, one visual token each.
+    """A grid of patches of an image, with one visual token per patch.
 
     Attributes:
-        rows, columns: patches.
-        left, top, width, height: the box that it covers in ``ImageEncoder.view(image)``, in pixels.
+        rows, columns: number of patches.
+        left, top, width, height: the box of the grid in ``ImageEncoder.view(image)``, in pixels.
     """
 
     rows: int
@@ -33,7 +33,7 @@ class TokenGrid:
 
     @property
     def num_tokens(self) -> int:
-        """Visual tokens of the grid."""
+        """Number of visual tokens of the grid."""
         return self.rows * self.columns
 
 
@@ -43,12 +43,12 @@ class TokenSelection:
 
     Attributes:
         grids: the grids of patches that the tokens come from; LLaVA-1.5 has one.
-        token_indices: int64 [T]; positions of the kept tokens, counted grid by grid, each in raster order.
-        saliency_mask: bool [T]; kept for its saliency (stage 1), else for coverage (stage 2). ``None`` in a
-            package without selection, which keeps every token.
-        spectral_entropies: normalised spectral entropy of the tokens that were chosen from, in [0, 1]; one for every
-            time the selection ran, which for LLaVA-1.5 is once. Empty in a package without selection.
-        policy: what chose them; under "random" no token was kept for its saliency, nor for coverage.
+        token_indices: int64 [T]; indices of the kept tokens, numbered grid by grid, each in raster order.
+        saliency_mask: bool [T]; true for tokens kept for their saliency (stage 1), false for coverage (stage 2). None
+            in a package without selection, which keeps every token.
+        spectral_entropies: normalised spectral entropy in [0, 1], one per run of the selection; LLaVA-1.5 has one run
+            per image. Empty in a package without selection.
+        policy: the policy that chose them; with "random" no token was kept for its saliency, nor for coverage.
     """
 
     grids: tuple[TokenGrid, ...]
@@ -59,12 +59,12 @@ class TokenSelection:
 
     @property
     def num_tokens(self) -> int:
-        """N, visual tokens before selection."""
+        """N, the number of visual tokens before selection."""
         return sum(grid.num_tokens for grid in self.grids)
 
     @property
     def spectral_entropy(self) -> float | None:
-        """The spectral entropy, or the mean of several; ``None`` in a package without selection."""
+        """The spectral entropy, or the mean of several; None in a package without selection."""
         return sum(self.spectral_entropies) / len(self.spectral_entropies) if self.spectral_entropies else None
 
     @property
@@ -74,12 +74,12 @@ class TokenSelection:
 
     @property
     def keep_tokens(self) -> int:
-        """T, visual tokens kept."""
+        """T, the number of kept tokens."""
         return len(self.token_indices)
 
     @property
     def saliency_count(self) -> int | None:
-        """T_sal, tokens kept for their saliency; ``None`` in a package without selection."""
+        """T_sal, the number of tokens kept for their saliency; None in a package without selection."""
         return None if self.saliency_mask is None else int(self.saliency_mask.sum())
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,14 +101,14 @@ class TokenSelection:
 
 @dataclass(frozen=True, eq=False)
 class EncodedImage:
-    """The kept visual tokens of one image; can be used as an image again, in any prompt of the same package.
+    """The kept visual tokens of one image; can be used in place of the image in any prompt for the same package.
 
     Attributes:
-        image_features: float32 or float16 [placeholders, D], what takes the place of the image's placeholders;
-            read-only. Most often one for each kept token, T in all.
-        selection: which tokens they are.
-        positions: where they lie, for a language model with several rotary positions per token; else ``None``.
-        on_device: the same features as [1, T, D], where the vision encoder left them; ``None``: on the host only.
+        image_features: float32 or float16 [placeholders, D], one feature per placeholder of the image; read-only.
+            Usually there is one placeholder per kept token.
+        selection: which tokens were kept.
+        positions: their positions, for a language model with several rotary positions per token; else None.
+        on_device: the same features as [1, T, D] on the device of the vision encoder; None if only on the host.
     """
 
     image_features: Array
@@ -118,5 +118,5 @@ class EncodedImage:
 
     @property
     def num_placeholders(self) -> int:
-        """Tokens that the image takes in a prompt."""
+        """Number of tokens of the image in a prompt."""
         return len(self.image_features)

@@ -1,4 +1,4 @@
-"""From an image to its kept visual tokens: preprocessing, the vision graph, and a memory of what it returned."""
+"""Encoding images: preprocessing, the vision graph, and a cache of encoded images."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
 
 __all__ = ["ImageEncoder", "ImageSource", "Images", "as_image_list"]
 
-# A file, its encoded bytes, a PIL image, an array [height, width, 3] of uint8, or an image encoded before.
+# A file, the bytes of a file, a PIL image, an array [height, width, 3] of uint8, or an encoded image.
 ImageSource: TypeAlias = "str | Path | bytes | Image | npt.NDArray[np.uint8] | EncodedImage"
 # One image, or a list of images.
 Images: TypeAlias = "ImageSource | Sequence[ImageSource]"
 
 
 class ImageEncoder:
-    """The vision half of a package: for language models elsewhere, and inside :class:`VisionLanguagePipeline`.
+    """The vision half of a package, for :class:`VisionLanguagePipeline` and for language models that run elsewhere.
 
-    Safe to use from several threads at once.
+    Thread-safe.
 
     Attributes:
-        manifest: what the package says of itself.
+        manifest: the package's manifest.
         processor: turns pictures into the inputs of a vision graph, and its outputs into encoded images.
-        device: where the graphs run: ``"CPU"`` or ``"CUDA"``.
+        device: device of the graphs: ``"CPU"`` or ``"CUDA"``.
         sessions: the loaded graphs, by name.
     """
 
@@ -62,7 +62,7 @@ class ImageEncoder:
         path: str | Path,
         **options: Any,
     ) -> Self:
-        """Load the vision graphs of a package, and nothing else of it.
+        """Load only the vision graphs of a package.
 
         Args and errors: as in :meth:`VisionLanguagePipeline.from_package`.
         """
@@ -74,8 +74,8 @@ class ImageEncoder:
         """Load the vision graphs of a package.
 
         Raises:
-            PackageError: they are not what the manifest says.
-            BackendError: one of them, or the provider that was asked for, cannot be loaded.
+            PackageError: a graph differs from the manifest.
+            BackendError: a graph, or the requested provider, cannot be loaded.
         """
         processor = open_processor(package)
         sessions = {name: open_session(package, name, config) for name in processor.graphs}
@@ -89,12 +89,12 @@ class ImageEncoder:
 
         Raises:
             ImageError: it cannot be read.
-            BackendError: the vision graph failed, or returned something that is not a number.
+            BackendError: the vision graph failed, or returned values that are not finite.
         """
         return self.encode(self.preprocess(image))[0]
 
     def view(self, image: str | Path | bytes | Image | npt.NDArray[np.uint8]) -> Image:
-        """Return what the model sees of an image, in the size in which it sees it; 8-bit RGB.
+        """Return the part of an image that the model sees, in the size in which it sees it; 8-bit RGB.
 
         Raises:
             ImageError: it cannot be read.
@@ -102,11 +102,11 @@ class ImageEncoder:
         return self.processor.view(load_image(image))
 
     def preprocess(self, source: ImageSource) -> EncodedImage | PreprocessedImage:
-        """Read and preprocess one image; one that was encoded by this package before is returned as it is.
+        """Read and preprocess one image; an encoded image is returned unchanged.
 
         Raises:
-            ImageError: it cannot be read.
-            ConfigError: it was encoded by a package of another shape.
+            ImageError: the image cannot be read.
+            ConfigError: it was encoded by a package with other shapes.
         """
         if not isinstance(source, EncodedImage):
             return self.processor.preprocess(load_image(source))
@@ -121,10 +121,10 @@ class ImageEncoder:
         return source
 
     def encode(self, image: EncodedImage | PreprocessedImage) -> tuple[EncodedImage, bool]:
-        """Return an encoded image, and whether the vision encoder had to run for it.
+        """Return an encoded image, and whether the vision encoder ran for it.
 
         Raises:
-            BackendError: the vision graph failed, or returned something that is not a number.
+            BackendError: the vision graph failed, or its outputs are not finite.
         """
         if isinstance(image, EncodedImage):
             return image, False
@@ -149,11 +149,11 @@ class ImageEncoder:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Why the graphs run where and as they do, in words."""
+        """Why the graphs run on their device and in their way, in words."""
         return tuple(dict.fromkeys(note for session in self.sessions.values() for note in session.notes))
 
     def close(self) -> None:
-        """Free the graphs; encoding afterwards is a BackendError."""
+        """Free the graphs; encoding afterwards raises a BackendError."""
         for session in self.sessions.values():
             session.close()
 
@@ -167,12 +167,12 @@ class ImageEncoder:
 
 
 def as_image_list(images: Images) -> list[ImageSource]:
-    """Return a list of images, if only one was given too."""
+    """Return a list of images, also for a single image."""
     return list(images) if isinstance(images, (list, tuple)) else [images]  # type: ignore[list-item]
 
 
 class _ImageCache:
-    """The images encoded last, by the digest of their pixels."""
+    """The most recently encoded images, by the digest of their pixels."""
 
     def __init__(self, size: int) -> None:
         self._size = size

@@ -1,7 +1,7 @@
 """One of several sizes for every image, each with a vision graph: Qwen2-VL and Qwen2.5-VL.
 
-A picture is resized to one of the grids that a package has graphs for, whatever its own size; where that is the
-size which ``smart_resize`` would have chosen, the patches are those of transformers.
+A picture of any size is resized to one of the grids that a package has graphs for. If that is the size that
+``smart_resize`` would have chosen, the patches are equal to those of transformers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["GridPreprocessor", "GridProcessor", "closest_shape", "grid_positions
 
 
 class GridProcessor(ImageProcessor):
-    """``pixel_values [1, patches, values of a patch]`` -> T tokens, with their places in the grid.
+    """``pixel_values [1, patches, values of a patch]`` -> T tokens, with their positions in the grid.
 
     Attributes:
         preprocessor: from pictures to patches.
@@ -42,7 +42,7 @@ class GridProcessor(ImageProcessor):
     def __init__(self, package: Package) -> None:
         manifest, layout = package.manifest, package.manifest.image.layout
         self._package = package
-        assert isinstance(layout, GridLayout)  # as the table says
+        assert isinstance(layout, GridLayout)  # by the table of kinds
         path = package.folder / "preprocessor_config.json"
         self.preprocessor = GridPreprocessor.from_file(path)
         expect(f"pixels of a token in {path}", self.preprocessor.token_pixels, layout.token_pixels)
@@ -60,12 +60,12 @@ class GridProcessor(ImageProcessor):
 
     def view(self, image: Image) -> Image:
         """Return the image in the size of its grid."""
-        return self._resized(image, self._grid_for(image))
+        return self._resize_to_grid(image, self._grid_for(image))
 
     def preprocess(self, image: Image) -> PreprocessedImage:
         """Return ``pixel_values [1, patches, values of a patch]`` for the grid that distorts the image least."""
         grid = self._grid_for(image)
-        resized = self._resized(image, grid)
+        resized = self._resize_to_grid(image, grid)
         return PreprocessedImage(
             graph=grid.graph,
             feeds={"pixel_values": self.preprocessor.pixel_values(resized)},
@@ -87,7 +87,7 @@ class GridProcessor(ImageProcessor):
         return EncodedImage(tokens.features, selection, positions)
 
     def num_placeholders(self, selection: TokenSelection) -> int:
-        """Return the T of the selection's grid; an image of a grid that this package has not keeps its own."""
+        """Return T of the selection's grid; for a grid that this package lacks, the number of kept tokens."""
         shape = (selection.grids[0].rows, selection.grids[0].columns)
         known = {(grid.rows, grid.columns): self._counts[grid.graph].keep_tokens for grid in self._grids.values()}
         return known.get(shape, selection.keep_tokens)
@@ -97,12 +97,12 @@ class GridProcessor(ImageProcessor):
         sizes = [(grid.rows * side, grid.columns * side) for grid in grids]
         return grids[closest_shape(image.height, image.width, sizes)]
 
-    def _resized(self, image: Image, grid: GridRecord) -> Image:
+    def _resize_to_grid(self, image: Image, grid: GridRecord) -> Image:
         return self.preprocessor.resized(image, rows=grid.rows, columns=grid.columns)
 
 
 class _Qwen2VlFile(PixelFile, frozen=True):
-    """What is read of ``preprocessor_config.json``; the defaults are Qwen2VLImageProcessor's."""
+    """The keys of ``preprocessor_config.json`` that are used; the defaults are Qwen2VLImageProcessor's."""
 
     image_processor_type: str = "Qwen2VLImageProcessor"
     patch_size: int = 14
@@ -112,17 +112,17 @@ class _Qwen2VlFile(PixelFile, frozen=True):
 
 @dataclass(frozen=True)
 class GridPreprocessor:
-    """Resize, rescale, normalise, and cut into patches."""
+    """Resizes, rescales and normalises pictures, and divides them into patches."""
 
     _config: _Qwen2VlFile
-    _levels: npt.NDArray[np.float32]  # [3, 256]: what each 8-bit level of each channel becomes
+    _levels: npt.NDArray[np.float32]  # [3, 256]: the value of each 8-bit level per channel
 
     @classmethod
     def from_file(cls, path: Path) -> GridPreprocessor:
         """Read a ``preprocessor_config.json``.
 
         Raises:
-            PackageError: it cannot be read, or asks for something that is not supported.
+            PackageError: it cannot be read, or needs something that is not supported.
         """
         config = read_pixel_file(path, _Qwen2VlFile)
         if min(config.patch_size, config.temporal_patch_size, config.merge_size) < 1 or not config.do_resize:
@@ -141,12 +141,12 @@ class GridPreprocessor:
 
     @property
     def patch_values(self) -> int:
-        """Numbers that describe one patch: three channels, at several times, of a square of pixels."""
+        """Number of values per patch: channels x times x pixels of a square."""
         return 3 * self._config.temporal_patch_size * self._config.patch_size**2
 
     @property
     def group(self) -> int:
-        """Patches of one token."""
+        """Number of patches per token."""
         return self._config.merge_size**2
 
     def resized(self, image: Image, *, rows: int, columns: int) -> Image:
@@ -155,23 +155,23 @@ class GridPreprocessor:
         return image.resize(size, resample=self._config.resample)
 
     def pixel_values(self, resized: Image) -> npt.NDArray[np.float32]:
-        """Return the patches of a resized image, those of one token together: float32 [1, patches, patch_values]."""
+        """Return the patches of a resized image, grouped by token: float32 [1, patches, patch_values]."""
         side, merge, times = self._config.patch_size, self._config.merge_size, self._config.temporal_patch_size
         pixels = np.asarray(resized)
         channels = normalize(pixels, self._levels)
         rows, columns = pixels.shape[0] // self.token_pixels, pixels.shape[1] // self.token_pixels
-        # channel, token row, patch in it, pixel in that; the same for columns
+        # [channel, token row, patch row, pixel row], then the same for columns
         patches = channels.reshape(3, rows, merge, side, columns, merge, side).transpose(1, 4, 2, 5, 0, 3, 6)
-        moving = np.repeat(patches[:, :, :, :, :, None], times, axis=5)  # a still image, at several times
+        moving = np.repeat(patches[:, :, :, :, :, None], times, axis=5)  # a still image, repeated for all times
         return moving.reshape(1, rows * columns * self.group, self.patch_values)
 
 
 def closest_shape(height: int, width: int, grids: Iterable[tuple[int, int]]) -> int:
-    """Return which grid distorts a picture least; of several, the one nearest in size.
+    """Return the index of the grid that distorts a picture least; among equals, of the one nearest in size.
 
     Args:
-        height, width: of the picture, in pixels.
-        grids: height and width of each, in pixels.
+        height, width: size of the picture, in pixels.
+        grids: height and width of each grid, in pixels.
     """
 
     def distance(grid: tuple[int, int]) -> tuple[float, float]:
@@ -188,7 +188,7 @@ def grid_positions(indices: npt.NDArray[np.int64], *, rows: int, columns: int) -
 
     Args:
         indices: int64 [T], in raster order of the grid.
-        rows, columns: of the whole grid.
+        rows, columns: size of the grid.
     """
     row, column = np.divmod(indices, columns)
     return ImagePositions(np.stack([np.zeros_like(row), row, column]), max(rows, columns))

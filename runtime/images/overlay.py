@@ -1,4 +1,4 @@
-"""A picture of the kept tokens: what the model sees, with the dropped patches dimmed."""
+"""Drawing the kept tokens: the view of the model, with dropped patches dimmed."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ __all__ = ["COVERAGE_COLOUR", "SALIENCY_COLOUR", "draw_kept_tokens"]
 Box: TypeAlias = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 
 SALIENCY_COLOUR: Final = (255, 140, 0)  # orange: stage 1
-COVERAGE_COLOUR: Final = (0, 190, 255)  # sky blue: stage 2; told apart with any kind of colour vision
+COVERAGE_COLOUR: Final = (0, 190, 255)  # sky blue: stage 2; distinguishable with every kind of colour vision
 _RANDOM_COLOUR: Final = (200, 200, 200)
 _BACKGROUND: Final = (22, 24, 29)
 _TEXT: Final = (235, 235, 235)
-_MIN_SIDE_PIXELS: Final = 896  # smaller images are enlarged by a whole factor
-_DIMMED: Final = 0.36  # brightness left to a dropped patch
+_MIN_SIDE_PIXELS: Final = 896  # smaller images are enlarged by an integer factor
+_DIMMED: Final = 0.36  # brightness of dropped patches
 
 
 def draw_kept_tokens(view: Image, selection: TokenSelection) -> Image:
     """Draw the kept visual tokens over an image.
 
     Args:
-        view: what the model sees (``pipeline.encoder.view(path)``), RGB.
-        selection: from a result, or from an encoded image.
+        view: the view of the model (``pipeline.encoder.view(path)``), RGB.
+        selection: the selection in a result or an encoded image.
 
     Returns:
         An RGB image, at least 896 pixels wide, with a legend below.
 
     Raises:
-        ImageError: the image has not the size that the model takes.
+        ImageError: the image does not have the size of the view.
     """
     seen = (max(g.left + g.width for g in selection.grids), max(g.top + g.height for g in selection.grids))
     if view.size != seen:
         raise ImageError(
             f"received an image of {view.width} x {view.height} pixels",
-            expected=f"{seen[0]} x {seen[1]}, what the model sees",
+            expected=f"{seen[0]} x {seen[1]}, the size of the model's view",
             fix="use pipeline.encoder.view(image)",
         )
     from PIL import Image as PILImage
@@ -57,7 +57,7 @@ def draw_kept_tokens(view: Image, selection: TokenSelection) -> Image:
         kept.paste(255, box)
     picture = PILImage.composite(bright, dark, kept)
     _outline(picture, boxes, _colours(selection))
-    return _with_legend(picture, selection)
+    return _add_legend(picture, selection)
 
 
 def _patches(grid: TokenGrid, scale: int) -> Iterator[Box]:
@@ -81,7 +81,7 @@ def _colours(selection: TokenSelection) -> list[tuple[int, int, int]]:
 
 
 def _outline(picture: Image, boxes: list[Box], colours: list[tuple[int, int, int]]) -> None:
-    """Frame every kept patch; nothing in a package without selection, where all are kept."""
+    """Frame every kept patch; draw nothing in a package without selection, which keeps all."""
     from PIL import ImageDraw
 
     draw = ImageDraw.Draw(picture)
@@ -90,7 +90,7 @@ def _outline(picture: Image, boxes: list[Box], colours: list[tuple[int, int, int
         draw.rectangle((left, top, right - 1, bottom - 1), outline=colour, width=width)
 
 
-def _with_legend(picture: Image, selection: TokenSelection) -> Image:
+def _add_legend(picture: Image, selection: TokenSelection) -> Image:
     from PIL import Image as PILImage
     from PIL import ImageDraw, ImageFont
 

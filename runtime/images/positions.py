@@ -1,7 +1,7 @@
 """Rotary positions of a prompt, for language models that give every token three: time, height and width.
 
-Text counts on all three together. An image lies at one point in time; its tokens have the rows and columns of the
-whole grid, whichever of them were kept, and the text behind it goes on as far as behind the whole image.
+For text, all three increase together. All tokens of an image have the same time; kept tokens have their rows and
+columns in the full grid, and the text after the image continues as if all tokens had been kept.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ Positions = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class ImagePositions:
-    """Where the kept tokens of one image lie.
+    """The rotary positions of the kept tokens of one image.
 
     Attributes:
-        offsets: int64 [3, T], from the position at which the image begins.
-        extent: how far on the text behind the image begins.
+        offsets: int64 [3, T], relative to the position at which the image begins.
+        extent: distance from the beginning of the image to the text after it.
     """
 
     offsets: Positions
@@ -32,11 +32,11 @@ class ImagePositions:
 
 @dataclass(frozen=True, eq=False)
 class PromptPositions:
-    """Where the tokens of some prompts lie, and those that will follow.
+    """The rotary positions of the tokens of some prompts, and of the tokens that will follow.
 
     Attributes:
-        ids: int64 [3, batch, length]; 0 where a prompt is padded.
-        rope_delta: int64 [batch]; the position of the token behind a prompt is its number of tokens plus this.
+        ids: int64 [3, batch, length]; 0 for padding.
+        rope_delta: int64 [batch]; the position of the token after a prompt is its number of tokens plus this.
     """
 
     ids: Positions
@@ -46,12 +46,12 @@ class PromptPositions:
 def prompt_positions(
     is_image: Sequence[npt.NDArray[np.bool_]], images: Sequence[Sequence[ImagePositions]], *, begin: int = 0
 ) -> PromptPositions:
-    """Return the positions of some prompts from their token ``begin`` on, shorter prompts padded on the left.
+    """Return the positions of some prompts, without their first ``begin`` tokens, with padding on the left.
 
     Args:
-        is_image: bool [length] of every prompt; where the placeholders are, those of one image together.
-        images: of every prompt, in the order of their placeholders.
-        begin: tokens that are left out.
+        is_image: for every prompt bool [length], true for placeholders; those of one image are adjacent.
+        images: for every prompt the positions of its images, in order.
+        begin: number of tokens to omit.
     """
     longest = max(len(row) for row in is_image)
     ids = np.zeros((3, len(is_image), longest), np.int64)
@@ -64,9 +64,9 @@ def prompt_positions(
 
 
 def _of_one_prompt(is_image: npt.NDArray[np.bool_], images: Sequence[ImagePositions]) -> tuple[Positions, int]:
-    """Return the positions of every token, int64 [3, length], and that of the token behind them."""
+    """Return the positions of every token, int64 [3, length], and that of the token after them."""
     places = np.flatnonzero(is_image)
-    steps = np.where(is_image, 0, 1)  # how far on the next token begins
+    steps = np.where(is_image, 0, 1)  # distance to the next token
     ends = np.cumsum([image.offsets.shape[1] for image in images], dtype=np.int64)
     steps[places[ends - 1]] = [image.extent for image in images]
     begins = np.cumsum(steps) - steps

@@ -1,12 +1,11 @@
-"""Reading pictures, and what the preprocessing of every kind of image handling shares.
+"""Reading pictures, and the parts of preprocessing that all kinds share.
 
-Where they leave a choice, this is what happens:
+Pictures are read as follows:
 
-- files and encoded bytes are turned upright as their EXIF orientation says; PIL images and arrays are taken as
-  they are;
-- transparency is composited onto white, as transformers does since version 5;
-- 16-bit pictures become 8-bit the way Pillow converts them, which clips at 255;
-- of an animation, the first frame counts.
+- files and encoded bytes are rotated according to their EXIF orientation; PIL images and arrays are not;
+- transparent pictures are composited onto white, as in transformers since version 5;
+- 16-bit pictures are converted to 8 bits by Pillow, which clips at 255;
+- of an animation, the first frame is used.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ __all__ = [
 
 Pixels = npt.NDArray[np.uint8]
 
-# Formats that Pillow decodes by itself: nothing here starts another program or reads another file. The first
-# ones need no further plugins.
+# Formats that Pillow decodes itself, without starting a program or reading another file. The first ones need no further
+# plugins.
 _COMMON_FORMATS: Final = ("PNG", "JPEG", "GIF", "BMP", "PPM")
 _FORMATS: Final = (*_COMMON_FORMATS, "WEBP", "TIFF", "AVIF", "JPEG2000", "TGA", "ICO")
 _READABLE: Final = "a picture Pillow can read (PNG, JPEG, WebP, GIF, BMP, TIFF, ...)"
@@ -51,7 +50,7 @@ Channels = tuple[float, float, float]
 
 
 class SizeDict(msgspec.Struct, frozen=True):
-    """A size as image processors write it, in pixels."""
+    """A size in the configuration of an image processor, in pixels."""
 
     shortest_edge: Size | None = None
     longest_edge: Size | None = None
@@ -60,7 +59,7 @@ class SizeDict(msgspec.Struct, frozen=True):
 
 
 class PixelFile(msgspec.Struct, frozen=True):
-    """What every ``preprocessor_config.json`` says of pixels; the defaults are CLIPImageProcessor's."""
+    """The keys for pixels that all kinds of ``preprocessor_config.json`` share; defaults of CLIPImageProcessor."""
 
     do_resize: bool = True
     resample: Literal[0, 1, 2, 3, 4, 5] = 3
@@ -81,7 +80,7 @@ def load_image(source: str | Path | bytes | Image | Pixels) -> Image:
         source: a file, the bytes of one, a PIL image, or an array [height, width, 3] of uint8.
 
     Raises:
-        ImageError: it is missing, no picture, damaged, or so large that decoding it would be an attack.
+        ImageError: it is missing, not a picture, damaged, or so large that it may be a decompression bomb.
     """
     from PIL import Image as PILImage
 
@@ -92,11 +91,11 @@ def load_image(source: str | Path | bytes | Image | Pixels) -> Image:
             )
         return PILImage.fromarray(np.ascontiguousarray(source))
     if isinstance(source, PILImage.Image):
-        return _decoded(source, "the image", upright=False)
+        return _decode(source, "the image", upright=False)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _opened(io.BytesIO(source), "the image", len(source))
+        return _open(io.BytesIO(source), "the image", len(source))
     if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
-        raise ImageError(f"{source[:100]} is an address", expected="a file", fix="download it first, or pass its bytes")
+        raise ImageError(f"{source[:100]} is a URL", expected="a file", fix="download it first, or pass its bytes")
     if isinstance(source, (str, Path)):
         return _load_file(Path(source))
     raise ImageError(
@@ -109,32 +108,32 @@ def _load_file(path: Path) -> Image:
         if not path.exists():
             raise ImageError(f"{path} does not exist", expected="an image file", fix="check the path")
         if not path.is_file():
-            found = "a folder" if path.is_dir() else "no regular file"
-            raise ImageError(f"{path} is {found}", expected="an image file", fix="name the file itself")
+            found = "a folder" if path.is_dir() else "not a regular file"
+            raise ImageError(f"{path} is {found}", expected="an image file", fix="give the path of a file")
         with path.open("rb") as stream:
-            return _opened(stream, str(path), path.stat().st_size)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            return _open(stream, str(path), path.stat().st_size)
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
         reason = getattr(error, "strerror", None) or str(error)
         raise ImageError(f"{path!s} cannot be read ({reason})", expected="an image file") from error
 
 
-def _opened(stream: Any, name: str, size_bytes: int) -> Image:
+def _open(stream: Any, name: str, size_bytes: int) -> Image:
     from PIL import UnidentifiedImageError
 
     if size_bytes == 0:
         raise ImageError(f"{name} is empty (0 bytes)", expected=_READABLE, fix="fetch the file again")
     try:
-        image = _identified(stream)
+        image = _identify(stream)
     except UnidentifiedImageError as error:
         raise ImageError(
-            f"{name} is not an image, or of a format that is not read", expected=_READABLE, fix="convert it to PNG"
+            f"{name} is not an image, or has an unsupported format", expected=_READABLE, fix="convert it to PNG"
         ) from error
-    except Exception as error:  # the decoders raise nearly every type on hostile bytes
-        raise _undecodable(name, error) from error
-    return _decoded(image, name, upright=True)
+    except Exception as error:  # on hostile bytes the decoders raise almost every type of error
+        raise _decode_error(name, error) from error
+    return _decode(image, name, upright=True)
 
 
-def _identified(stream: Any) -> Image:
+def _identify(stream: Any) -> Image:
     from PIL import Image as PILImage
     from PIL import UnidentifiedImageError
 
@@ -146,7 +145,7 @@ def _identified(stream: Any) -> Image:
         return PILImage.open(stream, formats=[name for name in _FORMATS if name in PILImage.OPEN])
 
 
-def _decoded(image: Image, name: str, *, upright: bool) -> Image:
+def _decode(image: Image, name: str, *, upright: bool) -> Image:
     from PIL import ImageOps
 
     if 0 in image.size:
@@ -155,7 +154,7 @@ def _decoded(image: Image, name: str, *, upright: bool) -> Image:
         image.load()
         return _as_rgb(ImageOps.exif_transpose(image) if upright else image)
     except Exception as error:  # as above
-        raise _undecodable(name, error) from error
+        raise _decode_error(name, error) from error
 
 
 def _as_rgb(image: Image) -> Image:
@@ -167,7 +166,7 @@ def _as_rgb(image: Image) -> Image:
     return image.convert("RGB")
 
 
-def _undecodable(name: str, error: Exception) -> ImageError:
+def _decode_error(name: str, error: Exception) -> ImageError:
     from PIL import Image as PILImage
 
     if isinstance(error, PILImage.DecompressionBombError):
@@ -177,14 +176,14 @@ def _undecodable(name: str, error: Exception) -> ImageError:
             fix="resize it first",
         )
     if isinstance(error, MemoryError):
-        return ImageError(f"{name} does not fit the memory", expected="a smaller image", fix="resize it first")
+        return ImageError(f"{name} does not fit into memory", expected="a smaller image", fix="resize it first")
     return ImageError(
         f"{name} is damaged or truncated ({first_line(error)})", expected=_READABLE, fix="fetch the file again"
     )
 
 
 def max_decodable_pixels() -> int:
-    """Return how many pixels Pillow decodes: it refuses a picture of more."""
+    """Return the largest number of pixels that Pillow decodes."""
     from PIL import Image as PILImage
 
     return 2 * PILImage.MAX_IMAGE_PIXELS if PILImage.MAX_IMAGE_PIXELS else sys.maxsize
@@ -194,7 +193,7 @@ def read_pixel_file(path: Path, config_type: type[ConfigT]) -> ConfigT:
     """Read a ``preprocessor_config.json``.
 
     Raises:
-        PackageError: it cannot be read, or says something else than ``config_type`` knows.
+        PackageError: it cannot be read, or has values of other types than ``config_type``.
     """
     try:
         return msgspec.json.decode(path.read_bytes(), type=config_type)
@@ -203,10 +202,10 @@ def read_pixel_file(path: Path, config_type: type[ConfigT]) -> ConfigT:
 
 
 def pixel_levels(config: PixelFile, path: Path) -> npt.NDArray[np.float32]:
-    """Return what every 8-bit level of each channel becomes, float32 [3, 256]; computed as the reference does.
+    """Return the normalised value of every 8-bit level per channel, float32 [3, 256]; computed like the reference.
 
     Raises:
-        PackageError: some of it is not a finite number.
+        PackageError: a value is not finite.
     """
     table = _levels(config)
     if not np.isfinite(table).all():
@@ -219,13 +218,13 @@ def pixel_levels(config: PixelFile, path: Path) -> npt.NDArray[np.float32]:
 
 
 def normalize(pixels: Pixels, levels: npt.NDArray[np.float32], *, axis: int = 0) -> npt.NDArray[np.float32]:
-    """Return what every 8-bit level of ``pixels [..., 3]`` becomes, with the channels at ``axis``: float32."""
+    """Return the normalised values of ``pixels [..., 3]``, with the channels at ``axis``: float32."""
     return np.stack([levels[channel][pixels[..., channel]] for channel in range(3)], axis=axis)
 
 
 def _levels(config: PixelFile) -> npt.NDArray[np.float32]:
     levels = np.arange(256, dtype=np.float64)
-    with np.errstate(all="ignore"):  # the caller refuses what is not finite
+    with np.errstate(all="ignore"):  # the caller refuses values that are not finite
         scaled = (levels * config.rescale_factor if config.do_rescale else levels).astype(np.float32)
         table = np.repeat(scaled[None], 3, axis=0)
         if config.do_normalize:
