@@ -1,4 +1,4 @@
-"""Conversations whose earlier turns need no prefill again."""
+"""Conversations that reuse the KV cache of earlier turns."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Chat:
     ``pipeline.cache_bytes_per_token`` bytes. For one thread at a time.
 
     Args:
-        pipeline: answers.
-        system: text of a system message, if the chat template knows such.
+        pipeline: the pipeline that answers.
+        system: text of a system message, if the chat template supports one.
 
     Attributes:
         messages: the finished turns, as messages.
@@ -39,16 +39,16 @@ class Chat:
         self._prefix: CachedPrefix | None = None
 
     def ask(self, prompt: str, images: Images = (), **options: Any) -> Result:
-        """Say something, with or without further images; return the answer.
+        """Send a message, with or without further images, and return the answer.
 
-        A turn that fails, or is interrupted, leaves the conversation as it was before.
+        If a turn fails or is interrupted, the conversation is unchanged.
 
         Args and errors: as in :meth:`VisionLanguagePipeline.generate`.
         """
         return self.stream(prompt, images, **options).result
 
     def stream(self, prompt: str, images: Images = (), **options: Any) -> AnswerStream:
-        """Like :meth:`ask`, with the text as it is generated; the turn counts once the stream is read to its end."""
+        """Like :meth:`ask`, with the text while it is generated; the turn is added when the stream has been read."""
         added = as_image_list(images)
         messages = [*self.messages, *as_messages(prompt, len(added))]
         request = self._pipeline.request(

@@ -42,12 +42,12 @@ Prompt: TypeAlias = "str | Sequence[Message]"
 class VisionLanguagePipeline:
     """An exported vision-language model, ready to answer. Make one with :meth:`from_package`.
 
-    Several threads may use one pipeline at once: every call has an engine of its own, and the cache of encoded images
-    is locked. A :class:`Chat` belongs to one thread at a time.
+    Thread-safe: every call uses its own engine, and the cache of encoded images is locked. A :class:`Chat` is not
+    thread-safe.
 
-    Options are keyword arguments named as the fields of a dataclass, :class:`RuntimeConfig` or
-    :class:`GenerationConfig`: defaults, types and ranges are stated there and nowhere else, so a name that is none of
-    them is refused when it is used, with the names that there are, and not by a type checker.
+    Options are keyword arguments for the fields of :class:`RuntimeConfig` or :class:`GenerationConfig`, where their
+    defaults, types and ranges are defined. An unknown name is therefore refused at run time, with a list of the valid
+    names, and not by a type checker.
 
     Attributes:
         manifest: the package's manifest.
@@ -78,7 +78,7 @@ class VisionLanguagePipeline:
         Raises:
             PackageError: it is not a package, it is damaged, its graphs differ from its manifest, or its tokenizer or
                 chat template cannot be read.
-            BackendError: a graph, or the provider that was asked for, cannot be loaded.
+            BackendError: a graph, or the requested provider, cannot be loaded.
             ConfigError: an option is unknown or out of range.
         """
         config = config_from_options(RuntimeConfig, options)
@@ -91,17 +91,18 @@ class VisionLanguagePipeline:
         return cls(ImageEncoder.open(package, config), prompts, language_model, eos)
 
     def with_vision_of(self, path: str | Path, **options: Any) -> Self:
-        """Load another package of the same language model (of another ratio, say) without a second copy of the latter.
+        """Load another package with the same language model, such as one with another ratio, without a second copy of
+        that model.
 
         Args:
             path: its folder.
             options: fields of :class:`RuntimeConfig`, for its vision encoder.
 
         Returns:
-            A pipeline that shares this one's language model: close them only when both are done.
+            A pipeline that shares this one's language model: close neither before both are done.
 
         Raises:
-            PackageError: it has another language model, or is no valid package.
+            PackageError: it has another language model, or is not a valid package.
             BackendError: its vision encoder cannot be loaded.
         """
         config = config_from_options(RuntimeConfig, options)
@@ -138,7 +139,7 @@ class VisionLanguagePipeline:
 
         Args:
             requests: images and prompt of each.
-            options, and errors: as in :meth:`generate`; they hold for all prompts.
+            options: as in :meth:`generate`; they apply to all prompts. So do the errors.
         """
         watch, engine = Stopwatch(), self.engine()
         made = [self.request(images, prompt, watch=watch, **options) for images, prompt in requests]
@@ -152,9 +153,9 @@ class VisionLanguagePipeline:
         return [request.result() for request in made]
 
     def stream(self, images: Images = (), prompt: Prompt = "", **options: Any) -> AnswerStream:
-        """Answer one prompt, with the text as it is generated.
+        """Answer one prompt, with the text while it is generated.
 
-        Images and prompt are checked at once; the model runs as the stream is read.
+        Images and prompt are checked at once; the model runs while the stream is read.
 
         Args and errors: as in :meth:`generate`.
         """
@@ -166,7 +167,7 @@ class VisionLanguagePipeline:
         return Chat(self, system)
 
     def encode_image(self, image: ImageSource) -> EncodedImage:
-        """Return the kept visual tokens of one image, for a language model elsewhere or for later prompts.
+        """Return the kept visual tokens of one image, for later prompts or for a language model that runs elsewhere.
 
         Raises:
             ImageError: it cannot be read.
@@ -175,7 +176,7 @@ class VisionLanguagePipeline:
         return self.encoder.encode_image(image)
 
     def engine(self, *, max_batch: int | None = None, max_cache_tokens: int | None = None) -> Engine:
-        """Return an engine that answers what :meth:`request` makes, for a loop of your own; see :class:`Engine`.
+        """Return an engine that answers requests made by :meth:`request`; see :class:`Engine`.
 
         Raises:
             ConfigError: a limit is below 1.
@@ -231,20 +232,20 @@ class VisionLanguagePipeline:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Why the graphs run where and as they do: what was chosen, and why nothing else was."""
+        """Which backends, providers and modes were chosen for the graphs, and why no others, in words."""
         return tuple(dict.fromkeys((*self.encoder.notes, *self.language_model.decoder.session.notes)))
 
     @property
     def cache_bytes_per_token(self) -> int:
         """Memory of the keys and values of one token, in bytes.
 
-        A row has at most ``context_length`` tokens. While a step runs they are held twice, in a :class:`Chat` three
-        times.
+        A sequence has at most ``context_length`` tokens. During a step its keys and values are in memory twice, in a
+        :class:`Chat` three times.
         """
         return self.language_model.decoder.caches.bytes_per_token
 
     def close(self) -> None:
-        """Free the graphs; using the pipeline afterwards is a BackendError."""
+        """Free the graphs; using the pipeline afterwards raises a BackendError."""
         self.encoder.close()
         self.language_model.close()
 

@@ -370,7 +370,7 @@ def test_an_encoded_image_can_be_used_again(pruned: VisionLanguagePipeline) -> N
     fresh, again = (pruned.generate([image], "Why?", max_new_tokens=4) for image in (picture(1), encoded))
     assert again.token_ids == fresh.token_ids
     assert again.timings.encoded_images == 0
-    with pytest.raises(ConfigError, match="without the positions of its tokens"):
+    with pytest.raises(ConfigError, match="without rotary positions"):
         pruned.generate([EncodedImage(encoded.image_features, encoded.selection)], "Why?")
 
 

@@ -441,7 +441,7 @@ def test_logits_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
     write_fake_package(tmp_path / "p", model)
     with (
         VisionLanguagePipeline.from_package(tmp_path / "p") as pipeline,
-        pytest.raises(BackendError, match="logits that are not numbers"),
+        pytest.raises(BackendError, match="logits that are not finite"),
     ):
         pipeline.generate((), "x")
 

@@ -1,4 +1,4 @@
-"""How images enter a model: one record for each kind of layout, and all that differs by kind."""
+"""How images enter a model: one record per kind of layout, with everything that depends on the kind."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ IMAGE_NEWLINE_FILE: Final = "image_newline.npy"  # float32 [D]; in packages of l
 
 
 class _Layout(Record, frozen=True):
-    """Base of the layouts: one row of a vision graph's batch per image, whose T tokens it takes in a prompt."""
+    """Base class of layouts; by default an image is one row of a vision graph's batch, and T tokens of a prompt."""
 
     @property
     def vision_graphs(self) -> tuple[str, ...]:
-        """Names of the vision graphs, the first one first."""
+        """Names of the vision graphs, in order."""
         return (VISION_ENCODER,)
 
     @property
     def max_crops(self) -> int:
-        """Most rows of a vision graph's batch that one image takes."""
+        """The most rows of a vision graph's batch that one image needs."""
         return 1
 
     @property
     def grid_sizes(self) -> tuple[tuple[int, int], ...]:
-        """Rows and columns of the sizes that images may have, in tokens; empty if a package has no choice of them."""
+        """Rows and columns of the possible sizes of images, in tokens; empty if the family has no choice of sizes."""
         return ()
 
     @property
@@ -46,7 +46,7 @@ class _Layout(Record, frozen=True):
         return None
 
     def max_placeholders(self, keep_tokens: int) -> int:
-        """Return the most tokens that one image takes in a prompt, given T."""
+        """Return the most tokens that one image can have in a prompt, given T."""
         return keep_tokens
 
 
@@ -65,19 +65,19 @@ class CropLayout(_Layout, frozen=True, tag_field="kind", tag="crop"):
 
 
 class AnyresLayout(_Layout, frozen=True, tag_field="kind", tag="anyres"):
-    """Every image becomes a crop that shows it whole, and several that show it enlarged; N and T are of one crop."""
+    """Every image becomes one crop of the entire image, and several enlarged ones; N and T are per crop."""
 
     side: Count  # of a crop, pixels
-    patches: Count  # in a row, and rows, of a crop: patches**2 == num_tokens
+    patches: Count  # per row and per column of a crop: patches**2 == num_tokens
     canvases: Annotated[tuple[tuple[Count, Count], ...], msgspec.Meta(min_length=1)]  # height, width; pixels
 
     @property
     def max_crops(self) -> int:
-        """Most rows of a vision graph's batch that one image takes: the crop that shows it whole, and the others."""
+        """The most rows of a vision graph's batch that one image needs: the crop of the entire image, and others."""
         return 1 + max(height * width for height, width in self.canvases) // self.side**2
 
     def max_placeholders(self, keep_tokens: int) -> int:
-        """Return the most tokens that one image takes in a prompt, given T of a crop; newlines included."""
+        """Return the most tokens that one image can have in a prompt, including newlines, given T of a crop."""
         if keep_tokens != self.patches**2:
             return self.max_crops * keep_tokens
         grids = [

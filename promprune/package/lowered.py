@@ -1,4 +1,4 @@
-"""The decoder lowered for ONNX Runtime: its place in the package, and whether it is still that of the package.
+"""The decoder lowered for ONNX Runtime: its files in the package, and the check that it is up to date.
 
 Layout, inside the package::
 
@@ -6,8 +6,8 @@ Layout, inside the package::
       lowered.json                  described by :class:`LoweredManifest`
       decoder_model_merged.onnx     the graph; its weights are those of onnx/decoder_model_merged.onnx
 
-It computes what the portable decoder computes, with keys and values in buffers that are updated in place, and can be
-deleted at any time. Nothing here needs torch or onnx.
+It computes the same as the portable decoder, with keys and values in buffers that are updated in place, and can be
+deleted at any time. This module needs neither torch nor onnx.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LoweredBackend = Literal["onnxruntime"]
 LOWERED_BACKEND: Final[LoweredBackend] = "onnxruntime"
 LOWERED_FILE: Final = "lowered.json"
 LOWERED_SCHEMA_VERSION: Final = 1
-# Raised when the same package begins to give another lowered graph; those of an older recipe are stale.
+# Increased when the same package would give another lowered graph; graphs of an older recipe are stale.
 LOWERED_RECIPE: Final = 1
 
 # Inputs that the portable decoder does not have.
@@ -65,14 +65,14 @@ class LoweredManifest(Record, frozen=True):
 
 
 def lowered_folder(package: Path) -> Path:
-    """Return the folder of a package's lowered decoder, whether there is one or not."""
+    """Return the folder of a package's lowered decoder; it may not exist."""
     return engine_folder(package, LOWERED_BACKEND, "cpu")
 
 
 def lowered_manifest(
     manifest: Manifest, graph: GraphRecord, file: Path, *, tool_version: str, checks: tuple[CheckRecord, ...]
 ) -> LoweredManifest:
-    """Describe a lowered decoder that was just made from a package's decoder, and is in ``file`` for now."""
+    """Describe a lowered decoder in ``file`` that was just made from a package's decoder."""
     return LoweredManifest(
         schema_version=LOWERED_SCHEMA_VERSION,
         backend=LOWERED_BACKEND,
@@ -86,22 +86,22 @@ def lowered_manifest(
 
 
 def write_lowered_manifest(folder: Path, lowered: LoweredManifest) -> None:
-    """Write ``lowered.json`` into a folder that is still being made."""
+    """Write ``lowered.json`` into a folder before it is moved into place."""
     (folder / LOWERED_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(lowered), indent=2) + b"\n")
 
 
 def read_lowered(package: Package, *, tool_version: str) -> LoweredManifest | None:
-    """Read the lowered decoder of a package, which must be that of its decoder as it is now.
+    """Read the lowered decoder of a package, and check that it was made from the current decoder.
 
     Args:
-        package: whose decoder it is.
-        tool_version: of the ONNX Runtime that is to run it; an older one than it was verified with is refused.
+        package: the package.
+        tool_version: version of ONNX Runtime; older versions than the one it was verified with are refused.
 
     Returns:
-        None if the package has none.
+        The manifest of the lowered decoder; None if the package has none.
 
     Raises:
-        PackageError: it is damaged or stale; the message says how.
+        PackageError: it is damaged or stale; the message gives the reason.
     """
     folder = lowered_folder(package.folder)
     try:
@@ -132,7 +132,7 @@ def _parse(folder: Path, content: bytes) -> LoweredManifest:
 
 
 def _staleness(package: Package, lowered: LoweredManifest, tool_version: str) -> str | None:
-    """Return why a lowered decoder is not that of the package; None if it is."""
+    """Return why a lowered decoder is stale; None if it is up to date."""
     file = lowered_folder(package.folder) / f"{DECODER}.onnx"
     if lowered.recipe != LOWERED_RECIPE:
         return "this promprune lowers in another way"

@@ -1,4 +1,4 @@
-"""Settings of one answer."""
+"""Settings of generating an answer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class GenerationConfig:
             ``DEFAULT_NEW_TOKENS``. A number that does not fit the context is refused.
         temperature: 0 for greedy; above 0, tokens are sampled from softmax(logits / temperature).
         top_p: sample from the smallest set of tokens whose probability reaches ``top_p``, in (0, 1]; 1 is off.
-        top_k: sample from the ``top_k`` likeliest tokens; 0 is off.
+        top_k: sample from the ``top_k`` most likely tokens; 0 is off.
         repetition_penalty: above 1, the logits of tokens in the prompt or the answer are lowered (divided if positive,
             multiplied if negative); 1 is off. Applies to greedy choice as well.
         stop: texts that end the answer; they are not part of it. One string, or a sequence of strings; kept as a tuple.
@@ -28,7 +28,7 @@ class GenerationConfig:
         ignore_eos: continue after an end-of-sequence token, so that the answer has exactly ``max_new_tokens`` tokens.
 
     Raises:
-        ConfigError: a value is of another type, or out of its range.
+        ConfigError: a value has the wrong type, or is out of its range.
     """
 
     DEFAULT_NEW_TOKENS: ClassVar[int] = 256

@@ -30,8 +30,8 @@ class Decoder:
     Attributes:
         session: the loaded graph.
         caches: makes and gathers its KV caches.
-        hidden_size: of ``inputs_embeds``.
-        embeds_dtype: of ``inputs_embeds``.
+        hidden_size: size of the last axis of ``inputs_embeds``.
+        embeds_dtype: dtype of ``inputs_embeds``.
         position_axes: rotary positions of one token: 1, or 3 for time, height and width.
 
     Raises:
@@ -68,8 +68,8 @@ class Decoder:
         Args:
             embeds: ``embeds_dtype`` [batch, sequence, hidden].
             cache: of the positions before them.
-            mask: int64 [batch, sequence], 0 where a row is padded; None for no padding.
-            positions: rotary positions, if the model has several per token; None to count on from the cache.
+            mask: int64 [batch, sequence], 0 for padding; None if there is none.
+            positions: rotary positions, if the model has several per token; None to continue those of the cache.
 
         Returns:
             The logits after the last position, float32 [batch, vocabulary], and the cache that includes the new
@@ -96,7 +96,7 @@ class Decoder:
         return PromptPositions(np.repeat(ids[None], self.position_axes, axis=0), cache.rope_delta)
 
     def _chunks(self, length: int) -> list[slice]:
-        """Return consecutive parts of one size, but for the first, which is the remainder."""
+        """Return consecutive parts of equal size, except for the first one, which is the remainder."""
         size = self._prefill_chunk or length
         ends = range(length, 0, -size)
         return [slice(max(end - size, 0), end) for end in reversed(ends)]

@@ -8,7 +8,7 @@
         for request, text in engine.step():
             print(text, end="")
 
-``generate``, ``generate_batch``, ``stream`` and ``chat`` are such loops, over an engine of their own.
+``generate``, ``generate_batch``, ``stream`` and ``chat`` are such loops, each with its own engine.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from promprune.runtime.images.encoded import EncodedImage
 
 __all__ = ["Encode", "Engine", "Update"]
 
-# A request, and the text that became certain in a step.
+# A request, and the text that became final in a step.
 Update: TypeAlias = "tuple[Request, str]"
 # Returns an encoded image, and whether the vision encoder ran for it: ``ImageEncoder.encode``.
 Encode: TypeAlias = "Callable[[EncodedImage | PreprocessedImage], tuple[EncodedImage, bool]]"
 
 
 class Engine:
-    """Answers requests, one token each per step.
+    """Answers requests, one token per request and step.
 
     One thread calls :meth:`step` in a loop; :meth:`add` and :meth:`cancel` may be called from any thread meanwhile.
     Several engines may share one language model.
 
-    Images that are not encoded are encoded in the step in which their request starts, which delays all others. To
-    avoid that, encode them on another thread, and add the request with encoded images.
+    Images are encoded in the step in which their request starts, which delays all other requests. To avoid that,
+    encode them on another thread, and add the request with encoded images.
 
     Args:
-        model: answers.
+        model: the language model.
         encode: encodes the images of requests; see ``ImageEncoder.encode``.
-        max_batch, max_cache_tokens: see :class:`Scheduler`. While a step runs, the KV cache is held twice.
+        max_batch, max_cache_tokens: see :class:`Scheduler`. During a step, the KV cache is in memory twice.
     """
 
     def __init__(
@@ -58,16 +58,16 @@ class Engine:
         self._stepping = threading.Lock()
 
     def add(self, request: Request) -> Request:
-        """Let a request wait for a step that starts it; return it, as its handle.
+        """Queue a request, and return it as its handle.
 
         Raises:
-            ConfigError: it exceeds the limits even alone.
+            ConfigError: the request alone exceeds the limits.
         """
         self._scheduler.add(request)
         return request
 
     def cancel(self, request: Request) -> None:
-        """Stop answering a request; its row is freed at once, or when the step that runs now has ended."""
+        """Stop answering a request; its batch row is freed at once, or after the current step."""
         self._scheduler.cancel(request)
         if self._stepping.acquire(blocking=False):
             try:
@@ -76,11 +76,11 @@ class Engine:
                 self._stepping.release()
 
     def step(self) -> list[Update]:
-        """Give every running request its next token by a decode step, and waiting ones that can start by a prefill.
+        """Run a decode step for all running requests, and a prefill for all waiting requests that can start.
 
         Returns:
-            The requests that got a token or failed, with their new text. Those that are ``done`` now are not returned
-            again; what ended one of them is its ``error``, and does not concern the others.
+            The requests that got a token or failed, with their new text. Requests that are now ``done`` are not
+            returned again; the ``error`` of a failed request does not affect the others.
         """
         with self._stepping:
             running, started = self._scheduler.schedule()
@@ -90,11 +90,11 @@ class Engine:
 
     @property
     def has_requests(self) -> bool:
-        """Whether there is anything to do for :meth:`step`."""
+        """Whether any request is waiting or running."""
         return self._scheduler.has_requests
 
     def _start(self, requests: Sequence[Request]) -> list[Update]:
-        """Encode the images of requests, and prefill: together, but alone if keys and values can be reused."""
+        """Encode the images of requests and prefill: in one batch, except for requests that reuse keys and values."""
         with time_stage("vision", requests):
             failed = [update for request in requests for update in self._encode_images(request)]
         ready = [request for request in requests if not request.done]
@@ -103,7 +103,7 @@ class Engine:
         return failed + [update for group in groups for update in self._prefill(group)]
 
     def _encode_images(self, request: Request) -> list[Update]:
-        """Encode image by image: in a batch, rounding could differ, and so could the tokens that are kept."""
+        """Encode image by image: in a batch, rounding and therefore the kept tokens could differ."""
         try:
             encoded = [self._encode(image) for image in request.images]
         except Exception as error:
@@ -143,7 +143,7 @@ class Engine:
         return cache
 
     def _choose_tokens(self, requests: Sequence[Request], logits: Logits, cache: Cache) -> list[Update]:
-        """Choose the next token of each row; errors of one request end that one only."""
+        """Choose the next token of each batch row; an error ends only the request that it concerns."""
         updates: list[Update] = []
         for row, request in enumerate(requests):
             request.slot = Slot(cache, row)

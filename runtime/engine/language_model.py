@@ -26,8 +26,8 @@ class PromptTokens(NamedTuple):
 
     Attributes:
         token_ids: int64 [length], one placeholder per visual token.
-        is_image: bool [length]; where the placeholders are.
-        images: in the order of their placeholders.
+        is_image: bool [length]; true for placeholders.
+        images: the images, in the order of their placeholders.
     """
 
     token_ids: TokenIds
@@ -40,7 +40,7 @@ class SplicedPrompts(NamedTuple):
 
     Attributes:
         embeds: [batch, longest, hidden].
-        mask: int64 [batch, longest]; 0 where a prompt is padded.
+        mask: int64 [batch, longest]; 0 for padding.
         positions: rotary positions, if the model has several per token.
     """
 
@@ -50,7 +50,7 @@ class SplicedPrompts(NamedTuple):
 
 
 class LanguageModel:
-    """``embed_tokens`` and the decoder. Safe to use from several threads at once.
+    """``embed_tokens`` and the decoder. Thread-safe.
 
     Attributes:
         embed: the loaded graph ``embed_tokens``.
@@ -88,7 +88,7 @@ class LanguageModel:
 
         Args:
             spliced: from :meth:`splice`.
-            prefix: holds the keys and values of positions before ``begin``, for a single prompt.
+            prefix: the keys and values of the positions before ``begin``, for a single prompt.
             begin: as given to :meth:`splice`.
             most_tokens: positions of the longest prompt with its answer, if known.
 
@@ -118,7 +118,7 @@ class LanguageModel:
         return self.decoder.forward(self._embed(np.array(token_ids, np.int64)[:, None]), cache)
 
     def close(self) -> None:
-        """Free the graphs; using them afterwards is a BackendError."""
+        """Free the graphs; using them afterwards raises a BackendError."""
         self.embed.close()
         self.decoder.session.close()
 
@@ -134,12 +134,12 @@ class LanguageModel:
 
 
 def copy_features(images: Sequence[EncodedImage], places: npt.NDArray[np.int64], begin: int) -> Iterator[RowCopy]:
-    """Yield the copies that bring image features to their placeholders, one per run of adjacent placeholders.
+    """Yield the copies of image features to their placeholders, one per run of adjacent placeholders.
 
     Args:
-        images: of one prompt.
-        places: positions of all their placeholders; below 0 if they need no prefill.
-        begin: the row of position 0.
+        images: the images of one prompt.
+        places: positions of all their placeholders; negative for those that need no prefill.
+        begin: row of position 0.
     """
     done = 0
     for image in images:
@@ -155,8 +155,8 @@ def copy_features(images: Sequence[EncodedImage], places: npt.NDArray[np.int64],
 def _positions_of(image: EncodedImage) -> ImagePositions:
     if image.positions is None:
         raise ConfigError(
-            "received an encoded image without the positions of its tokens",
-            expected="one with positions: this model gives every token three",
+            "received an encoded image without rotary positions",
+            expected="an image with positions: this model has three per token",
             fix="encode it with this package",
         )
     return image.positions

@@ -1,4 +1,4 @@
-"""Loading the graphs of a package, and checking that they fit each other and the manifest."""
+"""Loading the language model of a package, and checking that its graphs fit together."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def open_language_model(package: Package, config: RuntimeConfig) -> LanguageMode
     """Load ``embed_tokens`` and the decoder.
 
     Raises:
-        PackageError: they are not what the manifest says, or do not fit each other.
-        BackendError: one of them, or the provider that was asked for, cannot be loaded.
+        PackageError: a graph differs from the manifest, or the graphs do not fit together.
+        BackendError: a graph, or the requested provider, cannot be loaded.
     """
     if not package.manifest.has_language_model:
         raise PackageError(
@@ -69,7 +69,7 @@ def open_decoder(package: Package, config: RuntimeConfig, device: str) -> Sessio
 
 
 def expect_same_width(manifest: Manifest) -> None:
-    """Compare the size of the visual tokens with that of the language model's embeddings, as the manifest states them.
+    """Compare the size of the visual tokens with that of the language model's embeddings in the manifest.
 
     Every graph is compared with the manifest when it is opened.
 

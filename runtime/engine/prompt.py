@@ -47,7 +47,7 @@ __all__ = [
 Message = Mapping[str, Any]
 TokenIds = npt.NDArray[np.int64]
 
-# For packages without a chat template: the format LLaVA-1.5 was tuned on.
+# For packages without a chat template: the format that LLaVA-1.5 was trained with.
 FALLBACK_TEMPLATE: Final = """\
 {% for message in messages %}
 {{- message.role.upper() + ': ' }}
@@ -55,9 +55,9 @@ FALLBACK_TEMPLATE: Final = """\
 {%- for part in message.content if part.type == 'text' %}{{ part.text + ' ' }}{% endfor %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
-# Marks in the texts while the template renders them: code points that Unicode never assigns. A special token is between
-# the two marks. The second mark also stands after a text that ends with the beginning of a special token, and before
-# one that starts with the end of a special token: the template may put any text next to it.
+# Marks that are inserted in the texts while the template renders them: code points that Unicode never assigns. The two
+# marks enclose a special token. The second mark is also inserted after a text that ends with the beginning of a special
+# token, and before one that starts with the end of one, because the template may put any text next to it.
 _LITERAL: Final = "\ufdd0"
 _EDGE: Final = "\ufdd1"
 _MARKS: Final = re.compile(f"([{_LITERAL}{_EDGE}])")
@@ -192,7 +192,7 @@ class PromptBuilder:
         if tokenizer.token_to_id(self.image_token) != self.image_token_id:
             raise PackageError(
                 f"{path} gives {self.image_token!r} the id {tokenizer.token_to_id(self.image_token)}",
-                expected=f"{self.image_token_id}, as the manifest says",
+                expected=f"{self.image_token_id}, the id in the manifest",
                 fix=_EXPORT_AGAIN,
             )
         return tokenizer
@@ -384,7 +384,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise PackageError(f"{path} cannot be read ({error})", fix=_EXPORT_AGAIN) from error
     if not isinstance(content, dict):
-        raise PackageError(f"{path} holds a {type(content).__name__}", expected="a JSON object", fix=_EXPORT_AGAIN)
+        raise PackageError(f"{path} contains a {type(content).__name__}", expected="a JSON object", fix=_EXPORT_AGAIN)
     return content
 
 

@@ -1,4 +1,4 @@
-"""One request: what is asked, and how far its answer is."""
+"""One request: the prompt, and the state of its answer."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ __all__ = ["Request", "time_stage"]
 
 @dataclass(eq=False, kw_only=True)
 class Request:
-    """One prompt and its answer so far; the handle that :class:`Engine` knows it by.
+    """One prompt and its answer so far; the handle of a request in :class:`Engine`.
 
     Args:
         prompt_ids: int64 [length], one placeholder per visual token.
-        is_image: bool [length]; where the placeholders are.
-        images: in the order of their placeholders; encoded, or preprocessed only.
-        config: how tokens are chosen.
-        tokenizer: turns them into text.
-        eos_token_ids: end the answer.
-        max_new_tokens: most tokens of the answer; prompt and answer fit the context.
-        prefix: keys and values that the prompt may begin with; see :meth:`CachedPrefix.common_length`.
-        keep_cache: keep the keys and values once the answer is complete, as ``cached_prefix``.
+        is_image: bool [length]; true for placeholders.
+        images: the images, in the order of their placeholders; encoded, or only preprocessed.
+        config: settings of choosing tokens.
+        tokenizer: decodes the tokens.
+        eos_token_ids: the tokens that end the answer.
+        max_new_tokens: most tokens of the answer; prompt and answer fit into the context.
+        prefix: keys and values of an earlier prompt to reuse; see :meth:`CachedPrefix.common_length`.
+        keep_cache: store the keys and values of the complete answer in ``cached_prefix``.
         watch: times of the stages before the engine.
 
     Attributes:
-        token_ids: of the answer so far, the end-of-sequence token included.
+        token_ids: tokens of the answer so far, including the end-of-sequence token.
         finish_reason: why the answer is complete: "stop" (end-of-sequence token or stop text) or "length"; else None.
-        error: what ended the request instead; None if nothing did.
+        error: the error that ended the request; None if there was none.
         cancelled: whether it was cancelled.
-        slot: its row of the KV cache while it runs.
-        cached_prefix: prompt and answer with their keys and values, if they were to be kept.
-        num_encoded: images that the vision encoder ran for.
+        slot: its slot of the KV cache while it runs.
+        cached_prefix: prompt and answer with their keys and values, if ``keep_cache``.
+        num_encoded: number of images that the vision encoder ran for.
         kv_cache_bytes: memory of its keys and values at the end.
     """
 
@@ -86,7 +86,7 @@ class Request:
 
     @property
     def most_tokens(self) -> int:
-        """Positions of the KV cache that it takes at most: the last token of the answer needs none."""
+        """The most positions of the KV cache that it needs: the last token of the answer needs none."""
         return len(self.prompt_ids) + self.max_new_tokens - 1
 
     @property
@@ -96,7 +96,7 @@ class Request:
 
     @property
     def texts(self) -> Sequence[str]:
-        """The text that became certain with each token, possibly none."""
+        """The text that became final with each token, possibly empty."""
         return self._texts
 
     @property
@@ -106,11 +106,11 @@ class Request:
 
     @property
     def prompt(self) -> PromptTokens:
-        """What the language model is given."""
+        """The input of the language model."""
         return PromptTokens(self.prompt_ids, self.is_image, self.encoded_images)
 
     def choose_token(self, logits: npt.NDArray[np.float32]) -> str:
-        """Choose the next token from float32 [vocabulary]; return the text that became certain.
+        """Choose the next token, given logits float32 [vocabulary]; return the text that became final.
 
         Raises:
             BackendError: the logits are not finite.
@@ -134,11 +134,11 @@ class Request:
         return "length" if len(self.token_ids) >= self.max_new_tokens else None
 
     def result(self) -> Result:
-        """Return the whole answer.
+        """Return the complete answer.
 
         Raises:
-            BackendError: it is not complete.
-            Exception: what ended the request.
+            BackendError: the answer is not complete.
+            Exception: the error that ended the request.
         """
         if self.error is not None:
             raise self.error

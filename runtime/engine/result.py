@@ -1,4 +1,4 @@
-"""An answer, and how long each stage of it took."""
+"""An answer, and the time of each of its stages."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Timings:
         decode_ms: all further tokens.
         first_token_ms: from the call to the first token.
         total_ms: from the call to the last token; for a stream, includes the time between reads.
-        prompt_tokens: tokens of the prompt, visual tokens included.
+        prompt_tokens: tokens of the prompt, including visual tokens.
         reused_tokens: tokens of the prompt whose keys and values were cached by the previous turn.
         new_tokens: tokens of the answer.
         encoded_images: images that the vision encoder ran for; the others were encoded before.
-        kv_cache_bytes: memory of the answer's keys and values at its end, padding and spare capacity included.
+        kv_cache_bytes: memory of the answer's keys and values at its end, including padding and spare capacity.
     """
 
     preprocess_ms: float
@@ -65,11 +65,11 @@ class Result:
     """One answer.
 
     Attributes:
-        text: decoded, without special tokens, up to the first stop text.
-        token_ids: everything generated, the end-of-sequence token included.
-        finish_reason: ``"stop"``: end-of-sequence token or stop text; ``"length"``: as many tokens as allowed.
-        timings: how long each stage took.
-        selection: of each image, in the order of the images.
+        text: the decoded answer, without special tokens, up to the first stop text.
+        token_ids: all generated tokens, including the end-of-sequence token.
+        finish_reason: ``"stop"`` (end-of-sequence token or stop text) or ``"length"`` (``max_new_tokens``).
+        timings: the time of each stage.
+        selection: the selection of each image, in order.
     """
 
     text: str
@@ -116,7 +116,7 @@ class Stopwatch:
         return other
 
     def mark(self, name: str) -> None:
-        """Record the time since the beginning as a stage of its own."""
+        """Record the time since the beginning as a separate stage."""
         self._stages[name] = (time.perf_counter() - self._start) * 1000
 
     def __getitem__(self, name: str) -> float:

@@ -1,4 +1,4 @@
-"""Choosing tokens, turning them into text as they come, and knowing when to stop."""
+"""Choosing tokens, and decoding them to text incrementally, up to a stop text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["FinishReason", "TextStream", "TokenChooser"]
 
 FinishReason = Literal["stop", "length"]
-_UNFINISHED: Final = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of the first bytes of a character
+_UNFINISHED: Final = "\N{REPLACEMENT CHARACTER}"  # decoded from an incomplete character
 
 
 class TokenChooser:
@@ -27,7 +27,7 @@ class TokenChooser:
     The steps and their order are those of Hugging Face ``generate``: repetition penalty, temperature, top-k, top-p.
 
     Args:
-        config: how.
+        config: settings of choosing tokens.
         prompt_ids: tokens that ``repetition_penalty`` applies to from the beginning.
     """
 
@@ -47,7 +47,7 @@ class TokenChooser:
         """
         if not np.isfinite(logits.max()):
             raise BackendError(
-                "the decoder returned logits that are not numbers",
+                "the decoder returned logits that are not finite",
                 expected="finite logits",
                 fix="export with --dtype fp32: fp16 overflows in some models",
             )
@@ -81,22 +81,22 @@ def probabilities_of(logits: npt.NDArray[np.float32], config: GenerationConfig) 
         probabilities[scaled < np.partition(scaled, -config.top_k)[-config.top_k]] = 0
     probabilities /= probabilities.sum()
     if config.top_p < 1:
-        order = np.argsort(-probabilities, kind="stable")  # likeliest first; ties by id
-        reached = np.cumsum(probabilities[order]) - probabilities[order]  # what the likelier ones add up to
+        order = np.argsort(-probabilities, kind="stable")  # most likely first; ties by id
+        reached = np.cumsum(probabilities[order]) - probabilities[order]  # sum of the more likely ones
         probabilities[order[reached >= config.top_p]] = 0
         probabilities /= probabilities.sum()
     return probabilities
 
 
 class TextStream:
-    """Turns token ids into text as they come.
+    """Decodes token ids to text incrementally.
 
     Text is returned once no later token can change it: not in the middle of a multi-byte character, and not while
     it could be the beginning of a stop text. The texts of all calls, concatenated, are the decoded text up to the first
     stop text.
 
     Args:
-        tokenizer: special tokens are left out of its text.
+        tokenizer: the tokenizer; special tokens are omitted from the text.
         stop: texts that end the answer; they are not part of it.
     """
 
@@ -104,13 +104,13 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._ids: list[int] = []
-        self._context = 0  # ids from here to _decoded are decoded again, for their effect on what follows
+        self._context = 0  # ids from here to _decoded are decoded again, because they affect the text after them
         self._decoded = 0
         self._held = ""  # decoded, but possibly the beginning of a stop text
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """Add a token; return the text that became certain, possibly none. Sets ``stopped`` at a stop text.
+        """Add a token; return the text that became final, possibly empty. Sets ``stopped`` at a stop text.
 
         Raises:
             PackageError: the tokenizer fails.

@@ -1,4 +1,4 @@
-"""Which requests run in the next step."""
+"""Choosing the requests that run in the next step."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class Scheduler:
     """First come, first served: requests start in the order of their arrival, and run until they are done.
 
     A waiting request starts as soon as the batch has a free row, and the KV cache is large enough for all running
-    requests at their longest, prompt and ``max_new_tokens``. So nothing that runs is ever interrupted for memory, and
-    no request overtakes a larger one that waits.
+    requests at their maximum length, prompt plus ``max_new_tokens``. So no running request is ever interrupted for lack
+    of memory, and no request overtakes a larger one that waits.
 
-    Safe to use from several threads at once.
+    Thread-safe.
 
     Args:
         max_batch: most requests that run at once; None for no limit.
-        max_cache_tokens: most positions of the KV cache, all rows and their padding together; None for no limit.
+        max_cache_tokens: most positions of the KV cache, including padding, in all rows together; None for no limit.
 
     Raises:
         ConfigError: a limit is below 1.
@@ -40,10 +40,10 @@ class Scheduler:
         self._running: list[Request] = []
 
     def add(self, request: Request) -> None:
-        """Let a request wait for its turn.
+        """Queue a request.
 
         Raises:
-            ConfigError: it could never start, even alone.
+            ConfigError: the request exceeds a limit, and could never start.
         """
         if not self._fit([request]):
             raise ConfigError(
@@ -55,14 +55,14 @@ class Scheduler:
             self._waiting.append(request)
 
     def cancel(self, request: Request) -> None:
-        """Let a request be done, unless it is already."""
+        """Mark a request as cancelled and done, unless it is done."""
         with self._lock:
             request.cancelled = request.cancelled or not request.done
 
     def schedule(self) -> tuple[list[Request], list[Request]]:
-        """Drop what is done, start what can start; return the requests to decode, and those to prefill.
+        """Drop requests that are done, start waiting ones; return the requests to decode, and those to prefill.
 
-        A request whose prefill was interrupted, by a KeyboardInterrupt say, is to be prefilled again.
+        A request whose prefill was interrupted, for example by a KeyboardInterrupt, is returned for prefill again.
         """
         with self._lock:
             self._drop_done()

@@ -1,8 +1,8 @@
-"""The KV cache of a lowered decoder: one buffer per layer, in which every row has a slot and a length of its own.
+"""The KV cache of a lowered decoder: one buffer per layer, in which every row has its own slot and length.
 
-Nothing is padded and no step copies: the decoder writes new keys and values behind those of each slot, in place. Slots
-are copied only if a row joins a running batch, if a row leaves it and another one takes its slot, if the capacity is
-used up, or if a text is continued in another way than before, as by a chat that goes back.
+There is no padding, and steps copy nothing: the decoder appends new keys and values to each slot in place. Slots are
+copied only if a row joins a running batch, if a row leaves it and another one takes its slot, if the capacity is
+used up, or if an earlier state is continued in a different way, for example after a chat turn failed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _Buffers:
     """Keys and values of some slots.
 
     Attributes:
-        tensors: by name of the graph input, [slots, kv heads, capacity, head dim] each.
+        tensors: name of the graph input -> [slots, kv heads, capacity, head dim].
         written: int64 [slots]; positions of each slot that any cache uses.
         bound: the session's run on some adjacent slots, by the first and their number.
     """
@@ -58,7 +58,7 @@ class SlotCache:
     """Keys and values of a batch. Every run of the decoder returns the next one, which shares the buffers.
 
     Attributes:
-        buffers: of the batch, and of other rows that it had or will have.
+        buffers: buffers of the batch, possibly with slots of other rows.
         slots: int64 [batch]; the slot of each row.
         lengths: int64 [batch]; positions of each row.
         rope_delta: int64 [batch]; rotary position of the next token, minus the number of tokens of its row.
@@ -76,7 +76,7 @@ class SlotCache:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the slots of the batch, in bytes; parts that were never written to take none on the CPU."""
+        """Memory of the slots of the batch, in bytes; on the CPU, parts that were never written use no memory."""
         return sum(tensor[:1].nbytes for tensor in self.buffers.tensors.values()) * self.batch
 
     def truncate(self, length: int) -> SlotCache:
@@ -94,7 +94,7 @@ class SlotCacheManager:
         session: the loaded decoder.
 
     Attributes:
-        inputs, outputs, bytes_per_token: as those of :class:`KVCacheManager`.
+        inputs, outputs, bytes_per_token: see :class:`KVCacheManager`.
     """
 
     def __init__(self, session: Session) -> None:
@@ -110,21 +110,21 @@ class SlotCacheManager:
 
         Args:
             batch: number of rows.
-            capacity: positions of the longest row at its end, if known: no slot is copied to grow then.
+            capacity: final number of positions of the longest row, if known, which avoids copies for growing.
         """
         zeros = np.zeros(batch, np.int64)
         return SlotCache(self._allocate(batch, capacity), np.arange(batch), zeros, zeros)
 
     def run(self, feeds: Mapping[str, Value], cache: SlotCache, new: Mask) -> tuple[Array, SlotCache]:
-        """Run the graph on new positions: all rows at once in a decode step, else row by row.
+        """Run the graph on new positions: in a decode step for all rows at once, in a prefill row by row.
 
         Args:
             feeds: the inputs of the graph that are not in ``inputs``.
-            cache: of the positions before them.
+            cache: cache of the positions before them.
             new: int64 [batch, sequence]; 0 where a new position is padding, on the left.
 
         Returns:
-            The graph's ``logits``, and the cache that includes the new positions; zeros for a row without any.
+            The ``logits``, zeros for a row without new positions, and the cache that includes the new positions.
 
         Raises:
             BackendError: the backend fails; ``cache`` can still be used.
@@ -140,7 +140,7 @@ class SlotCacheManager:
         return logits, cache
 
     def gather(self, slots: Sequence[Slot[SlotCache]]) -> SlotCache:
-        """Return one cache of these rows, in their order, on slots 0 to their number; ends the caches they are from."""
+        """Return one cache of these rows in the first slots, in order; their old caches must not be used afterwards."""
         first = slots[0].cache
         if all(slot.cache is first and slot.row == row for row, slot in enumerate(slots)) and first.batch == len(slots):
             return first
@@ -152,7 +152,7 @@ class SlotCacheManager:
         return self._move(slots, buffers)
 
     def extract(self, slot: Slot[SlotCache]) -> SlotCache:
-        """Return a cache of one row, which shares nothing with the others of its batch."""
+        """Return a cache of one row, which shares no memory with the others of its batch."""
         if len(slot.cache.buffers.written) == 1:
             return slot.cache
         return self._move([slot], self._allocate(1, slot.length + 1))
@@ -166,7 +166,7 @@ class SlotCacheManager:
         return _Buffers(tensors, np.zeros(slots, np.int64))
 
     def _reserve(self, cache: SlotCache, totals: Lengths) -> SlotCache:
-        """Return a cache with capacity for ``totals`` positions per row, none of which another cache uses."""
+        """Return a cache with capacity for ``totals`` positions per row that no other cache uses."""
         buffers = cache.buffers
         if totals.max() <= buffers.capacity and (buffers.written[cache.slots] == cache.lengths).all():
             return cache
@@ -174,7 +174,7 @@ class SlotCacheManager:
         return self._move([Slot(cache, row) for row in range(cache.batch)], new)
 
     def _move(self, slots: Sequence[Slot[SlotCache]], buffers: _Buffers) -> SlotCache:
-        """Return a cache of some rows on the first slots of ``buffers``; rows that have one of these keep it."""
+        """Move rows to the first slots of ``buffers``, except those that are in one already."""
         places = [slot.cache.slots[slot.row] for slot in slots]
         kept = [slot.cache.buffers is buffers and place < len(slots) for slot, place in zip(slots, places, strict=True)]
         taken = {int(place) for place, keep in zip(places, kept, strict=True) if keep}
@@ -217,13 +217,13 @@ class SlotCacheManager:
 
 
 def _common_buffers(slots: Sequence[Slot[SlotCache]]) -> _Buffers:
-    """Return the buffers that hold most of some rows."""
+    """Return the buffers that contain the most of these rows."""
     counts = Counter(id(slot.cache.buffers) for slot in slots)
     most = counts.most_common(1)[0][0]
     return next(slot.cache.buffers for slot in slots if id(slot.cache.buffers) == most)
 
 
 def _select(feeds: Mapping[str, Value], rows: npt.NDArray[np.int64] | slice, count: int) -> dict[str, Value]:
-    """Return the last ``count`` positions of some rows."""
+    """Return the inputs for the last ``count`` positions of some rows."""
     embeds, positions = (to_host(feeds[name]) for name in ("inputs_embeds", "position_ids"))
     return {"inputs_embeds": embeds[rows, -count:], "position_ids": positions[..., rows, -count:]}

@@ -13,15 +13,15 @@ __all__ = ["AnswerStream"]
 
 
 class AnswerStream:
-    """The text of one answer as it is generated: iterate over it, then ask for the ``result``.
+    """The text of one answer while it is generated: iterate over it, then read ``result``.
 
-    The pieces, concatenated, are ``result.text``. The model runs only while the stream is read, so leaving early is
-    fine.
+    The pieces, concatenated, are ``result.text``. The model runs only while the stream is read, so reading can stop at
+    any time.
 
     Args:
-        engine: has the request; it is stepped while the stream is read.
-        request: whose answer.
-        on_result: called with the result once the stream is read to its end.
+        engine: the engine that runs the request; it steps while the stream is read.
+        request: the request.
+        on_result: called with the result when the stream has been read to its end.
     """
 
     def __init__(self, engine: Engine, request: Request, on_result: Callable[[Result], None] | None = None) -> None:
@@ -53,11 +53,11 @@ class AnswerStream:
 
     @property
     def result(self) -> Result:
-        """The whole answer; reads the rest of the stream first.
+        """The complete answer; reads the rest of the stream first.
 
         Raises:
             BackendError: the stream was closed before its end.
-            PrompruneError: what ended the answer.
+            PrompruneError: the error that ended the answer.
         """
         for _ in self:
             pass

@@ -1,1 +1,1 @@
-"""Packages in other projects: vLLM, lmms-eval."""
+"""Using packages in other projects: vLLM and lmms-eval."""

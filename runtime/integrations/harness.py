@@ -1,4 +1,4 @@
-"""What evaluation harnesses ask, in the runtime's words: their chats, and their options for generating."""
+"""Translating the chats and generation options of evaluation harnesses for the runtime."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from promprune.runtime.images.encoder import ImageSource
 
 __all__ = ["UNDERSTOOD", "generation_options", "images_and_messages"]
 
-# Of the options that tasks give; `do_sample` and `num_beams` only where they ask for what the runtime does.
+# The options of tasks that are supported; `do_sample` and `num_beams` only with values that the runtime supports.
 UNDERSTOOD: Final = frozenset({"do_sample", "max_new_tokens", "num_beams", "temperature", "top_k", "top_p", "until"})
 
 
 def generation_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Translate a task's options, which are named as transformers' ``generate`` names them.
+    """Translate a task's options, which have the names of transformers' ``generate``.
 
-    Tokens are drawn where ``temperature`` is above 0 and ``do_sample`` is not false; everything else is greedy.
-    ``until``, a text or several, ends the answer. What is not in ``UNDERSTOOD`` is left out.
+    Tokens are sampled if ``temperature`` is above 0 and ``do_sample`` is not false, and chosen greedily otherwise.
+    ``until``, a text or several, ends the answer. Options that are not in ``UNDERSTOOD`` are omitted.
 
     Raises:
-        ConfigError: the task wants several beams.
+        ConfigError: the task requires several beams.
     """
     if given.get("num_beams") not in (None, 1):
         raise ConfigError(
-            f"the task wants num_beams = {given['num_beams']}", expected="1: the runtime has no beam search"
+            f"the task requires num_beams = {given['num_beams']}", expected="1: the runtime has no beam search"
         )
     options: dict[str, Any] = {"stop": _texts(given.get("until")), "max_new_tokens": given.get("max_new_tokens")}
     temperature = given.get("temperature")
@@ -43,8 +43,8 @@ def images_and_messages(chat: Sequence[Mapping[str, Any]]) -> tuple[list[ImageSo
     """Split a chat into its images, in order, and messages in which ``{"type": "image"}`` stands for each.
 
     Args:
-        chat: messages with ``{"type": "text", "text": ...}`` and ``{"type": "image", "url": ...}`` parts, where the
-            url is an image in memory or a file's path.
+        chat: messages with ``{"type": "text", "text": ...}`` and ``{"type": "image", "url": ...}`` parts; the url is
+            an image in memory, or the path of a file.
 
     Raises:
         ConfigError: a part is something else, such as a video.
@@ -55,7 +55,7 @@ def images_and_messages(chat: Sequence[Mapping[str, Any]]) -> tuple[list[ImageSo
         parts = []
         for part in message["content"]:
             if part["type"] not in ("image", "text"):
-                raise ConfigError(f"the task shows a part of type {part['type']!r}", expected="images and texts only")
+                raise ConfigError(f"the task has a part of type {part['type']!r}", expected="only images and texts")
             if part["type"] == "image":
                 images.append(part["url"])
             parts.append({"type": "image"} if part["type"] == "image" else {"type": "text", "text": part["text"]})

@@ -1,4 +1,4 @@
-"""A package as a model of lmms-eval, so that the harness's own tasks ask it::
+"""A package as a model of lmms-eval, for the tasks of the harness::
 
     lmms_eval --model promprune --model_args package=llava-0.12 --tasks gqa,pope
 
@@ -32,20 +32,20 @@ _Options: TypeAlias = Mapping[str, Any]
 
 
 class PromPrune(lmms):  # type: ignore[misc]  # untyped
-    """A package behind lmms-eval's interface.
+    """A package with lmms-eval's interface.
 
     Args:
         package: its folder.
-        batch_size: questions that are answered together.
-        device: ``"cpu"`` or ``"cuda"``; ``None``: as ``options`` say.
+        batch_size: number of requests per batch.
+        device: ``"cpu"`` or ``"cuda"``; None for the provider in ``options``.
         options: see :class:`promprune.runtime.RuntimeConfig`.
 
     Raises:
         ConfigError: an argument is out of range.
-        PackageError: it is no package.
+        PackageError: it is not a package.
     """
 
-    is_simple = False  # asks by messages, not by a text and images
+    is_simple = False  # requests are messages, not a text and images
 
     def __init__(self, package: str, batch_size: int | str = 1, device: str | None = None, **options: Any) -> None:
         super().__init__()
@@ -57,8 +57,8 @@ class PromPrune(lmms):  # type: ignore[misc]  # untyped
         self.pipeline = VisionLanguagePipeline.from_package(package, **options)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
-        """Answer every request; those that ask for the same options, ``batch_size`` at a time."""
-        _warn_of_ignored([request.args[2] for request in requests])
+        """Answer every request; requests with equal options are answered ``batch_size`` at a time."""
+        _warn_of_ignored_options([request.args[2] for request in requests])
         results: list[Result] = []
         with tqdm(total=len(requests), desc="Model Responding") as progress:
             for given, alike in groupby(requests, key=lambda request: request.args[2]):
@@ -74,12 +74,12 @@ class PromPrune(lmms):  # type: ignore[misc]  # untyped
         ]
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[list[str]]:
-        """Answer requests whose next question depends on the last answer; each round is a chat of its own."""
-        _warn_of_ignored([request.args[2] for request in requests])
+        """Answer requests whose next question depends on the last answer; each round is a new chat."""
+        _warn_of_ignored_options([request.args[2] for request in requests])
         return [self._rounds(request) for request in tqdm(requests, desc="Model Responding")]
 
     def loglikelihood(self, requests: Sequence[Instance]) -> NoReturn:
-        """Refuse: the runtime gives out answers, not the probabilities of given texts.
+        """Refuse: the runtime generates answers, but does not compute the likelihood of given texts.
 
         Raises:
             ConfigError: always.
@@ -90,7 +90,7 @@ class PromPrune(lmms):  # type: ignore[misc]  # untyped
         )
 
     def clean(self) -> None:
-        """Free the graphs, when lmms-eval has its answers."""
+        """Free the graphs after lmms-eval has all answers."""
         self.pipeline.close()
         super().clean()
 
@@ -113,7 +113,7 @@ class PromPrune(lmms):  # type: ignore[misc]  # untyped
         return self.task_dict[task][split][number]
 
 
-def _warn_of_ignored(given: Sequence[_Options]) -> None:
+def _warn_of_ignored_options(given: Sequence[_Options]) -> None:
     ignored = {name for options in given for name in options} - UNDERSTOOD
     if ignored:
         logger.warning(f"promprune ignores these options of the task: {', '.join(sorted(ignored))}")

@@ -1,4 +1,4 @@
-"""Handing kept visual tokens to a language model that runs elsewhere.
+"""Passing kept visual tokens to a language model that runs elsewhere.
 
 An OpenAI-compatible vLLM server started with ``--enable-mm-embeds`` takes them as a part of a message::
 
@@ -6,9 +6,8 @@ An OpenAI-compatible vLLM server started with ``--enable-mm-embeds`` takes them 
         part = image_embeds_part(encoder.encode_image("photo.jpg"))
     message = {"role": "user", "content": [part, {"type": "text", "text": "What is on the table?"}]}
 
-The tensor inside is written as PyTorch's ``torch.save`` writes it, which every version of that server reads, and
-written without PyTorch. A Hugging Face model takes ``image_features`` as they are, in the places of the image's
-tokens in ``inputs_embeds``.
+The tensor inside has the format of PyTorch's ``torch.save``, which every version of that server reads; writing it does
+not need PyTorch. For a Hugging Face model, put ``image_features`` at the image's placeholders in ``inputs_embeds``.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ _STORAGES: Final = {dtype.numpy: dtype.torch_storage for dtype in ELEMENT_TYPES 
 
 
 def image_embeds_part(image: EncodedImage) -> dict[str, Any]:
-    """Return the part of an OpenAI-style message that carries an image's kept tokens, [T, D]."""
+    """Return the part of an OpenAI-style message that contains an image's kept tokens, [T, D]."""
     content = base64.b64encode(torch_bytes(image.image_features)).decode("ascii")
     return {"type": "image_embeds", "image_embeds": content}
 
 
 def torch_bytes(array: Array) -> bytes:
-    """Return what ``torch.save`` would write for a tensor; ``torch.load(..., weights_only=True)`` reads it.
+    """Return the bytes that ``torch.save`` would write for a tensor; ``torch.load(..., weights_only=True)`` reads them.
 
     Args:
         array: float32, float16 or bfloat16 [rows, columns].
@@ -54,14 +53,14 @@ def torch_bytes(array: Array) -> bytes:
         )
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr("archive/data.pkl", _pickled(array))
+        archive.writestr("archive/data.pkl", _pickle_tensor(array))
         archive.writestr("archive/byteorder", sys.byteorder)
         archive.writestr("archive/data/0", np.ascontiguousarray(array, array.dtype.newbyteorder("=")).tobytes())
         archive.writestr("archive/version", "3\n")
     return stream.getvalue()
 
 
-def _pickled(array: Array) -> bytes:
+def _pickle_tensor(array: Array) -> bytes:
     """Return the pickle (protocol 2) of ``_rebuild_tensor_v2(storage 0, offset, size, stride, False, {})``."""
     rows, columns = array.shape
     storage = b"(" + _text("storage") + _global("torch", _STORAGES[array.dtype.name])
