@@ -91,7 +91,7 @@ def test_a_backend_that_is_not_installed_is_answered_with_the_command(
     [
         (["--target", ""], 1, "received no target"),
         (["--target", "rtx4090"], 1, "received target 'rtx4090'; expected a compute capability such as sm89"),
-        (["--backend", "onnxruntime"], 1, "expected one of tensorrt, tensorrt-rtx"),
+        (["--backend", "abacus"], 1, "received backend = 'abacus'; expected one of "),
         (["--max-batch", "0"], 1, "received max_batch = 0; expected at least 1"),
         (["--max-batch", "many"], 2, "received 'many'; expected a whole number"),
         (["--workspace-mib", "1.5"], 2, "expected a whole number of MiB"),

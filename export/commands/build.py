@@ -14,8 +14,8 @@ from promprune.checks import require
 from promprune.package.engines import ENGINE_BACKENDS, EngineConfig
 from promprune.package.lowered import LOWERED_BACKEND
 from promprune.package.package import read_package
-from promprune.runtime.commands.options import Version
-from promprune.terminal import console, missing_extra, option_type, print_json, run_command, show_progress
+from promprune.runtime.commands.options import Version, integer_option
+from promprune.terminal import console, missing_extra, print_json, run_command, show_progress
 
 if TYPE_CHECKING:
     from promprune.export.engine import BuiltEngines
@@ -40,28 +40,15 @@ def build(
     ] = ",".join(DEFAULTS.targets),
     max_prompt_tokens: Annotated[
         int,
-        typer.Option(
-            help="Longest prompt, in tokens, not counting the visual tokens of its first image.",
-            parser=option_type(int, "a whole number of tokens, at least 1"),
-            metavar="COUNT",
+        integer_option(
+            "Longest prompt, in tokens, not counting the visual tokens of its first image.",
+            expected="a whole number of tokens, at least 1",
         ),
     ] = DEFAULTS.max_prompt_tokens,
     max_new_tokens: Annotated[
-        int,
-        typer.Option(
-            help="Longest answer, in tokens.",
-            parser=option_type(int, "a whole number of tokens, at least 1"),
-            metavar="COUNT",
-        ),
+        int, integer_option("Longest answer, in tokens.", expected="a whole number of tokens, at least 1")
     ] = DEFAULTS.max_new_tokens,
-    max_batch: Annotated[
-        int,
-        typer.Option(
-            help="Most images or sequences in one run of a graph.",
-            parser=option_type(int, "a whole number"),
-            metavar="COUNT",
-        ),
-    ] = DEFAULTS.max_batch,
+    max_batch: Annotated[int, integer_option("Most images or sequences in one run of a graph.")] = DEFAULTS.max_batch,
     decode_profile: Annotated[
         bool,
         typer.Option(
@@ -70,11 +57,8 @@ def build(
     ] = DEFAULTS.decode_profile,
     workspace_mib: Annotated[
         int | None,
-        typer.Option(
-            help="Scratch memory of one engine.",
-            show_default="no limit",
-            parser=option_type(int, "a whole number of MiB"),
-            metavar="MIB",
+        integer_option(
+            "Scratch memory of one engine.", metavar="MIB", expected="a whole number of MiB", show_default="no limit"
         ),
     ] = DEFAULTS.workspace_mib,
     rebuild: Annotated[

@@ -11,11 +11,10 @@ import typer
 from promprune.export.commands.export import parse_grids
 from promprune.export.config import CalibrateConfig, check_calibration_images
 from promprune.package.sources import folder_images, local_folder
-from promprune.runtime.commands.options import Version
+from promprune.runtime.commands.options import Version, integer_option
 from promprune.terminal import (
     console,
     missing_extra,
-    option_type,
     plain,
     print_json,
     run_command,
@@ -46,10 +45,7 @@ def calibrate(
         ),
     ] = None,
     limit: Annotated[
-        int,
-        typer.Option(
-            help="Maximum number of images.", parser=option_type(int, "a whole number of images"), metavar="COUNT"
-        ),
+        int, integer_option("Maximum number of images.", expected="a whole number of images")
     ] = DEFAULTS.limit,
     image_grid: Annotated[
         str | None,

@@ -21,8 +21,8 @@ from promprune.files import replace_file
 from promprune.package.manifest import MANIFEST_FILE, read_manifest
 from promprune.package.sources import EMBEDDED_MODEL, local_folder
 from promprune.progress import Progress
-from promprune.runtime.commands.options import Version
-from promprune.terminal import console, missing_extra, option_type, plain, print_json, run_command, show_progress
+from promprune.runtime.commands.options import Version, integer_option
+from promprune.terminal import console, missing_extra, plain, print_json, run_command, show_progress
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 __all__ = ["evaluate", "main"]
 
 DEFAULTS: Final = EvalConfig()
-_INT: Final = "a whole number, at least 1"
 
 
 def evaluate(
@@ -83,21 +82,15 @@ def evaluate(
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(
-            help="Maximum number of images.", parser=option_type(int, _INT), metavar="COUNT", show_default="all"
-        ),
+        integer_option("Maximum number of images.", expected="a whole number, at least 1", show_default="all"),
     ] = DEFAULTS.limit,
     max_new_tokens: Annotated[
-        int,
-        typer.Option(help="Maximum length of an answer, in tokens.", parser=option_type(int, _INT), metavar="COUNT"),
+        int, integer_option("Maximum length of an answer, in tokens.", expected="a whole number, at least 1")
     ] = DEFAULTS.max_new_tokens,
     threads: Annotated[
         int | None,
-        typer.Option(
-            help="For a model: number of CPU threads of PyTorch.",
-            parser=option_type(int, _INT),
-            metavar="COUNT",
-            show_default="all",
+        integer_option(
+            "For a model: number of CPU threads of PyTorch.", expected="a whole number, at least 1", show_default="all"
         ),
     ] = DEFAULTS.threads,
     output: Annotated[
@@ -119,7 +112,7 @@ def evaluate(
         ),
     ] = None,
     gallery_limit: Annotated[
-        int, typer.Option(help="Maximum number of images on that page.", parser=option_type(int, _INT), metavar="COUNT")
+        int, integer_option("Maximum number of images on that page.", expected="a whole number, at least 1")
     ] = DEFAULTS.gallery_limit,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as one line of JSON on stdout.")] = False,
     version: Version = False,

@@ -19,11 +19,10 @@ from promprune.method.config import POLICIES, SelectionConfig
 from promprune.package.describe import describe_selection, describe_weights
 from promprune.package.manifest import check_package_output
 from promprune.package.sources import local_folder
-from promprune.runtime.commands.options import Version
+from promprune.runtime.commands.options import Version, integer_option, number_option
 from promprune.terminal import (
     console,
     missing_extra,
-    option_type,
     plain,
     print_json,
     run_command,
@@ -46,19 +45,18 @@ def export(
     ] = None,
     ratio: Annotated[
         float | None,
-        typer.Option(
-            help="Fraction of the visual tokens that is KEPT, above 0 and at most 1; 1 is the unpruned baseline.",
-            parser=option_type(float, "a fraction above 0 and at most 1, such as 0.12"),
+        number_option(
+            "Fraction of the visual tokens that is KEPT, above 0 and at most 1; 1 is the unpruned baseline.",
             metavar="FRACTION",
+            expected="a fraction above 0 and at most 1, such as 0.12",
             show_default=f"{DEFAULTS.ratio:g}",
         ),
     ] = None,
     keep_tokens: Annotated[
         int | None,
-        typer.Option(
-            help="Number of visual tokens kept per image, instead of --ratio.",
-            parser=option_type(int, "a whole number of tokens, at least 1"),
-            metavar="COUNT",
+        integer_option(
+            "Number of visual tokens kept per image, instead of --ratio.",
+            expected="a whole number of tokens, at least 1",
         ),
     ] = DEFAULTS.keep_tokens,
     output: Annotated[

@@ -18,12 +18,11 @@ from promprune.export.verify.config import DEFAULT_CHECK_IMAGES, CompareConfig
 from promprune.package.describe import describe_selection
 from promprune.package.manifest import Manifest, read_manifest
 from promprune.package.sources import EMBEDDED_MODEL, local_folder, source_of_package
-from promprune.runtime.commands.options import Version
+from promprune.runtime.commands.options import Version, integer_option, number_option
 from promprune.terminal import (
     EXIT_REFUSED,
     console,
     missing_extra,
-    option_type,
     plain,
     print_json,
     run_command,
@@ -53,10 +52,9 @@ def verify(
     ] = None,
     images: Annotated[
         int | None,
-        typer.Option(
-            help="Number of rendered images to compare on.",
-            parser=option_type(int, "a whole number of images"),
-            metavar="COUNT",
+        integer_option(
+            "Number of rendered images to compare on.",
+            expected="a whole number of images",
             show_default=str(DEFAULT_CHECK_IMAGES),
         ),
     ] = None,
@@ -90,11 +88,8 @@ def verify(
     ] = DEFAULTS.layers,
     tolerance: Annotated[
         float | None,
-        typer.Option(
-            help="Largest error that passes in a comparison of backends or packages.",
-            parser=option_type(float, "a number"),
-            metavar="NUMBER",
-            show_default=f"{DEFAULTS.tolerance:g}",
+        number_option(
+            "Largest error that passes in a comparison of backends or packages.", show_default=f"{DEFAULTS.tolerance:g}"
         ),
     ] = None,
     inspect: Annotated[bool, typer.Option("--inspect", help="Only print the layers of the graphs on stdout.")] = False,

@@ -21,14 +21,21 @@ from promprune.method.config import POLICIES
 from promprune.progress import Progress
 from promprune.runtime.bench.config import BASELINES, BenchConfig
 from promprune.runtime.bench.plugins import plugin
-from promprune.runtime.commands.options import Backend, CudaGraphs, NumThreads, Provider, Version
+from promprune.runtime.commands.options import (
+    Backend,
+    CudaGraphs,
+    NumThreads,
+    Provider,
+    Version,
+    integer_option,
+    number_option,
+)
 from promprune.runtime.sessions.config import RuntimeConfig
 from promprune.terminal import (
     EXIT_REFUSED,
     console,
     missing_extra,
     missing_package,
-    option_type,
     plain,
     print_json,
     run_command,
@@ -45,7 +52,6 @@ EXTRA: Final = "bench"
 OPENVINO: Final = ("openvino-genai", "openvino_genai", "openvino")  # distribution, then modules
 DEFAULT_RATIOS: Final = "1.0,0.12"
 DEFAULT_DTYPE: Final = "fp32"
-_INT: Final = "a whole number"
 _FILE_COLUMNS: Final = 240  # width of the tables if stdout is not a terminal
 _POLICIES: Final = POLICIES[1:]  # without the method itself
 
@@ -106,28 +112,17 @@ def bench(
         typer.Option("--image", "-i", help="Image to ask about.", show_default="a rendered scene", metavar="FILE"),
     ] = None,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.", metavar="TEXT")] = BenchConfig.prompt,
-    new_tokens: Annotated[
-        int, typer.Option(help="Length of every answer, in tokens.", parser=option_type(int, _INT), metavar="COUNT")
-    ] = BenchConfig.new_tokens,
+    new_tokens: Annotated[int, integer_option("Length of every answer, in tokens.")] = BenchConfig.new_tokens,
     rounds: Annotated[
-        int,
-        typer.Option(
-            help="Measured rounds; every contender runs once per round, in random order.",
-            parser=option_type(int, _INT),
-            metavar="COUNT",
-        ),
+        int, integer_option("Measured rounds; every contender runs once per round, in random order.")
     ] = BenchConfig.rounds,
-    warmup: Annotated[
-        int, typer.Option(help="Rounds before those that are measured.", parser=option_type(int, _INT), metavar="COUNT")
-    ] = BenchConfig.warmup,
+    warmup: Annotated[int, integer_option("Rounds before those that are measured.")] = BenchConfig.warmup,
     batch: Annotated[str, typer.Option(help="Batch sizes, such as 1,4.", metavar="LIST")] = "1",
     concurrency: Annotated[str, typer.Option(help="Numbers of concurrent calls, such as 1,2.", metavar="LIST")] = "1",
     cold_starts: Annotated[
         int,
-        typer.Option(
-            help="Processes started per contender for peak memory and cold start, after one that is not counted.",
-            parser=option_type(int, _INT),
-            metavar="COUNT",
+        integer_option(
+            "Processes started per contender for peak memory and cold start, after one that is not counted."
         ),
     ] = BenchConfig.cold_starts,
     backend: Backend = RuntimeConfig.backend,
@@ -211,19 +206,14 @@ def compare(
     stage: Annotated[str, typer.Option(help="Stage whose time is compared.", metavar="STAGE")] = "first_token",
     threshold: Annotated[
         float,
-        typer.Option(
-            help="Relative slowdown above which a difference is a regression.",
-            parser=option_type(float, "a number such as 0.05"),
+        number_option(
+            "Relative slowdown above which a difference is a regression.",
             metavar="FRACTION",
+            expected="a number such as 0.05",
         ),
     ] = 0.05,
     confidence: Annotated[
-        float,
-        typer.Option(
-            help="Confidence level of the intervals.",
-            parser=option_type(float, "a number such as 0.95"),
-            metavar="FRACTION",
-        ),
+        float, number_option("Confidence level of the intervals.", metavar="FRACTION", expected="a number such as 0.95")
     ] = 0.95,
     relative_to: Annotated[
         str | None,

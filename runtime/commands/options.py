@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
 from promprune.terminal import option_type, version_callback
 
-__all__ = ["Backend", "CudaGraphs", "NumThreads", "Provider", "Version"]
+__all__ = ["Backend", "CudaGraphs", "NumThreads", "Provider", "Version", "integer_option", "number_option"]
+
+
+def integer_option(
+    text: str, metavar: str = "COUNT", *, expected: str = "a whole number", show_default: Any = True
+) -> Any:
+    """Return an option that takes a whole number; ``expected`` says which in the message that refuses another."""
+    return typer.Option(help=text, metavar=metavar, parser=option_type(int, expected), show_default=show_default)
+
+
+def number_option(text: str, metavar: str = "NUMBER", *, expected: str = "a number", show_default: Any = True) -> Any:
+    """Return an option that takes a number; ``expected`` says which in the message that refuses another."""
+    return typer.Option(help=text, metavar=metavar, parser=option_type(float, expected), show_default=show_default)
+
 
 Backend: TypeAlias = Annotated[
     str, typer.Option(help="Library that runs the graphs: onnxruntime or tensorrt.", metavar="NAME")
@@ -21,13 +34,7 @@ Provider: TypeAlias = Annotated[
     ),
 ]
 NumThreads: TypeAlias = Annotated[
-    int | None,
-    typer.Option(
-        help="Number of CPU threads.",
-        parser=option_type(int, "a whole number"),
-        show_default="as many as this process may use",
-        metavar="COUNT",
-    ),
+    int | None, integer_option("Number of CPU threads.", show_default="as many as this process may use")
 ]
 CudaGraphs: TypeAlias = Annotated[
     bool,

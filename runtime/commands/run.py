@@ -29,11 +29,18 @@ from promprune.runtime import (
     VisionLanguagePipeline,
     draw_kept_tokens,
 )
-from promprune.runtime.commands.options import Backend, CudaGraphs, NumThreads, Provider, Version
+from promprune.runtime.commands.options import (
+    Backend,
+    CudaGraphs,
+    NumThreads,
+    Provider,
+    Version,
+    integer_option,
+    number_option,
+)
 from promprune.terminal import (
     EXIT_REFUSED,
     console,
-    option_type,
     plain,
     print_json,
     run_command,
@@ -46,9 +53,6 @@ __all__ = ["main", "run"]
 
 _PICTURE_FORMATS: Final = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters, which a terminal would execute
-
-_INT: Final = "a whole number"
-_FLOAT: Final = "a number"
 
 
 def run(
@@ -66,43 +70,28 @@ def run(
     ] = False,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(
-            help="Maximum length of the answer, in tokens.",
-            parser=option_type(int, _INT),
+        integer_option(
+            "Maximum length of the answer, in tokens.",
             show_default=f"what fits in the context, at most {GenerationConfig.DEFAULT_NEW_TOKENS}",
-            metavar="COUNT",
         ),
     ] = GenerationConfig.max_new_tokens,
     temperature: Annotated[
-        float,
-        typer.Option(
-            help="Sampling temperature; 0 always chooses the most likely token.",
-            parser=option_type(float, _FLOAT),
-            metavar="NUMBER",
-        ),
+        float, number_option("Sampling temperature; 0 always chooses the most likely token.")
     ] = GenerationConfig.temperature,
     top_p: Annotated[
         float,
-        typer.Option(
-            help="Sample from the most likely tokens whose total probability reaches this; 1 disables it.",
-            parser=option_type(float, _FLOAT),
+        number_option(
+            "Sample from the most likely tokens whose total probability reaches this; 1 disables it.",
             metavar="FRACTION",
         ),
     ] = GenerationConfig.top_p,
     top_k: Annotated[
-        int,
-        typer.Option(
-            help="Sample from this many most likely tokens; 0 disables it.",
-            parser=option_type(int, _INT),
-            metavar="COUNT",
-        ),
+        int, integer_option("Sample from this many most likely tokens; 0 disables it.")
     ] = GenerationConfig.top_k,
     repetition_penalty: Annotated[
         float,
-        typer.Option(
-            help="A value above 1 makes tokens that already occurred less likely; 1 disables it.",
-            parser=option_type(float, _FLOAT),
-            metavar="FACTOR",
+        number_option(
+            "A value above 1 makes tokens that already occurred less likely; 1 disables it.", metavar="FACTOR"
         ),
     ] = GenerationConfig.repetition_penalty,
     stop: Annotated[
@@ -110,8 +99,7 @@ def run(
         typer.Option(help="Text that ends the answer. Repeat the option for several texts.", metavar="TEXT"),
     ] = None,
     seed: Annotated[
-        int | None,
-        typer.Option(help="Seed that makes sampling reproducible.", parser=option_type(int, _INT), metavar="NUMBER"),
+        int | None, integer_option("Seed that makes sampling reproducible.", metavar="NUMBER")
     ] = GenerationConfig.seed,
     show_tokens: Annotated[
         Path | None,
@@ -126,11 +114,9 @@ def run(
     num_threads: NumThreads = RuntimeConfig.num_threads,
     prefill_chunk: Annotated[
         int | None,
-        typer.Option(
-            help="Run the prefill in chunks of this many tokens, which limits the scratch memory of long prompts.",
-            parser=option_type(int, _INT),
+        integer_option(
+            "Run the prefill in chunks of this many tokens, which limits the scratch memory of long prompts.",
             show_default="the whole prompt in one chunk",
-            metavar="COUNT",
         ),
     ] = RuntimeConfig.prefill_chunk,
     cuda_graphs: CudaGraphs = RuntimeConfig.cuda_graphs,
