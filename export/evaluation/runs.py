@@ -27,6 +27,7 @@ from promprune.export.evaluation.data import Picture
 from promprune.export.evaluation.model import KeptTokens, TorchModel, VisualTokens
 from promprune.method.batched import PrunedTokens, prune_tokens
 from promprune.method.config import POLICIES, SelectionConfig, SelectionPolicy
+from promprune.package.describe import describe_weights
 from promprune.package.manifest import Manifest
 from promprune.progress import NO_STEP, Step
 from promprune.runtime import TokenSelection, VisionLanguagePipeline
@@ -222,7 +223,7 @@ def ask_package(folder: Path, pictures: Sequence[Picture], *, max_new_tokens: in
 
 
 def _name_of(manifest: Manifest) -> str:
-    return f"runtime, {manifest.dtype}"
+    return f"runtime, {describe_weights(manifest)}"
 
 
 def _answers(
