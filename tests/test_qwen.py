@@ -311,7 +311,7 @@ def test_the_positions_matter(
     whole: VisionLanguagePipeline, reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Counted one after the other, as in other families, the same tokens make other logits."""
-    monkeypatch.setattr(whole, "_positions", lambda job, reused: None)
+    monkeypatch.setattr(whole.language_model, "_positions", lambda prompts, begin: None)
     logits = first_logits(whole, REQUESTS["one prompt"], monkeypatch)
     wanted = reference.logits(REQUESTS["one prompt"][0])
     assert relative_error(logits[0], wanted) > 1e-2
