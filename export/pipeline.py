@@ -134,8 +134,10 @@ def graph_makers(
 ) -> dict[str, Callable[[], ir.Model]]:
     """Return what exports each graph of the package, by the graph's name, in the order in which they are exported."""
     opset = config.opset
-    selectors = {
-        vision.name: partial(
+    makers: dict[str, Callable[[], ir.Model]] = {}
+    selectors = {}
+    for vision in family.vision_modules:
+        selectors[vision.name] = partial(
             build_selector,
             vision.num_tokens,
             family.text_config.hidden_size,
@@ -147,12 +149,7 @@ def graph_makers(
             loop=selection.loop,
             opset=opset,
         )
-        for vision in family.vision_modules
-    }
-    makers: dict[str, Callable[[], ir.Model]] = {
-        vision.name: partial(vision_graph, vision, tokens[vision.name], selectors[vision.name], opset=opset)
-        for vision in family.vision_modules
-    }
+        makers[vision.name] = partial(vision_graph, vision, tokens[vision.name], selectors[vision.name], opset=opset)
     if not config.vision_only:
         makers[EMBED_TOKENS] = partial(embed_tokens_graph, family, opset=opset)
         makers[DECODER] = partial(decoder_graph, family, opset=opset)
