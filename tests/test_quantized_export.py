@@ -132,3 +132,8 @@ def test_settings_that_contradict_are_refused(settings: dict[str, object], messa
     with pytest.raises(ConfigError) as refused:
         ExportConfig(**settings)  # type: ignore[arg-type]
     assert message in str(refused.value)
+
+
+def test_formats_are_described_if_they_differ_from_the_dtype(int4_export: ExportResult) -> None:
+    plain = msgspec.structs.replace(int4_export.manifest, weights=ExportConfig().weights())
+    assert describe_weights(plain) == "fp32"

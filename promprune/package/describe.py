@@ -27,7 +27,7 @@ def describe_selection(manifest: Manifest) -> str:
 def describe_weights(manifest: Manifest) -> str:
     """Say in which formats activations and weights are, such as ``"fp32, weights int4/32 (vision int8)"``."""
     weights = manifest.weights
-    if weights is None:
+    if weights is None or {weights.language.format, weights.vision.format} == {manifest.dtype}:
         return manifest.dtype
     language, vision = (_describe_weight(record) for record in (weights.language, weights.vision))
     if not manifest.has_language_model or language == vision:
