@@ -47,10 +47,12 @@ from promprune.runtime.sessions import RowCopy, Session, open_file, open_session
 from promprune.runtime.sessions.config import RuntimeConfig
 from promprune.runtime.sessions.onnxruntime import tensor_record
 from promprune.runtime.sessions.tensorrt import cuda as cuda_module
+from promprune.runtime.sessions.tensorrt import lookup as lookup_module
 from promprune.runtime.sessions.tensorrt import session as module
 from promprune.runtime.sessions.tensorrt.cuda import CudaDevice
 from promprune.runtime.sessions.tensorrt.device import Pitched
-from promprune.runtime.sessions.tensorrt.session import TensorRtSession, choose_profile, find_engines
+from promprune.runtime.sessions.tensorrt.lookup import choose_profile, find_engines
+from promprune.runtime.sessions.tensorrt.session import TensorRtSession
 from tests.support.fake_package import HIDDEN, FakeModel, write_fake_package
 
 TARGET = "sm89"
@@ -134,7 +136,7 @@ class FakeDevice:
     refuses_capture = False
 
     def __init__(self) -> None:
-        self.kernels: list[Path | None] = []  # of every engine that was loaded
+        self.runtime_caches: list[Path] = []
         self.memory: dict[int, np.ndarray] = {}
         self.calls: Counter[str] = Counter()
         self.profiles: list[int] = []
@@ -143,9 +145,9 @@ class FakeDevice:
         self.pending: list[tuple[np.ndarray, np.ndarray]] = []
         self.lock = threading.Lock()
 
-    def load(self, plan: bytes, trt: Any, kernels: Path | None = None) -> FakeEngine:
+    def load(self, plan: bytes, trt: Any, runtime_cache: Path) -> FakeEngine:
         assert trt is TOOL
-        self.kernels.append(kernels)
+        self.runtime_caches.append(runtime_cache)
         return FakeEngine(self, plan.decode())
 
     def allocate(self, nbytes: int) -> int:
@@ -238,7 +240,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
     fake = FakeDevice()
     monkeypatch.setattr(module, "_shared_device", lambda: fake)
     monkeypatch.setattr(module, "current_target", lambda: TARGET)
-    monkeypatch.setattr(module, "import_module", lambda extra, name: TOOL)
+    for user in (module, lookup_module):
+        monkeypatch.setattr(user, "load_tensorrt", lambda backend: TOOL)
     return fake
 
 
@@ -384,10 +387,10 @@ def test_a_graph_of_static_shapes_is_replayed(built: Path, device: FakeDevice, c
             for name, value in expected.items():
                 np.testing.assert_array_equal(found[name], value)
             allocated.append(device.calls["allocate"])
+        assert session.repeats
         assert allocated[2:] == [allocated[2]] * 4  # the buffers of both batch sizes are there
     assert device.calls["capture"] == 2
     assert device.calls["launch"] == (4 if captures else 0)
-    assert session.repeats
     gc.collect()
     assert device.memory == {}
 
@@ -533,9 +536,8 @@ def test_a_whole_pipeline_runs_on_graphs(built: Path, device: FakeDevice) -> Non
         assert device.calls["upload"] - before[0] == uploads + 3 * 3
         assert device.downloaded - before[1] == downloaded + 3 * FakeModel().vocabulary * 4
     assert [result.token_ids for result in results] == [result.token_ids for result in expected]
-    engines = find_engines(read_package(built), TARGET).manifest.engines
-    replayed = {name for name, record in engines.items() if module._repeats(record)}
-    assert replayed == {DECODER, "vision_encoder"}
+    repeats = {name: session.repeats for name, session in pipeline.sessions.items()}
+    assert repeats == {"embed_tokens": False, DECODER: True, "vision_encoder": True}
 
 
 @pytest.mark.usefixtures("small_room")
@@ -629,7 +631,7 @@ def test_the_time_of_every_layer(built: Path, device: FakeDevice) -> None:
 def test_compiled_kernels_are_looked_for_beside_the_engine(built: Path, device: FakeDevice) -> None:
     opened(built, DECODER).close()
     folder = engine_folder(built, "tensorrt-rtx", TARGET)
-    assert device.kernels[-1] == folder / f"{DECODER}.runtime-cache"
+    assert device.runtime_caches[-1] == folder / f"{DECODER}.runtime-cache"
     assert device.calls["close"] == 1
 
 
@@ -817,15 +819,15 @@ def test_the_other_engines_are_taken_where_a_module_is_not_installed(
 ) -> None:
     del device
 
-    def missing(extra: str, name: str) -> Any:
-        if extra == "tensorrt":
-            raise MissingDependencyError("running engines needs tensorrt, which is not installed")
+    def missing(backend: str) -> Any:
+        if backend == "tensorrt":
+            raise MissingDependencyError("engines need tensorrt, which is not installed")
         return TOOL
 
-    monkeypatch.setattr(module, "import_module", missing)
+    monkeypatch.setattr(lookup_module, "load_tensorrt", missing)
     found = find_engines(read_package(both_built), TARGET)
     assert found.backend == "tensorrt-rtx"
-    assert found.notes == ("not tensorrt: running engines needs tensorrt, which is not installed",)
+    assert found.notes == ("not tensorrt: engines need tensorrt, which is not installed",)
     shutil.rmtree(engine_folder(both_built, "tensorrt-rtx", TARGET))
     with pytest.raises(MissingDependencyError):
         find_engines(read_package(both_built), TARGET)
@@ -866,7 +868,7 @@ def test_an_engine_that_was_changed_is_refused(both_built: Path, device: FakeDev
     file.write_bytes(file.read_bytes()[::-1])
     with pytest.raises(PackageError, match=f"{DECODER}.engine in .* was changed since it was built"):
         opened(both_built, DECODER)
-    assert device.kernels == []
+    assert device.runtime_caches == []
 
 
 @pytest.mark.parametrize("outputs", [(), (TensorRecord(name="logits", dtype="abacus", shape=("batch_size", "n")),)])
@@ -989,7 +991,7 @@ def test_the_calls_are_those_of_the_real_bindings() -> None:
 def test_an_engine_that_does_not_load_is_one_clear_line() -> None:
     trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed (Linux x86-64 only)")
     with pytest.raises(BackendError, match=r"the engine does not load on this GPU \(.+\)") as caught:
-        cuda_module._CudaEngine(b"not an engine" * 100, trt, SimpleNamespace(stream=0))  # type: ignore[arg-type]
+        cuda_module._CudaEngine(b"not an engine" * 100, trt, SimpleNamespace(stream=0), Path())  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
 
 
@@ -1005,7 +1007,7 @@ def test_a_real_engine_without_a_driver_is_one_clear_line(tmp_path: Path) -> Non
     (built,) = build_engines(tmp_path / "package", EngineConfig(targets=("sm89",)))
     plan = (built.folder / built.manifest.engines["embed_tokens"].file).read_bytes()
     with pytest.raises(BackendError, match=r"install or update the NVIDIA driver: it is missing, or older") as caught:
-        cuda_module._CudaEngine(plan, trt, SimpleNamespace(stream=0))  # type: ignore[arg-type]
+        cuda_module._CudaEngine(plan, trt, SimpleNamespace(stream=0), Path())  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
 
 
@@ -1086,9 +1088,9 @@ def stand_in() -> tuple[Any, list[Any]]:
     return SimpleNamespace(**members, Runtime=lambda *arguments: StandIn(done)), done
 
 
-def load_with(trt: Any, kernels: Path | None = None) -> Any:
+def load_with(trt: Any, runtime_cache: Path = Path("none.runtime-cache")) -> Any:
     memory = SimpleNamespace(stream=7, allocate=lambda nbytes: 4096 + nbytes, free=lambda address: None)
-    return cuda_module._CudaEngine(b"plan", trt, memory, kernels)  # type: ignore[arg-type]
+    return cuda_module._CudaEngine(b"plan", trt, memory, runtime_cache)  # type: ignore[arg-type]
 
 
 def test_compiled_kernels_are_kept_beside_the_engine(stand_in: tuple[Any, list[Any]], tmp_path: Path) -> None:

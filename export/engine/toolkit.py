@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from typing import Any
 
-from promprune.errors import BackendError, ConfigError, MissingDependencyError
+from promprune.errors import ConfigError
 from promprune.package.engines import CURRENT, EngineBackend, current_target, parse_target
-from promprune.runtime.sessions.tensorrt.modules import ENGINE_MODULES, trimmed
+from promprune.runtime.sessions.tensorrt.modules import load_tensorrt
 
 __all__ = ["Toolkit", "load_toolkit"]
 
@@ -72,15 +71,5 @@ def load_toolkit(backend: EngineBackend) -> Toolkit:
         MissingDependencyError: it is not installed.
         BackendError: it is installed, but does not load.
     """
-    try:
-        module = importlib.import_module(ENGINE_MODULES[backend])
-        return Toolkit(backend, module, str(module.__version__))
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            f"backend {backend} needs {error.name}, which is not installed", fix=f"pip install 'promprune[{backend}]'"
-        ) from error
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        raise BackendError(
-            f"backend {backend} is installed but does not load ({trimmed(error)})",
-            fix=f"pip install --force-reinstall 'promprune[{backend}]'",
-        ) from error
+    module = load_tensorrt(backend)
+    return Toolkit(backend, module, str(module.__version__))

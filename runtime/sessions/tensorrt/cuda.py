@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from promprune.errors import BackendError, MissingDependencyError
+from promprune.errors import BackendError
 from promprune.files import replace_file
-from promprune.package.engines import EngineBackend
 from promprune.package.manifest import TensorRecord
 from promprune.runtime.sessions.base import Array
 from promprune.runtime.sessions.tensorrt.device import DeviceEngine, DeviceGraph, Pitched, Shapes
-from promprune.runtime.sessions.tensorrt.modules import log_of, tensor_record, trimmed
+from promprune.runtime.sessions.tensorrt.modules import import_module, log_of, tensor_record, trimmed
 
-__all__ = ["CudaDevice", "import_module"]
+__all__ = ["CudaDevice"]
 
 
 class CudaDevice:
@@ -43,9 +41,9 @@ class CudaDevice:
         """The address of the stream."""
         return int(self._stream)
 
-    def load(self, plan: bytes, trt: Any, kernels: Path | None = None) -> DeviceEngine:
+    def load(self, plan: bytes, trt: Any, runtime_cache: Path) -> DeviceEngine:
         """Load a serialized engine; see :class:`Device`."""
-        return _CudaEngine(plan, trt, self, kernels)
+        return _CudaEngine(plan, trt, self, runtime_cache)
 
     def allocate(self, nbytes: int) -> int:
         """Return the address of new memory; see :class:`Device`."""
@@ -132,14 +130,14 @@ class _CudaGraph:
 class _CudaEngine:
     """An engine loaded by TensorRT; satisfies :class:`DeviceEngine`."""
 
-    def __init__(self, plan: bytes, trt: Any, device: CudaDevice, kernels: Path | None = None) -> None:
+    def __init__(self, plan: bytes, trt: Any, device: CudaDevice, runtime_cache: Path) -> None:
         self._trt, self._device, self._log = trt, device, log_of(trt)
         self._log.errors.clear()
         self._runtime = trt.Runtime(self._log)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise self.error("the engine does not load on this GPU")
-        self._cache_file = kernels
+        self._cache_file = runtime_cache
         self._cache = self._runtime_cache() if hasattr(trt, "IRuntimeCache") else None
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         self.inputs, self.outputs = (
@@ -177,15 +175,14 @@ class _CudaEngine:
         """Return a cache with the kernels that TensorRT for RTX compiled earlier, if there are any."""
         cache = self._engine.create_runtime_config().create_runtime_cache()
         with contextlib.suppress(OSError):
-            if self._cache_file is not None:
-                cache.deserialize(self._cache_file.read_bytes())  # if it is from another device, the cache stays empty
+            cache.deserialize(self._cache_file.read_bytes())  # if it is from another device, the cache stays empty
         return cache
 
     def close(self) -> None:
         """Save the compiled kernels next to the engine, if that is writable; see :class:`DeviceEngine`."""
         content = b"" if self._cache is None else bytes(memoryview(self._cache.serialize()))
         with contextlib.suppress(OSError):
-            if content and self._cache_file is not None:
+            if content:
                 replace_file(self._cache_file, content)
 
     def error(self, what: str) -> BackendError:
@@ -259,23 +256,3 @@ def _fix(error: str) -> str:
         "cudaErrorNoDevice": "use a machine with an NVIDIA GPU, or ONNX Runtime",
     }
     return fixes.get(error, "check the driver (nvidia-smi)")
-
-
-def import_module(extra: EngineBackend, module: str) -> Any:
-    """Import one of NVIDIA's modules.
-
-    Raises:
-        MissingDependencyError: it is not installed.
-        BackendError: it is installed, but does not load.
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            f"running engines needs {error.name}, which is not installed", fix=f"pip install 'promprune[{extra}]'"
-        ) from error
-    except (ImportError, OSError, RuntimeError) as error:
-        raise BackendError(
-            f"{module} does not load ({trimmed(error)})",
-            fix=f"pip install --force-reinstall 'promprune[{extra}]'",
-        ) from error

@@ -79,10 +79,10 @@ class DeviceEngine(Protocol):
 class Device(Protocol):
     """Memory and engines of one GPU, on one stream. Thread-safe."""
 
-    def load(self, plan: bytes, trt: Any, kernels: Path | None = None) -> DeviceEngine:
+    def load(self, plan: bytes, trt: Any, runtime_cache: Path) -> DeviceEngine:
         """Load a serialized engine with ``tensorrt`` or ``tensorrt_rtx``.
 
-        ``kernels`` is the file in which TensorRT for RTX keeps the kernels that it compiles on this machine.
+        TensorRT for RTX stores the kernels that it compiles on this machine in the file ``runtime_cache``.
         """
 
     def allocate(self, nbytes: int) -> int:

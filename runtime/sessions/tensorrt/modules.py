@@ -3,19 +3,50 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections import deque
 from collections.abc import Mapping
 from typing import Any, Final
 
 from promprune.dtypes import BY_TENSORRT
+from promprune.errors import BackendError, MissingDependencyError
 from promprune.package.agree import UNKNOWN
 from promprune.package.engines import EngineBackend
 from promprune.package.manifest import TensorRecord
 
-__all__ = ["ENGINE_MODULES", "log_of", "tensor_record", "trimmed"]
+__all__ = ["import_module", "load_tensorrt", "log_of", "tensor_record", "trimmed"]
 
-ENGINE_MODULES: Final[Mapping[EngineBackend, str]] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_MODULES: Final[Mapping[EngineBackend, str]] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _KEPT_ERRORS: Final = 64
+
+
+def load_tensorrt(backend: EngineBackend) -> Any:
+    """Import the Python module of a backend; errors are those of :func:`import_module`."""
+    return import_module(backend, _MODULES[backend])
+
+
+def import_module(extra: EngineBackend, module: str) -> Any:
+    """Import one of NVIDIA's modules.
+
+    Args:
+        extra: extra of this project that installs it.
+        module: its name.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+        BackendError: it is installed, but does not load.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"engines need {error.name}, which is not installed", fix=f"pip install 'promprune[{extra}]'"
+        ) from error
+    except (ImportError, OSError, RuntimeError) as error:
+        raise BackendError(
+            f"{module} is installed but does not load ({trimmed(error)})",
+            fix=f"pip install --force-reinstall 'promprune[{extra}]'",
+        ) from error
 
 
 def log_of(trt: Any) -> Any:
