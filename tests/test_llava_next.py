@@ -125,7 +125,8 @@ def prefill(pipeline: VisionLanguagePipeline, requests: list[tuple[list[Image.Im
     for request in made:
         request.images = [pipeline.encoder.encode(image)[0] for image in request.images]
     spliced = pipeline.language_model.splice([request.prompt for request in made])
-    logits, _ = pipeline.language_model.prefill(spliced)
+    decoder = pipeline.language_model.decoder
+    logits, _ = decoder.forward(spliced.embeds, decoder.caches.empty(len(made)), spliced.mask, spliced.positions)
     return np.asarray(spliced.embeds).astype(np.float32), spliced.mask, logits
 
 

@@ -118,11 +118,19 @@ class Engine:
             with time_stage("splice", group):
                 spliced = self._model.splice([request.prompt for request in group], begin)
             with time_stage("prefill", group):
-                most = max(request.most_tokens for request in group)
-                logits, cache = self._model.prefill(spliced, group[0].prefix, begin, most_tokens=most)
+                before = self._cache_before(group)
+                logits, cache = self._model.decoder.forward(spliced.embeds, before, spliced.mask, spliced.positions)
         except Exception as error:
             return _fail(group, error)
         return self._choose_tokens(group, logits, cache)
+
+    def _cache_before(self, group: Sequence[Request]) -> Cache:
+        """Return the cache of the tokens that are not prefilled: those reused by a single request, or none."""
+        first = group[0]
+        if first.prefix is not None and first.reused_tokens:
+            return first.prefix.cache.truncate(first.reused_tokens)
+        cache: Cache = self._model.decoder.caches.empty(len(group), max(request.most_tokens for request in group))
+        return cache
 
     def _decode(self, running: Sequence[Request]) -> list[Update]:
         if not running:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from promprune.errors import ConfigError
-from promprune.runtime.engine.cache import Cache, CachedPrefix
+from promprune.runtime.engine.cache import Cache
 from promprune.runtime.engine.decoder import Decoder
 from promprune.runtime.engine.prompt import TokenIds
 from promprune.runtime.images.encoded import EncodedImage
@@ -80,27 +80,6 @@ class LanguageModel:
         shape = (len(prompts), longest, self.decoder.hidden_size)
         embeds = self.decoder.session.copy_rows(shape, self.decoder.embeds_dtype.name, copies)
         return SplicedPrompts(embeds, mask, self._positions(prompts, begin))
-
-    def prefill(
-        self, spliced: SplicedPrompts, prefix: CachedPrefix | None = None, begin: int = 0, *, most_tokens: int = 0
-    ) -> tuple[Logits, Cache]:
-        """Run the decoder on prompts.
-
-        Args:
-            spliced: from :meth:`splice`.
-            prefix: the keys and values of the positions before ``begin``, for a single prompt.
-            begin: as given to :meth:`splice`.
-            most_tokens: positions of the longest prompt with its answer, if known.
-
-        Returns:
-            The logits after each prompt, float32 [batch, vocabulary], and the cache of all prompts.
-
-        Raises:
-            BackendError: the backend fails.
-        """
-        batch = len(spliced.mask)
-        cache = prefix.cache.truncate(begin) if prefix and begin else self.decoder.caches.empty(batch, most_tokens)
-        return self.decoder.forward(spliced.embeds, cache, spliced.mask, spliced.positions)
 
     def decode(self, token_ids: Sequence[int], cache: Cache) -> tuple[Logits, Cache]:
         """Run the decoder on one token per row.
