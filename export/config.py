@@ -48,7 +48,7 @@ class ExportConfig:
             checkpoint's own if it is quantized, else ``dtype``.
         vision_weight_format: format of the weights of the vision encoder and the projector; None for ``"int8"`` if the
             language model is quantized, else ``dtype``.
-        block_size: number of quantized weights that share one scale; None for 32 in int4, and a whole column in int8.
+        block_size: number of quantized weights that share one scale; None for 32 in int4, and one column in int8.
         vision_int8_activations: compute the vision encoder's products in int8, which is faster on CPUs but not
             supported by TensorRT.
         image_grids: sizes of images, as (rows, columns) of visual tokens, for families with a choice of sizes; each
@@ -129,15 +129,15 @@ class ExportConfig:
         if self.copy_weights is False and weights.is_quantized:
             raise ConfigError(
                 "received --link-weights for quantized weights",
-                expected="weights in the package's own files: the checkpoint does not have them",
-                fix="leave --link-weights out",
+                expected="weights copied into the package: the checkpoint does not contain them",
+                fix="omit --link-weights",
             )
 
     def weights(self, own: WeightRecord | None = None) -> WeightsRecord:
         """Return the format of the weights of each part.
 
         Args:
-            own: of the checkpoint's language model if it is quantized.
+            own: format of the checkpoint's language model if it is quantized.
         """
         language = self._weight_record(self.weight_format or (own.format if own else self.dtype))
         if own is not None and self.block_size is None and language.is_quantized:  # keeps its integers, if it can
@@ -148,9 +148,9 @@ class ExportConfig:
         )
 
     def for_weights(self, weights: WeightsRecord) -> ExportConfig:
-        """Return these settings as an export with such weights needs them: an opset that has their operators.
+        """Return these settings with an opset that has the operators for such weights.
 
-        Quantized weights are not those of the checkpoint, which is not linked then.
+        If weights are quantized, the checkpoint is not linked, because it does not contain them.
         """
         if not weights.is_quantized:
             return self

@@ -57,19 +57,19 @@ def check_output_file(path: Path, option: str, *, suffixes: Sequence[str] = (), 
 def check_output_folder(
     output: Path, option: str, *, marker: str = "", contents: str = "", force: bool = False, whole: bool = False
 ) -> None:
-    """Refuse a folder that cannot be written, or that would lose what nobody asked to replace.
+    """Refuse a folder that cannot be written, or in which files would be overwritten unasked.
 
     Args:
-        output: the folder; files are written into it, or it is replaced as a whole.
-        option: the command's option that named it.
+        output: the folder; files are written to it, or the entire folder is replaced.
+        option: the command's option for it.
         marker: name of the file by which earlier results are recognised.
-        contents: what such a folder holds, for the message: ``"a report"``.
+        contents: description of such results for the message, such as ``"a report"``.
         force: replace earlier results, and nothing else.
-        whole: the folder is replaced as a whole; otherwise other files in it stay.
+        whole: replace the entire folder; if false, other files in it remain.
 
     Raises:
-        OutputError: it cannot be written; or it holds results and ``force`` is off; or it is replaced as a whole and
-            holds something else.
+        OutputError: the folder cannot be written; or it contains results and ``force`` is false; or it is to be
+            replaced and contains something else.
     """
     there = next((path for path in (output, *output.parents) if path.exists()), Path())
     fix = f"choose another {option}"
@@ -85,12 +85,12 @@ def check_output_folder(
 
 
 def _check_replaced(output: Path, *, marker: str, contents: str, force: bool, fix: str) -> None:
-    """Refuse to replace a folder as a whole unless ``force`` is given and it holds earlier results or nothing."""
+    """Refuse to replace a folder unless ``force`` is given and the folder contains earlier results or is empty."""
     if not force:
         raise OutputError(
             f"{output} already exists", expected="a new folder", fix=f"{fix}, or add --force to replace it"
         )
-    try:  # another process may replace it at this moment, and takes it away before
+    try:  # another process may be replacing it, and has moved it away
         names = [path.name for path in output.iterdir()] if not output.is_symlink() else None
     except FileNotFoundError:
         return

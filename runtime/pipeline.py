@@ -35,7 +35,7 @@ from promprune.runtime.sessions.config import RuntimeConfig
 
 __all__ = ["Prompt", "VisionLanguagePipeline"]
 
-# A text, which comes after the images, or messages with {"type": "image"} parts where the images are.
+# A text, which comes after the images, or messages with {"type": "image"} parts at the places of the images.
 Prompt: TypeAlias = "str | Sequence[Message]"
 
 
@@ -54,7 +54,7 @@ class VisionLanguagePipeline:
         encoder: from images to kept visual tokens.
         prompts: from messages to token ids; holds the tokenizer.
         language_model: from token ids and visual tokens to logits.
-        device: where the graphs run: ``"CPU"`` or ``"CUDA"``.
+        device: device of the graphs: ``"CPU"`` or ``"CUDA"``.
     """
 
     def __init__(

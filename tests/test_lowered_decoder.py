@@ -97,14 +97,14 @@ def test_what_the_operator_cannot_compute_is_refused(
     file = tiny_export.output / tiny_export.manifest.graphs[DECODER].file
     other_mask = ir.load(file)
     next(node for node in other_mask.graph if node.op_type == "LessOrEqual").op_type = "Less"
-    with pytest.raises(UnsupportedModelError, match="compares by Less"):
+    with pytest.raises(UnsupportedModelError, match="has the comparisons Less"):
         lowering.lower_decoder(other_mask)
     other_scale = ir.load(file)
     next(node for node in other_scale.graph if node.op_type == "Softmax").op_type = "Tanh"
     with pytest.raises(UnsupportedModelError, match="in another way"):
         lowering.lower_decoder(other_scale)
     monkeypatch.setattr(lowering, "_HEAD_MULTIPLE", 7)
-    with pytest.raises(UnsupportedModelError, match="heads of 8"):
+    with pytest.raises(UnsupportedModelError, match="head size of 8"):
         lowering.lower_decoder(ir.load(file))
 
 

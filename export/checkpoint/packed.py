@@ -1,12 +1,12 @@
 """Weights that a checkpoint stores as packed integers with scales: GPTQ, AWQ and compressed-tensors.
 
-Every form packs 32 / bits integers into an int32, lowest bits first, and has one scale and one zero point for each
+Every format packs 32 / bits integers into an int32, lowest bits first, and has one scale and one zero point for each
 group of neighbours along K: ``weight = scale * (integer - zero point)``.
 
 ============================  ===========================  ==================================================
 method                        integers                     zero points
 ============================  ===========================  ==================================================
-GPTQ                          ``qweight [K / 8, N]``       ``qzeros [K / group, N / 8]``, less 1 in version 1
+GPTQ                          ``qweight [K / 8, N]``       ``qzeros [K / group, N / 8]``, minus 1 in version 1
 AWQ (gemm)                    ``qweight [K, N / 8]``,      ``qzeros [K / group, N / 8]``, in the same order
                               in the order 0 2 4 6 1 3 5 7
 compressed-tensors            ``weight_packed [N, K / 8]`` none if symmetric; else
@@ -35,7 +35,7 @@ __all__ = ["PackedTensor", "PackedWeights", "packed_weights"]
 Integers = NDArray[np.int8]
 Method = Literal["gptq", "awq", "compressed-tensors"]
 
-_AWQ_ORDER: Final = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # place in an int32 of each of eight neighbours
+_AWQ_ORDER: Final = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # position in the int32 of each of eight neighbours
 _INTEGERS: Final = ("qweight", "weight_packed")  # the last part of a key
 _SCALES: Final = ("scales", "weight_scale")
 _ZERO_POINTS: Final = ("qzeros", "weight_zero_point")
@@ -49,9 +49,9 @@ class PackedWeights:
 
     Attributes:
         method: the format.
-        bits: of an integer, 4 or 8.
-        group_size: neighbours along K with one scale; None: a whole column.
-        zero_offset: what is added to the zero points that are stored.
+        bits: bits per integer, 4 or 8.
+        group_size: neighbours along K with one scale; None for an entire column.
+        zero_offset: number to add to the stored zero points.
     """
 
     method: Method
@@ -65,7 +65,7 @@ class PackedWeights:
         return WeightRecord(format="int4" if self.bits == 4 else "int8", block_size=self.group_size)
 
     def combine(self, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-        """Return a checkpoint's tensors with each packed weight as one, under the key that it would have unpacked."""
+        """Return a checkpoint's tensors with each packed weight as one tensor, under its key in an unpacked model."""
         prefixes = {key.rpartition(".")[0] for key in tensors if key.rpartition(".")[2] in _INTEGERS}
         parts = (*_INTEGERS, *_SCALES, *_ZERO_POINTS, *_GROUPS, "weight_shape")
         combined = {
@@ -81,13 +81,13 @@ class PackedWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedTensor(StoredTensor):
-    """A packed weight ``[N, K]``; reads as its dequantized values.
+    """A packed weight ``[N, K]``; reading it returns the dequantized values.
 
     Attributes:
         packing: how it is packed.
         integers, scales: its tensors.
-        zero_points: None: all are in the middle of the range.
-        groups: ``[K]``, the group of each of its rows, if they are not in order.
+        zero_points: None if all are in the middle of the range.
+        groups: ``[K]``, the group of each row; None if groups are adjacent rows.
     """
 
     packing: PackedWeights
@@ -101,7 +101,7 @@ class PackedTensor(StoredTensor):
         """Combine the tensors of one weight.
 
         Raises:
-            ModelError: one is missing.
+            ModelError: a tensor is missing.
         """
 
         def part(names: tuple[str, ...]) -> StoredTensor | None:
@@ -122,7 +122,7 @@ class PackedTensor(StoredTensor):
             file=integers.file,
             dtype="F32",
             shape=shapes[packing.method],
-            offset=1,  # aligned to nothing: its bytes are never used as they are
+            offset=1,  # unaligned: its bytes are never linked
             packing=packing,
             integers=integers,
             scales=scales,
@@ -137,23 +137,23 @@ class PackedTensor(StoredTensor):
 
     @property
     def is_in_order(self) -> bool:
-        """Whether groups are neighbours; GPTQ may have sorted them by activations."""
+        """Whether groups are adjacent rows; GPTQ may have sorted rows by activations."""
         if self.groups is None:
             return True
         return bool((_array(self.groups) == np.arange(self.shape[1]) // self.group_size).all())
 
     def keeps_integers(self, bits: int, block_size: int) -> bool:
-        """Whether symmetric integers of ``bits`` bits, in blocks of a size, hold it exactly."""
+        """Whether symmetric integers of ``bits`` bits, in blocks of ``block_size``, can represent it exactly."""
         if block_size != self.group_size or not self.is_in_order:
             return False
-        if bits == 8 and self.packing.bits == 4:  # integer less zero point
+        if bits == 8 and self.packing.bits == 4:  # integer minus zero point
             return True
         middle = 1 << (self.packing.bits - 1)
         zeros = self._zero_points()
         return bits == self.packing.bits and (zeros is None or bool((zeros == middle).all()))
 
     def unpacked(self) -> tuple[Integers, NDArray[np.float32]]:
-        """Return integers less their zero points, ``[K, N]``, and scales ``[groups, N]``."""
+        """Return integers minus their zero points, ``[K, N]``, and scales ``[groups, N]``."""
         zeros, scales = self._zero_points(), _array(self.scales).astype(np.float32)
         integers = self._unpack(_array(self.integers), of_zero_points=False)
         if self.packing.method == "compressed-tensors":
@@ -201,7 +201,7 @@ def packed_weights(folder: Path, config: Any) -> PackedWeights | None:
     """Return how a checkpoint packs its weights, from its configuration; None if it is not quantized.
 
     Raises:
-        UnsupportedModelError: it is quantized in a form that is not read.
+        UnsupportedModelError: it is quantized in an unsupported format.
     """
     settings = getattr(config, "quantization_config", None) or getattr(
         getattr(config, "text_config", None), "quantization_config", None
@@ -255,11 +255,11 @@ def _group_size(stated: Any) -> int | None:
 
 
 def _array(stored: StoredTensor) -> NDArray[Any]:
-    """Read a small or integer tensor whole, as it is stored."""
+    """Read a small or integer tensor in its stored dtype."""
     dtype = stored.numpy_dtype
     with stored.file.open("rb") as stream:
         stream.seek(stored.offset)
         data = stream.read(stored.size * dtype.itemsize)
     if len(data) < stored.size * dtype.itemsize:
-        raise ModelError(f"{stored.file} ends within {stored.key}", expected="a whole checkpoint")
+        raise ModelError(f"{stored.file} ends inside the tensor {stored.key}", expected="a complete checkpoint")
     return cast("NDArray[Any]", np.frombuffer(data, dtype).reshape(stored.shape))

@@ -38,7 +38,7 @@ def engine_from_onnx(
     Args:
         toolkit: which TensorRT.
         path: the ONNX file; its external weights are in the same folder.
-        graph: what the file must have as inputs and outputs; ``None``: that is not looked at.
+        graph: record whose inputs and outputs the file must have; None to skip this check.
         profiles: shape ranges of the inputs.
         target: a target, as returned by :meth:`Toolkit.resolve`.
         config: settings of the engine; ``profiles`` already contains those of the profiles.

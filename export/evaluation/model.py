@@ -1,7 +1,7 @@
-"""A checkpoint in torch, for many questions under many selections: every image is encoded once.
+"""A checkpoint in torch that answers many questions under many selections.
 
-All questions about an image share the beginning of their prompt, the kept visual tokens included, so that is read
-once too.
+Every image is encoded once. All questions about an image share the beginning of their prompts, including the kept
+visual tokens, whose prefill also runs once.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ __all__ = ["KeptTokens", "TorchModel", "VisualTokens"]
 
 _IMAGES_AT_ONCE: Final = 8
 _PADDING: Final = -1
-_Prompt = tuple[tuple[int, ...], list[int]]  # token ids before the image, and behind it
+_Prompt = tuple[tuple[int, ...], list[int]]  # token ids before the image, and after it
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class VisualTokens:
-    """All visual tokens of one image, crop by crop; models that do not cut images have one crop.
+    """All visual tokens of one image, crop by crop; models that do not divide images have one crop.
 
     Attributes:
-        reference: what the family made of the image.
+        reference: the family's reference for the image.
         saliency: ``[crops, N]`` fp32.
-        places: int64 ``[crops, N]``; where each token comes in the count of the image's tokens, -1 for padding.
-        grids: in which they are counted.
-        view: what the model sees, RGB.
+        places: int64 ``[crops, N]``; index of each token among all tokens of the image, -1 for padding.
+        grids: the grids over which the tokens are numbered.
+        view: the part of the image that the model sees, RGB.
     """
 
     reference: VisionReference
@@ -59,18 +59,18 @@ class VisualTokens:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the image, padding not counted."""
+        """Number of tokens of the image, without padding."""
         return int(self.token_mask.sum())
 
 
 @dataclass(frozen=True, eq=False)
 class KeptTokens:
-    """What takes the place of an image in a prompt.
+    """The features that replace the placeholders of an image in a prompt.
 
     Attributes:
         features: ``[placeholders, D]``.
-        offsets: int64 ``[axes, placeholders]``, their rotary positions from the one at which the image begins.
-        extent: how far on the text behind the image begins.
+        offsets: int64 ``[axes, placeholders]``, rotary positions relative to that at which the image begins.
+        extent: distance from the beginning of the image to the text after it.
     """
 
     features: Tensor
@@ -79,18 +79,18 @@ class KeptTokens:
 
 
 class TorchModel:
-    """Answers as transformers' greedy ``generate`` does, many questions at a time.
+    """Answers like transformers' greedy ``generate``, many questions at a time.
 
-    Images of a family that takes any size are brought to the one that is exported when none is asked for.
+    For families with a choice of sizes, images are resized to the default grid.
 
     Args:
         checkpoint: the model.
 
     Attributes:
-        num_tokens: N, the tokens that a selection chooses from; of each crop, where images are cut.
+        num_tokens: N, the tokens that a selection chooses from; per crop, if images are divided into crops.
 
     Raises:
-        UnsupportedModelError: the model is not one that can be exported.
+        UnsupportedModelError: the model cannot be exported.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -103,7 +103,7 @@ class TorchModel:
 
     @torch.inference_mode()
     def encode(self, image: Image.Image) -> VisualTokens:
-        """All visual tokens of one image."""
+        """Return all visual tokens of one image."""
         image, vision = self.family.resize(image), self.family.vision_modules[0]
         reference = self.family.reference(image)
         saliency = vision.module(*(reference.feeds[name] for name in vision.inputs))[1]
@@ -113,16 +113,16 @@ class TorchModel:
         )
 
     def view(self, image: Image.Image) -> Image.Image:
-        """What the model sees of an image, RGB."""
+        """Return the part of an image that the model sees, RGB."""
         return self.encode(image).view
 
     @torch.inference_mode()
     def keep(self, tokens: VisualTokens, token_indices: Tensor) -> KeptTokens:
-        """Some tokens of an image.
+        """Return some tokens of an image.
 
         Args:
-            tokens: all of them.
-            token_indices: int64 ``[T]``, in the order in which the language model is to read them.
+            tokens: all tokens of the image.
+            token_indices: int64 ``[T]``, in the order in which the language model receives them.
         """
         features = self.family.kept_features(tokens.reference, token_indices)
         image, text = self.family.image_token_id, self.checkpoint.processor.tokenizer("a").input_ids[-1]
@@ -136,12 +136,12 @@ class TorchModel:
     def answer(
         self, kept: Sequence[KeptTokens | None], questions: Sequence[Sequence[str]], max_new_tokens: int
     ) -> list[list[str]]:
-        """Greedy answers.
+        """Return greedy answers.
 
         Args:
-            kept: of each image, what takes the place of its placeholders; ``None`` to ask without it.
-            questions: about each image, at least one.
-            max_new_tokens: longest answer.
+            kept: for each image the features that replace its placeholders; None to ask without the image.
+            questions: for each image at least one question.
+            max_new_tokens: longest answer, in tokens.
         """
         axes = self.family.position_axes[0] if self.family.position_axes else 1
         nothing = KeptTokens(torch.empty(0, self.embeds.shape[1]), torch.empty(axes, 0, dtype=torch.int64), 0)
@@ -183,7 +183,7 @@ class TorchModel:
     def _answer_batch(
         self, kept: list[KeptTokens], prompts: list[list[_Prompt]], max_new_tokens: int
     ) -> list[list[str]]:
-        """Answer all questions about images with equally many tokens and the same beginning of the prompt."""
+        """Answer all questions about images with the same number of tokens and the same beginning of the prompt."""
         ids = prompts[0][0][0]
         before = self.embeds[list(ids)].expand(len(kept), -1, -1)
         prefix = torch.cat([before, torch.stack([one.features for one in kept]).to(before.dtype)], dim=1)
@@ -202,14 +202,14 @@ class TorchModel:
     def _generate(
         self, rows: list[list[int]], read: int, begin: Tensor, cache: DynamicCache, max_new_tokens: int
     ) -> list[list[int]]:
-        """New tokens behind each row of ids, the rows being padded on the left, behind what the cache holds.
+        """Generate tokens after each row of ids, which are padded on the left and continue the KV cache.
 
         Args:
-            rows: of ids.
-            read: tokens that the cache holds.
+            rows: token ids of each row.
+            read: number of tokens in the cache.
             begin: the position at which the rows begin, ``[axes, 1, 1]``.
-            cache: of as many rows.
-            max_new_tokens: at most.
+            cache: KV cache with the same number of rows.
+            max_new_tokens: most tokens to generate.
         """
         width = max(map(len, rows))
         ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])

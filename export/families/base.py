@@ -82,13 +82,13 @@ class VisionReference:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTokens:
-    """Where the visual tokens of one image are.
+    """The places of the visual tokens of one image.
 
     Attributes:
-        indices: int64 ``[crops, N]``, of each token among all tokens of the image; -1 for padding. One crop unless the
-            family cuts images into several.
-        grids: in which the tokens are counted.
-        view: what the model sees, RGB.
+        indices: int64 ``[crops, N]``, index of each token among all tokens of the image; -1 for padding. One crop
+            unless the family divides images into several.
+        grids: the grids over which the tokens are numbered.
+        view: the part of the image that the model sees, RGB.
     """
 
     indices: Tensor
@@ -170,7 +170,7 @@ class Family(ABC):
 
     @abstractmethod
     def image_tokens(self, image: Image, reference: VisionReference) -> ImageTokens:
-        """Return where the tokens of an image are, and what the model sees of it."""
+        """Return the places of the tokens of an image, and the part of it that the model sees."""
 
     def kept_features(self, reference: VisionReference, token_indices: Tensor) -> Tensor:
         """Return what replaces an image's placeholders if only some tokens are kept: ``[placeholders, D]``.

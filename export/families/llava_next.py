@@ -52,7 +52,7 @@ class LlavaNext(Llava):
 
     @property
     def crops(self) -> AnyresLayout:
-        """How an image is cut."""
+        """How an image is divided into crops."""
         return AnyresLayout(side=self.side, patches=self.patches, canvases=self.canvases)
 
     @property
@@ -95,7 +95,7 @@ class LlavaNext(Llava):
         )
 
     def image_tokens(self, image: Image.Image, reference: VisionReference) -> ImageTokens:
-        """Return the tokens of the crop that shows the image whole, and of its canvas."""
+        """Return the tokens of the crop of the entire image, and of its canvas."""
         layout = self.crops
         fit = fit_to_canvas(image.height, image.width, layout)
         resample = self.processor.image_processor.resample
@@ -111,7 +111,7 @@ class LlavaNext(Llava):
 
     def kept_features(self, reference: VisionReference, token_indices: Tensor) -> Tensor:
         """Return the kept features, ``[T, D]``; if all are kept, with ``image_newline`` after each row."""
-        assert isinstance(reference, AnyresReference)  # as the method above returned it
+        assert isinstance(reference, AnyresReference)  # returned by the method above
         whole, crops = reference.all_features[0], reference.all_features[1:]
         tokens = torch.cat([whole, self._unpadded(crops, reference.image_size).flatten(1).T])
         if len(token_indices) < len(tokens):

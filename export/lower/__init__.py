@@ -1,1 +1,1 @@
-"""Graphs rewritten for one backend, over the weight files of the package."""
+"""Rewriting graphs for one backend; they use the weight files of the package."""

@@ -1,4 +1,4 @@
-"""The lowered decoder of a package: written, verified, and left out with a reason where it cannot be had."""
+"""Making the lowered decoder of a package: lower, verify and write it, or give the reason why it is impossible."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ __all__ = ["LoweredDecoder", "lower_package", "try_to_lower"]
 _ON_CPU: Final = RuntimeConfig(provider="cpu", accuracy_level=0)
 _SAMPLE_ROWS: Final = 3
 _SAMPLE_POSITIONS: Final = 64
-_MEMORY_FACTOR: Final = 2  # of the weights: ONNX Runtime rearranges them for its kernels
+_MEMORY_FACTOR: Final = 2  # times the weights: ONNX Runtime rearranges them for its kernels
 
 
 class LoweredDecoder(NamedTuple):
     """The lowered decoder of a package.
 
     Attributes:
-        folder: where it is.
-        manifest: what ``lowered.json`` says.
-        built: whether it was made now, rather than found up to date.
+        folder: its folder.
+        manifest: content of ``lowered.json``.
+        built: whether it was made now; false if it was up to date.
     """
 
     folder: Path
@@ -51,7 +51,7 @@ class LoweredDecoder(NamedTuple):
 
 
 def try_to_lower(package: Package) -> str:
-    """Lower the decoder of a package that is being made; return why there is no lowered decoder, or an empty text."""
+    """Lower the decoder of a package during its export; return the reason if it is impossible, else an empty text."""
     verification = package.manifest.verification
     if verification is not None and verification.not_verified:
         return "the model was verified out of core; promprune-build lowers its decoder if that fits into memory"
@@ -67,14 +67,14 @@ def lower_package(package: Package, *, rebuild: bool = False) -> LoweredDecoder:
     """Lower the decoder of a package for ONNX Runtime, verify it against the portable one, and write it.
 
     Args:
-        package: finished, or still being made.
-        rebuild: also if there is one that is up to date.
+        package: the package, finished or before it is moved into place.
+        rebuild: also replace an existing lowered decoder.
 
     Raises:
-        UnsupportedModelError: this decoder cannot be lowered, or not verified here; the message says why.
-        VerificationError: the lowered decoder computes something else; nothing is written.
-        PackageError: there is one that is stale, and ``rebuild`` is off.
-        OutputError: the package cannot be written to.
+        UnsupportedModelError: this decoder cannot be lowered, or not be verified here; the message says why.
+        VerificationError: the lowered decoder gives different results; nothing is written.
+        PackageError: there is a stale lowered decoder, and ``rebuild`` is false.
+        OutputError: the package folder cannot be written.
     """
     version, folder = onnxruntime.__version__, lowered_folder(package.folder)
     found = None if rebuild else read_lowered(package, tool_version=version)
@@ -101,19 +101,19 @@ def lower_package(package: Package, *, rebuild: bool = False) -> LoweredDecoder:
 
 
 def _check_verifiable(package: Package) -> None:
-    """Refuse a decoder that cannot be run here."""
+    """Refuse a decoder that cannot run on this machine."""
     if not package.manifest.has_language_model:
         raise UnsupportedModelError("the package has no decoder: it was exported with --vision-only")
     size_bytes = sum((package.folder / name).stat().st_size for name in package.manifest.graphs[DECODER].weights)
     if size_bytes * _MEMORY_FACTOR > available_memory():
         raise UnsupportedModelError(
-            f"the decoder has {size_bytes / 1e9:.1f} GB of weights, too many to verify it in the memory that is free",
-            expected=f"{_MEMORY_FACTOR} times as much memory",
+            f"the decoder has {size_bytes / 1e9:.1f} GB of weights, too many to verify it in the available memory",
+            expected=f"{_MEMORY_FACTOR} times as much available memory",
         )
 
 
 def _verify(package: Package, file: Path) -> tuple[CheckRecord, ...]:
-    """Compare the lowered graph with the portable one; one after the other, so that one is in memory at a time."""
+    """Compare the lowered graph with the portable one; only one of them is in memory at a time."""
     embeds = _sample_embeds(package)
     with open_session(package, DECODER, _ON_CPU) as session:
         reference = portable_logits(session, embeds)

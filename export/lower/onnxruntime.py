@@ -1,7 +1,7 @@
-"""The decoder lowered for ONNX Runtime: fused attention, with keys and values in one buffer that is updated in place.
+"""Lowering the decoder for ONNX Runtime: fused attention, with keys and values in a buffer that is updated in place.
 
-The portable graph returns past and new keys and values as new tensors, so that every step copies the whole KV cache,
-and pads the rows of a batch to one length. Here each layer's attention is one ``com.microsoft.GroupQueryAttention``:
+The portable graph returns past and new keys and values as new tensors, so every step copies the entire KV cache, and it
+pads the rows of a batch to one length. Here each layer's attention is one ``com.microsoft.GroupQueryAttention``:
 
 ==========================  ==================================================================================
 ``inputs_embeds``           [B, S, D], as in the portable graph
@@ -13,11 +13,11 @@ and pads the rows of a batch to one length. Here each layer's attention is one `
 ==========================  ==================================================================================
 
 A run either starts every row (S == ``total_sequence_length``), appends S positions to one row (B == 1), or appends one
-position to every row (S == 1). The operator writes new keys and values behind the past ones of each row and reads no
-further than ``seqlens_k``: rows need no padding, and a row is shortened by a smaller ``seqlens_k``. Rotary embeddings
-are applied before, from the positions that the portable graph uses: multimodal ones have no other form.
+position to every row (S == 1). The operator writes new keys and values after the past ones of each row, and reads only
+up to ``seqlens_k``: rows need no padding, and a smaller ``seqlens_k`` truncates a row. Rotary embeddings are applied
+before it, with the positions of the portable graph, because the operator does not support multimodal positions.
 
-Weights stay in the files of the portable graph.
+The weights are those in the files of the portable graph.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ _CONTRIB: Final = "com.microsoft"
 _MASK: Final = "attention_mask"
 _FUSION_OPSET: Final = 23  # the first with RMSNormalization
 _HEAD_MULTIPLE: Final = 8
-_DTYPES: Final = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16})  # those with kernels for the CPU and CUDA
+_DTYPES: Final = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16})  # dtypes with kernels for the CPU and CUDA
 
 
 def lower_decoder(model: ir.Model) -> None:
     """Rewrite the portable decoder, in place, into the graph described above.
 
     Args:
-        model: as :func:`promprune.export.graphs.decoder.decoder_graph` writes it.
+        model: a graph made by :func:`promprune.export.graphs.decoder.decoder_graph`.
 
     Raises:
-        UnsupportedModelError: ONNX Runtime's operator cannot compute what this decoder computes; the message says why.
+        UnsupportedModelError: ONNX Runtime's operator does not support this decoder; the message says why.
     """
     graph = model.graph
     inputs = {str(value.name): value for value in graph.inputs}
@@ -72,7 +72,7 @@ def lower_decoder(model: ir.Model) -> None:
 
 
 class _Lowering:
-    """Writes the fused operators of one graph; what all layers read is written once."""
+    """Inserts the fused operators into one graph; inputs that all layers share are inserted once."""
 
     def __init__(self, model: ir.Model) -> None:
         self._graph = model.graph
@@ -94,7 +94,8 @@ class _Lowering:
         heads, kv_heads = _fixed(attention.query, 1), _fixed(attention.key, 1)
         if _fixed(attention.key, 3) % _HEAD_MULTIPLE:
             raise UnsupportedModelError(
-                f"the decoder has heads of {_fixed(attention.key, 3)}", expected=f"a multiple of {_HEAD_MULTIPLE}"
+                f"the decoder has a head size of {_fixed(attention.key, 3)}",
+                expected=f"a multiple of {_HEAD_MULTIPLE}",
             )
         inputs = [self._merged(value, merge) for value in (attention.query, attention.key, attention.value)]
         window = {} if attention.window is None else {"local_window_size": attention.window}
@@ -116,7 +117,7 @@ class _Lowering:
             self._graph.outputs[self._graph.outputs.index(old)] = new
 
     def _merged(self, value: ir.Value, before: ir.Node) -> ir.Value:
-        """Return queries, keys or values [B, heads, S, D] as [B, S, heads * D], rotated after that if they are."""
+        """Return queries, keys or values [B, heads, S, D] as [B, S, heads * D], with rotation if they have one."""
         rotary = match_rotary(value)
         if rotary is not None:
             return self._rotated(rotary, before)
@@ -134,7 +135,7 @@ class _Lowering:
         return self._insert(before, "RotaryEmbedding", inputs, {"num_heads": _fixed(rotary.value, 1)}, domain=_CONTRIB)
 
     def _table(self, value: ir.Value, half: int) -> ir.Value:
-        """Return a cosine or sine [B, S, D or D / 2] as a table [B * S, D / 2]: one row for each new position."""
+        """Return a cosine or sine [B, S, D or D / 2] as a table [B * S, D / 2]: one row per new position."""
         if value not in self._tables:
             after = value.producer()
             if after is None:
@@ -147,7 +148,7 @@ class _Lowering:
         return self._tables[value]
 
     def _rows(self) -> ir.Value:
-        """Return the row of each new position in these tables: 0, 1, ... as int64 [B, S]."""
+        """Return the row index of each new position in these tables: 0, 1, ... as int64 [B, S]."""
         if self._rotary_rows is None:
             positions = next(value for value in self._graph.inputs if value.name == "position_ids")
             shape = ir.node("Shape", [positions], {"start": -2})
@@ -187,7 +188,7 @@ def _check_dtype(value: ir.Value) -> None:
 
 
 def _fuse_norms(model: ir.Model) -> None:
-    """Write every RMS norm as one operator, under the name from which ONNX Runtime fuses the residual sum too."""
+    """Replace every RMS norm by one operator, which ONNX Runtime can also fuse with the residual sum."""
     opset = model.opset_imports[""]
     model.opset_imports[""] = max(opset or 0, _FUSION_OPSET)
     onnx_fusions.fuse(model)
@@ -200,7 +201,7 @@ def _fuse_norms(model: ir.Model) -> None:
 
 
 def _fuse_residual(graph: ir.Graph, norm: ir.Node) -> None:
-    """Fuse a norm with the sum of two hidden states that it reads; the sum stays an output."""
+    """Fuse a norm with the sum of two hidden states that is its input; the sum remains an output."""
     add = norm.inputs[0].producer() if norm.inputs[0] is not None else None
     if add is None or add.op_type != "Add" or any(value is None or value.is_initializer() for value in add.inputs):
         return
@@ -216,12 +217,12 @@ def _fuse_residual(graph: ir.Graph, norm: ir.Node) -> None:
 def _remove_mask(graph: ir.Graph) -> None:
     mask = next(value for value in graph.inputs if value.name == _MASK)
     if mask.uses():
-        raise UnsupportedModelError("the attention mask is used outside of the attention", expected="nowhere else")
+        raise UnsupportedModelError("the attention mask is used outside of the attention", expected="no other use")
     graph.inputs.remove(mask)
 
 
 def _check_past(graph: ir.Graph) -> None:
-    """Refuse a graph that still reads keys and values, or their length, elsewhere: the buffers are longer."""
+    """Refuse a graph that also uses keys and values, or their length, elsewhere: the buffers are longer."""
     for node in graph:
         past = [value for value in node.inputs if value is not None and str(value.name).startswith("past_key_values.")]
         if past and node.op_type != "GroupQueryAttention" and not _reads_batch(node):

@@ -1,4 +1,4 @@
-"""How the exporter writes the attention of a decoder layer: what the lowering looks for."""
+"""Matching the attention of a decoder layer as the exporter writes it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from promprune.errors import UnsupportedModelError
 __all__ = ["Attention", "Rotary", "find_attention", "match_rotary", "merged_heads", "producer_of", "single_constant"]
 
 _HEADS_SECOND: Final = (0, 2, 1, 3)  # [B, S, heads, D] <-> [B, heads, S, D]
-# Comparisons of a causal mask, whose only other one is Greater(key position, query position - window).
+# Comparisons of a causal mask; the only other one is Greater(key position, query position - window).
 _CAUSAL: Final = "LessOrEqual"
 _COMPARISONS: Final = frozenset({"Equal", "Greater", "GreaterOrEqual", "Less", "Not", "Or", "Xor"})
 
@@ -24,7 +24,7 @@ class Attention(NamedTuple):
         query: [B, heads, S, D], before it is scaled.
         key, value: [B, kv heads, S, D], of the new positions.
         scale: factor of the scores.
-        window: positions that a query attends to, its own included; None for all.
+        window: number of positions that a query attends to, including its own; None for all.
         merge: the node that returns [B, S, heads * D].
     """
 
@@ -50,14 +50,14 @@ class Rotary(NamedTuple):
 
 
 def find_attention(past: tuple[ir.Value, ir.Value], present: tuple[ir.Value, ir.Value]) -> Attention:
-    """Return the attention of the layer with this cache.
+    """Find the attention of the layer with this KV cache.
 
     Args:
         past: graph inputs, key and value.
         present: graph outputs, key and value.
 
     Raises:
-        UnsupportedModelError: it is written in another way.
+        UnsupportedModelError: the graph has another form.
     """
     key, value = (_appended(old, new) for old, new in zip(past, present, strict=True))
     core = _consumer(present[1], {"MatMul", "Attention"})
@@ -70,7 +70,7 @@ def find_attention(past: tuple[ir.Value, ir.Value], present: tuple[ir.Value, ir.
 
 
 def match_rotary(value: ir.Value) -> Rotary | None:
-    """Return what is rotated by halves, as transformers and ONNX do it; None if nothing is, or in another way."""
+    """Match a rotation by halves, as in transformers and ONNX; return None if there is none, or another kind."""
     node = producer_of(value)
     if node is not None and node.op_type == "RotaryEmbedding":
         plain = not node.attributes.get_int("interleaved", 0) and not node.attributes.get_int("rotary_embedding_dim", 0)
@@ -89,7 +89,7 @@ def match_rotary(value: ir.Value) -> Rotary | None:
 
 
 def merged_heads(value: ir.Value) -> ir.Value | None:
-    """Return the [B, S, heads * D] that was split into ``value`` [B, heads, S, D]; None if there is none."""
+    """Return the value [B, S, heads * D] that was split into ``value`` [B, heads, S, D]; None if there is none."""
     transpose = producer_of(value)
     if transpose is None or transpose.op_type != "Transpose" or not _swaps_heads(transpose):
         return None
@@ -103,12 +103,12 @@ def merged_heads(value: ir.Value) -> ir.Value | None:
 
 
 def producer_of(value: ir.Value | None) -> ir.Node | None:
-    """Return the node that computes a value; None for inputs, constants and nothing."""
+    """Return the node that computes a value; None for inputs, constants and None."""
     return None if value is None else value.producer()
 
 
 def single_constant(value: ir.Value | None) -> float | None:
-    """Return the number that a value is; None if it is computed, or is several."""
+    """Return the number in a constant; None if the value is computed, or has several numbers."""
     tensor = ir.convenience.get_const_tensor(value) if value is not None else None
     return float(tensor.numpy().item()) if tensor is not None and tensor.size == 1 else None
 
@@ -126,7 +126,7 @@ def _appended(past: ir.Value, present: ir.Value) -> ir.Value:
 def _consumer(
     value: ir.Value, kinds: set[str], through: frozenset[str] | set[str] = frozenset({"Unsqueeze", "Expand", "Reshape"})
 ) -> ir.Node:
-    """Return the one node of some kinds that a value reaches through nodes that only repeat or reorder it."""
+    """Return the only node of some kinds that uses a value, directly or after nodes that repeat or reorder it."""
     found = []
     for node in value.consumers():
         if node.op_type in kinds:
@@ -169,14 +169,14 @@ def _window_of(mask: ir.Value) -> int | None:
     """Return the sliding window of a causal mask; None if it has none.
 
     Raises:
-        UnsupportedModelError: it may hide or show other positions than a causal mask does.
+        UnsupportedModelError: it may mask other positions than a causal mask.
     """
     comparisons = [node for node in _ancestors(mask) if node.op_type in _COMPARISONS | {_CAUSAL}]
     windows = [node for node in comparisons if node.op_type == "Greater"]
     others = [node.op_type for node in comparisons if node.op_type not in ("Greater", _CAUSAL)]
     if others or len(windows) > 1 or len(comparisons) - len(windows) != 1:
         raise UnsupportedModelError(
-            f"the mask {mask.name} compares by {', '.join(sorted(node.op_type for node in comparisons))}",
+            f"the mask {mask.name} has the comparisons {', '.join(sorted(node.op_type for node in comparisons))}",
             expected="a causal mask, with or without a sliding window",
         )
     if not windows:
@@ -201,7 +201,7 @@ def _ancestors(value: ir.Value) -> Iterator[ir.Node]:
 
 
 def _turns_halves(value: ir.Value | None, source: ir.Value | None) -> bool:
-    """Say whether ``value`` is ``Concat(-source[half:], source[:half])`` along the last axis."""
+    """Return whether ``value`` is ``Concat(-source[half:], source[:half])`` along the last axis."""
     concat = producer_of(value)
     if concat is None or concat.op_type != "Concat" or len(concat.inputs) != 2 or source is None:
         return False
@@ -226,4 +226,4 @@ def _swaps_heads(transpose: ir.Node) -> bool:
 
 
 def _other_form(value: ir.Value, expected: str) -> UnsupportedModelError:
-    return UnsupportedModelError(f"the decoder computes {value.name} in another way", expected=expected)
+    return UnsupportedModelError(f"the decoder computes {value.name} in an unsupported way", expected=expected)

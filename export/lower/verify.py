@@ -1,4 +1,4 @@
-"""Comparison of a lowered decoder with the portable one, on all the ways in which the runtime runs it."""
+"""Comparing a lowered decoder with the portable one, in all ways in which the runtime runs it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["LOGITS_LIMITS", "Run", "check_logits", "lowered_logits", "portable_l
 
 Array = NDArray[Any]
 
-# Largest difference of two logits, over the largest logit, by the decoder's dtype.
+# Largest difference of two logits divided by the largest logit, by the decoder's dtype.
 LOGITS_LIMITS: Final[Mapping[str, float]] = {"float32": 1e-4, "float16": 1e-2}
 
-_LENGTHS: Final = (23, 40, 7)  # positions of the sample prompts, a row of the cache each
-_STEPS: Final = 6  # decode steps of all rows together
-_KEPT: Final = 11  # positions that the first row is cut to, before it is continued in chunks
+_LENGTHS: Final = (23, 40, 7)  # lengths of the sample prompts, each in one row of the cache
+_STEPS: Final = 6  # decode steps of all rows in one batch
+_KEPT: Final = 11  # the first row is truncated to this length, before it is continued in chunks
 _CHUNKS: Final = (9, 14, 1)
 _CAPACITY: Final = 64
 
@@ -30,10 +30,10 @@ class Run(NamedTuple):
     """New positions of some adjacent rows.
 
     Attributes:
-        name: what this run is an example of.
-        rows: of the cache.
-        begins: positions of each row that are kept.
-        new: new positions of each row.
+        name: the way of running that it is an example of.
+        rows: rows of the cache.
+        begins: for each row, the number of positions that are kept.
+        new: number of new positions per row.
     """
 
     name: str
@@ -60,7 +60,7 @@ def portable_logits(session: Session, embeds: Array) -> dict[str, list[Array]]:
 
     Args:
         session: the decoder.
-        embeds: [rows, positions, hidden], of the sample texts.
+        embeds: [rows, positions, hidden], embeddings of the sample texts.
 
     Returns:
         The logits [vocabulary] of every row, by the name of the run.
@@ -79,7 +79,7 @@ def portable_logits(session: Session, embeds: Array) -> dict[str, list[Array]]:
 
 
 def lowered_logits(session: Session, embeds: Array) -> dict[str, list[Array]]:
-    """Run the lowered decoder likewise, on buffers of all rows; positions not yet written hold large numbers."""
+    """Run the lowered decoder on the same inputs; unused positions of its buffers contain large numbers."""
     past = [name for name in session.inputs if name.startswith("past_key_values.")]
     buffers = {name: _buffer(session, name, len(_LENGTHS), _CAPACITY) for name in past}
     logits: dict[str, list[Array]] = {}
@@ -109,7 +109,7 @@ def _check(name: str, reference: list[Array], found: list[Array], limit: float) 
         comparison="<=",
         limit=limit,
         passed=bool(error <= limit),
-        detail=f"largest difference of {len(wanted)} rows of logits, over the largest logit",
+        detail=f"largest difference of {len(wanted)} rows of logits, divided by the largest logit",
     )
 
 

@@ -1,1 +1,1 @@
-"""Weights in 8 or 4 bits: how they are rounded, and how a graph holds them."""
+"""Weights in 8 or 4 bits: rounding them, and storing them in graphs."""

@@ -17,16 +17,17 @@ from promprune.package.manifest import WeightRecord
 
 __all__ = ["QUANTIZED_SUFFIX", "format_products", "quantize_products"]
 
-QUANTIZED_SUFFIX: Final = "_quantized"  # after the name of a weight, for that of its integers
+QUANTIZED_SUFFIX: Final = "_quantized"  # appended to the name of a weight for its integers
 
 
 def format_products(model: ir.Model, record: WeightRecord, dtype: Dtype) -> ir.Model:
-    """Store the weights of matrix products as a package's record says, and return the graph.
+    """Store the weights of matrix products in the format of a package's record, and return the graph.
 
     Args:
-        model: as traced, of at least opset 21 if it is to be quantized; its weights are tensors of a checkpoint.
-        record: of these weights.
-        dtype: of the package.
+        model: the traced graph, with opset 21 or later if it is to be quantized; its weights are tensors of a
+            checkpoint.
+        record: the record of these weights.
+        dtype: dtype of the package.
     """
     if record.is_quantized:
         quantize_products(model, WeightQuantization.of(record, dtype), int8_activations=record.int8_activations)
@@ -39,17 +40,18 @@ def quantize_products(model: ir.Model, quantization: WeightQuantization, *, int8
     """Quantize the weights of matrix products, in the form that ONNX Runtime and TensorRT have kernels for.
 
     ``MatMul(x, Transpose(weight [N, K]))`` becomes ``MatMul(x, DequantizeLinear(integers [K, N], scales))``, and
-    ``Gemm`` with a bias likewise, with an ``Add`` after it. Weights whose K no block divides stay as they are, and so
-    do embeddings and convolutions. Nothing is read or computed: the integers are made when the graph is written.
+    ``Gemm`` with a bias the same, followed by an ``Add``. Embeddings, convolutions, and weights whose K is not
+    divisible by any block size are not changed. Nothing is read or computed yet: the integers are computed when the
+    graph is written.
 
     Args:
-        model: as traced, of at least opset 21; its weights are tensors of a checkpoint.
-        quantization: of every weight.
-        int8_activations: quantize ``x`` as well, when the graph runs, with one scale for all of it:
-            ``DynamicQuantizeLinear``, ``MatMulInteger``, and a product with both scales. For ONNX Runtime on CPUs.
+        model: the traced graph, with opset 21 or later; its weights are tensors of a checkpoint.
+        quantization: how every weight is quantized.
+        int8_activations: also quantize ``x`` at run time, with one scale per tensor: ``DynamicQuantizeLinear``,
+            ``MatMulInteger``, and a multiplication by both scales. For ONNX Runtime on CPUs.
 
     Returns:
-        How many products were quantized.
+        The number of quantized products.
     """
     if model.opset_imports.get("", 0) < QUANTIZED_OPSET:
         raise RuntimeError(f"a quantized graph needs opset {QUANTIZED_OPSET}, not {model.opset_imports.get('')}")
@@ -92,7 +94,7 @@ def _is_linear(gemm: ir.Node) -> bool:
 
 
 class _Writer:
-    """Inserts what multiplies by quantized weights; a weight or an activation of several products is quantized once."""
+    """Inserts the nodes that multiply by quantized weights; shared weights and activations are quantized once."""
 
     def __init__(self, graph: ir.Graph, quantization: WeightQuantization) -> None:
         self._graph = graph
@@ -129,7 +131,7 @@ class _Writer:
         return self._insert(product, "Mul", [floats, both], name=name)
 
     def _integers_and_scales(self, product: _Product) -> tuple[ir.Value, ir.Value]:
-        """Return them as values of the graph, the scales in its dtype."""
+        """Return the integers and scales of a weight as values of the graph, the scales in its dtype."""
         key = product.initializer
         if key not in self._parts:
             weight = QuantizedWeight(stored=product.weight.stored, quantization=self._quantization)
@@ -176,7 +178,7 @@ def _insert(
 
 
 def _replace(graph: ir.Graph, product: _Product, result: ir.Value) -> None:
-    """Let what was multiplied take the place of a product, once its bias is added."""
+    """Replace a product by ``result``, after adding its bias."""
     old = product.node.outputs[0]
     if product.bias is not None:
         result = _insert(graph, product.node, "Add", [result, product.bias], name=f"{product.node.name}_biased")
@@ -188,7 +190,7 @@ def _replace(graph: ir.Graph, product: _Product, result: ir.Value) -> None:
 
 
 def _cast_weights(model: ir.Model, dtype: torch.dtype) -> None:
-    """Store the weights of products in another dtype of floating point, and cast them in the graph."""
+    """Store the weights of products in another floating-point dtype, and cast them in the graph."""
     for product in list(_products(model.graph)):
         old = product.initializer
         if old.name in model.graph.initializers:

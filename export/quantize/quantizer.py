@@ -1,4 +1,4 @@
-"""Round weights to signed integers with one scale per block: the arithmetic, in numpy.
+"""Rounding weights to signed integers with one scale per block, in numpy.
 
 A block is ``block_size`` neighbours along K, the dimension that a matrix product sums over. Quantization is symmetric:
 ``weight = scale * integer``, with integers in [-8, 7] for 4 bits, [-64, 63] for 7 and [-128, 127] for 8.
@@ -26,8 +26,8 @@ __all__ = [
 Bits = Literal[4, 7, 8]
 Floats = NDArray[np.float32]
 
-# A block's scale is its largest magnitude over one of these. Clipping the largest weight of a block of 4-bit integers
-# often costs less than the finer steps gain; 8-bit steps are fine enough.
+# A block's scale is its largest magnitude divided by one of these numbers. With 4 bits, clipping the largest weight of
+# a block often costs less than the finer steps gain; with 8 bits the steps are fine enough.
 _DIVISORS: Final[dict[Bits, tuple[float, ...]]] = {
     4: (7.0, 7.5, 8.0, 8.6, 9.2, 10.0),
     7: (63.0, 64.0),
@@ -35,7 +35,7 @@ _DIVISORS: Final[dict[Bits, tuple[float, ...]]] = {
 }
 _ELEMENTS_AT_ONCE: Final = 64 * 1024  # fits the processor's cache
 _COLUMNS_AT_ONCE: Final = 1024
-_LEAST_SCALE: Final = 2.0**-24  # of fp16; scales must be positive
+_LEAST_SCALE: Final = 2.0**-24  # the smallest positive number of fp16; scales must be positive
 
 
 class NotFiniteError(ValueError):
@@ -62,13 +62,13 @@ def integer_range(bits: Bits) -> tuple[int, int]:
 def quantize_blocks(
     weights: Floats, *, bits: Bits, block_size: int, scale_dtype: DTypeLike = np.float16
 ) -> QuantizedBlocks:
-    """Quantize a weight, each block with the scale that has the least squared error of those tried.
+    """Quantize a weight; each block gets the scale with the smallest squared error among several.
 
     Args:
         weights: fp32 ``[K, N]``, in any memory order; K need not be a multiple of ``block_size``.
         bits: 4, 7 or 8.
         block_size: neighbours along K that share one scale.
-        scale_dtype: of the scales; integers are rounded with the scale as this dtype stores it.
+        scale_dtype: dtype of the scales; integers are computed with the scale after rounding to it.
 
     Raises:
         NotFiniteError: a weight is NaN or infinite.
@@ -85,7 +85,7 @@ def quantize_blocks(
 
 
 def dequantize_blocks(integers: NDArray[np.int8], scales: NDArray[Any], *, block_size: int) -> Floats:
-    """Return what integers ``[K, N]`` and scales ``[ceil(K / block_size), N]`` stand for: fp32 ``[K, N]``."""
+    """Dequantize integers ``[K, N]`` with scales ``[ceil(K / block_size), N]``: fp32 ``[K, N]``."""
     weights = integers.astype(np.float32)
     for index, scale in enumerate(scales.astype(np.float32)):
         weights[index * block_size : (index + 1) * block_size] *= scale
@@ -103,7 +103,7 @@ def pack_int4(integers: NDArray[np.int8]) -> NDArray[np.uint8]:
 
 
 def unpack_int4(packed: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.int8]:
-    """Return what :func:`pack_int4` packed."""
+    """Invert :func:`pack_int4`."""
     pairs = np.empty((packed.size, 2), np.int8)
     pairs[:, 0] = (packed << 4).view(np.int8) >> 4
     pairs[:, 1] = packed.view(np.int8) >> 4
@@ -147,7 +147,7 @@ def _quantize(blocks: Floats, bits: Bits, scale_dtype: np.dtype[Any]) -> tuple[F
     search = _Search(blocks, bits)
     for divisor in _DIVISORS[bits]:
         search.try_scales(_as_stored(peaks / np.float32(divisor), scale_dtype))
-    # The scale that suits these integers best, by least squares; other integers may suit it in turn.
+    # The best scale for these integers by least squares; rounding with it may give other integers.
     integers = search.round(search.scales)
     products = np.einsum("bkn,bkn->bn", integers, blocks)
     squares = np.einsum("bkn,bkn->bn", integers, integers)
@@ -157,17 +157,17 @@ def _quantize(blocks: Floats, bits: Bits, scale_dtype: np.dtype[Any]) -> tuple[F
 
 
 def _as_stored(scales: Floats, dtype: np.dtype[Any]) -> Floats:
-    """Return positive scales as ``dtype`` stores them."""
+    """Round positive scales to ``dtype``."""
     stored: Floats = np.maximum(scales, np.float32(_LEAST_SCALE)).astype(dtype).astype(np.float32)
     return stored
 
 
 class _Search:
-    """The scales of least squared error so far.
+    """The scales with the smallest squared error so far.
 
     Args:
         blocks: fp32 ``[blocks, block_size, columns]``.
-        bits: of the integers.
+        bits: bits per integer.
     """
 
     def __init__(self, blocks: Floats, bits: Bits) -> None:
@@ -184,7 +184,7 @@ class _Search:
         return np.clip(self._integers, *self._range, out=self._integers)
 
     def try_scales(self, scales: Floats) -> None:
-        """Take those of ``scales [blocks, columns]`` that have less error."""
+        """Keep those of ``scales [blocks, columns]`` that have a smaller error."""
         np.multiply(self.round(scales), scales[:, None], out=self._errors)
         np.subtract(self._blocks, self._errors, out=self._errors)
         error = np.einsum("bkn,bkn->bn", self._errors, self._errors)

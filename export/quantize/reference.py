@@ -1,7 +1,7 @@
-"""The source model with the weights of a quantized package: what its graphs are compared with.
+"""The source model with the weights of a quantized package: the reference for the package's graphs.
 
-The weights are quantized again from the checkpoint and never read from the package, so that wrong integers, scales,
-axes or block sizes in the package's files differ from them.
+The weights are quantized again from the checkpoint, not read from the package, so that wrong integers, scales, axes or
+block sizes in the package's files are detected.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["PackageWeights", "PackagedTensor", "fake_quantize", "package_weights
 
 @dataclass(frozen=True, kw_only=True)
 class PackagedTensor(StoredTensor):
-    """A tensor of a checkpoint that is read as a package has it: quantized or rounded, and in fp32 again."""
+    """A tensor of a checkpoint whose values are those of a package: quantized or rounded, then converted to fp32."""
 
     stored: StoredTensor
     format: WeightQuantization | torch.dtype
@@ -38,7 +38,7 @@ class PackagedTensor(StoredTensor):
         return cls(**own, stored=stored, format=format)
 
     def read(self, dtype: torch.dtype) -> Tensor:
-        """Read it whole."""
+        """Read the entire tensor."""
         if isinstance(self.format, torch.dtype):
             return self.stored.read(self.format).to(dtype)
         return QuantizedWeight(stored=self.stored, quantization=self.format).read(dtype)
@@ -46,18 +46,18 @@ class PackagedTensor(StoredTensor):
 
 @dataclass(frozen=True, kw_only=True)
 class PackageWeights:
-    """Which weights of its source a package has in another format than its dtype.
+    """The weights of a package that are stored in another format than its dtype.
 
     Attributes:
-        formats: by the name of the parameter in the transformers model: how it is quantized, or the dtype it has.
-        int8_activations: names of those that multiply activations in int8.
+        formats: name of the parameter in the transformers model -> its quantization, or its dtype.
+        int8_activations: names of the weights that are multiplied by activations in int8.
     """
 
     formats: Mapping[str, WeightQuantization | torch.dtype]
     int8_activations: frozenset[str]
 
     def link_to(self, meta_model: nn.Module) -> None:
-        """Let the linear modules of a model on the meta device load their weights as the package has them."""
+        """Let the linear modules of a model on the meta device load their weights with the package's values."""
         for module, stored, name in self._linears(meta_model):
             module.weight = nn.Parameter(torch.empty_like(module.weight), requires_grad=False)
             link(module.weight, LinkedWeight(name, stored))
@@ -65,11 +65,11 @@ class PackageWeights:
 
     @contextlib.contextmanager
     def applied_to(self, model: nn.Module, meta_model: nn.Module) -> Iterator[None]:
-        """Give a model the package's weights, and its own back afterwards.
+        """Replace the weights of a model by the package's, and restore them afterwards.
 
         Args:
-            model: with its weights, fp32.
-            meta_model: the same on the meta device, linked to the checkpoint.
+            model: the model with its weights, fp32.
+            meta_model: the same model on the meta device, linked to the checkpoint.
         """
         own, hooks = [], []
         paths = {module: path for path, module in meta_model.named_modules()}
@@ -87,9 +87,9 @@ class PackageWeights:
                 hook()
 
     def _linears(self, meta_model: nn.Module) -> Iterator[tuple[nn.Linear, StoredTensor, str]]:
-        """Yield every linear module whose weight the package has in another format, and its weight as the package has.
+        """Yield every linear module whose weight the package stores in another format, with the package's weight.
 
-        An embedding tied to a linear module stays as it is.
+        An embedding tied to a linear module is not changed.
         """
         for module in meta_model.modules():
             if not isinstance(module, nn.Linear):
@@ -105,9 +105,9 @@ class PackageWeights:
 
 
 def package_weights(folder: Path, manifest: Manifest) -> PackageWeights | None:
-    """Return which weights a package has in another format than its dtype; None if it has none.
+    """Return the weights of a package that are stored in another format than its dtype; None if there are none.
 
-    The names are those of the graphs' initializers; how they are quantized is what the manifest says.
+    The names are those of the graphs' initializers; the manifest tells how they are quantized.
     """
     if manifest.weights is None:
         return None
@@ -131,7 +131,7 @@ def package_weights(folder: Path, manifest: Manifest) -> PackageWeights | None:
 
 
 def fake_quantize(values: Tensor) -> Tensor:
-    """Round to the 256 values that ONNX's DynamicQuantizeLinear would take for them."""
+    """Round values like ONNX's DynamicQuantizeLinear, to 256 levels."""
     low, high = values.min().clamp(max=0), values.max().clamp(min=0)
     scale = (high - low) / 255
     zero_point = (-low / scale).round().clamp(0, 255)

@@ -1,4 +1,4 @@
-"""A checkpoint's weight as the integers and scales of a graph, quantized while they are written."""
+"""Weights of a checkpoint as integers and scales of a graph, quantized while they are written."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from promprune.package.manifest import WeightRecord
 __all__ = ["MIN_BLOCK_SIZE", "QuantizedTensor", "QuantizedWeight", "WeightQuantization"]
 
 MIN_BLOCK_SIZE: Final = 16  # the smallest that ONNX Runtime and TensorRT have kernels for
-_ELEMENTS_AT_ONCE: Final = 16 * 1024 * 1024  # of a weight in fp32
+_ELEMENTS_AT_ONCE: Final = 16 * 1024 * 1024  # elements of a weight in fp32
 _INTEGER_DTYPES: Final[dict[Bits, ir.DataType]] = {4: ir.DataType.INT4, 7: ir.DataType.INT8, 8: ir.DataType.INT8}
 
 Part = Literal["integers", "scales"]
@@ -39,9 +39,9 @@ class WeightQuantization:
     """How a weight is quantized.
 
     Attributes:
-        bits: of the integers.
-        block_size: neighbours along K that share one scale; None: a whole column does.
-        scale_dtype: fp16, also in graphs that compute in fp32; bf16 in graphs that compute in it.
+        bits: bits per integer.
+        block_size: neighbours along K that share one scale; None for an entire column.
+        scale_dtype: fp16, also in graphs that compute in fp32; bf16 in graphs that compute in bf16.
     """
 
     bits: Bits
@@ -50,10 +50,10 @@ class WeightQuantization:
 
     @classmethod
     def of(cls, record: WeightRecord, dtype: Dtype) -> WeightQuantization:
-        """Return what a package's record says; ``dtype`` is the package's.
+        """Return the quantization of a package's record; ``dtype`` is the package's.
 
-        With activations in int8, weights have 7 bits: a processor that adds two products of 8-bit integers in 16 bits,
-        as those of AVX2 do, would saturate.
+        With activations in int8, weights have 7 bits: processors with AVX2 add two products of 8-bit integers in 16
+        bits, which would saturate.
         """
         bits: Bits = 4 if record.format == "int4" else 7 if record.int8_activations else 8
         scale_dtype = ir.DataType.BFLOAT16 if dtype == "bf16" else ir.DataType.FLOAT16
@@ -62,7 +62,7 @@ class WeightQuantization:
     def block_of(self, length: int) -> int | None:
         """Return the block size for K = ``length``: the largest that divides it; None if there is none.
 
-        TensorRT takes whole blocks only, and so does the smallest of ONNX Runtime's.
+        TensorRT supports complete blocks only, and so does ONNX Runtime for its smallest block size.
         """
         block = self.block_size
         while block is not None and block >= MIN_BLOCK_SIZE and length % block:
@@ -88,11 +88,11 @@ class QuantizedWeight:
         """Neighbours along K that share a scale."""
         block = self.quantization.block_of(self.stored.shape[1])
         if block is None:
-            raise ValueError(f"{self.stored.key} has {self.stored.shape[1]} columns, which no block divides")
+            raise ValueError(f"{self.stored.key} has {self.stored.shape[1]} columns, not a multiple of any block size")
         return block
 
     def quantized(self) -> QuantizedBlocks:
-        """Quantize it, a part at a time in fp32; integers that the checkpoint has already are kept if they can be.
+        """Quantize the weight, one part at a time in fp32; a checkpoint's own integers are kept if possible.
 
         Raises:
             ModelError: a weight is NaN or infinite, or the file became shorter.
@@ -120,14 +120,14 @@ class QuantizedWeight:
         return QuantizedBlocks(integers, scales)
 
     def read(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Return what the integers and scales stand for: ``[N, K]``."""
+        """Return the dequantized weight: ``[N, K]``."""
         integers, scales = self.quantized()
         return torch.from_numpy(dequantize_blocks(integers, scales, block_size=self.block_size)).T.to(dtype)
 
     def tensors(self, name: str) -> tuple[QuantizedTensor, QuantizedTensor]:
         """Return the integers and the scales as values of a graph's initializers.
 
-        Integers are ``[K, N]``; scales ``[K / block_size, N]``, or ``[N]`` if a whole column shares one.
+        Integers are ``[K, N]``; scales ``[K / block_size, N]``, or ``[N]`` with one scale per column.
         """
         length, columns = self.stored.shape[1], self.stored.shape[0]
         shape = (columns,) if self.block_size == length else (length // self.block_size, columns)
@@ -138,7 +138,7 @@ class QuantizedWeight:
         )
 
     def take(self, part: Part, shape: tuple[int, ...]) -> ir.TensorProtocol:
-        """Return one part and forget it: quantized once if each part is taken once."""
+        """Return one part and release it: the weight is quantized only once if each part is taken once."""
         if part not in self._parts:
             integers, scales = self.quantized()
             self._parts["integers"] = self._integer_tensor(integers)
@@ -152,7 +152,7 @@ class QuantizedWeight:
 
 
 class QuantizedTensor(LazyWeight):
-    """The integers or the scales of a weight; computed when they are asked for."""
+    """The integers or the scales of a weight; computed when they are used."""
 
     def __init__(
         self, weight: QuantizedWeight, part: Part, dtype: ir.DataType, shape: tuple[int, ...], name: str
@@ -163,5 +163,5 @@ class QuantizedTensor(LazyWeight):
 
     @property
     def identity(self) -> Hashable:
-        """What makes two tensors the same."""
+        """A key that equal tensors share."""
         return (self.weight, self.part)

@@ -1,4 +1,4 @@
-"""What quantization itself costs: the source model with a package's weights, against the same model with its own."""
+"""The error of quantization itself: the source model with a package's weights, compared with its own weights."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from promprune.runtime import Result
 
 __all__ = ["Case", "ModelRun", "cases_of", "cost_of_quantization", "run_model"]
 
-# Out of the ordinary, and warned of. Measured on the embedded model: int8 1.00, 0.0003 nats, 0.99, 1.00; int4 0.97,
-# 0.02, 0.98, 0.9. Random weights do worse: their logits are all but ties.
+# Values beyond these limits are unusual, and cause a warning. Measured on the embedded model: int8 1.00, 0.0003 nats,
+# 0.99, 1.00; int4 0.97, 0.02, 0.98, 0.9. Models with random weights are worse: their logits are almost tied.
 MIN_TOP_1: Final = 0.9
 MAX_DIVERGENCE: Final = 0.1
 MIN_KEPT_IN_COMMON: Final = 0.9
@@ -32,11 +32,11 @@ MIN_EQUAL_ANSWERS: Final = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One image with one question, and the tokens that the package kept: both models answer with these.
+    """One image with one question, and the tokens that the package kept, with which both models answer.
 
     Attributes:
-        image: as :meth:`Family.reference` takes it.
-        question: about it.
+        image: an image for :meth:`Family.reference`.
+        question: the question about it.
         token_indices: int64 ``[T]``, as in ``promprune.runtime.TokenSelection``.
     """
 
@@ -47,11 +47,11 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRun:
-    """What a model made of some images with one question each.
+    """The results of a model for some images with one question each.
 
     Attributes:
-        kept: the indices of the tokens that it keeps itself, of each row of each image.
-        log_probabilities: ``[tokens, vocabulary]`` of the tokens of each answer, given those before.
+        kept: for each row (image or crop), the indices of the tokens that the model itself keeps.
+        log_probabilities: for each answer ``[tokens, vocabulary]``, given the tokens before.
         answers: token ids of each greedy answer.
     """
 
@@ -61,7 +61,7 @@ class ModelRun:
 
 
 def cases_of(samples: Sequence[Sample], answers: Sequence[Result | PrompruneError]) -> list[Case]:
-    """Return what both models answer: every sample that the package answered, with the tokens that it kept."""
+    """Return a case for every sample that the package answered, with the tokens that it kept."""
     return [
         Case(
             image=sample.image,
@@ -80,14 +80,14 @@ def run_model(
 
     Args:
         family: the model.
-        manifest: of the package: the selection and its T.
-        cases: what to run on.
-        answers: whose tokens' probabilities are computed; None: the model's own.
+        manifest: the manifest of the package, with the selection and its T.
+        cases: the images and questions.
+        answers: the answers whose probabilities are computed; None for the model's own.
     """
     kept, logits, own = [], [], []
     for index, case in enumerate(cases):
         reference = family.reference(case.image)
-        kept += _kept(family, manifest, reference)
+        kept += _choose_tokens(family, manifest, reference)
         features = family.kept_features(reference, case.token_indices)
         positions = kept_position_ids(family, case.question, reference, case.token_indices)
         own.append(torch_answer(family, case.question, features, positions))
@@ -97,7 +97,7 @@ def run_model(
 
 
 def cost_of_quantization(source: ModelRun, quantized: ModelRun) -> Iterator[CheckRecord]:
-    """Compare two runs; none of these checks fails a verification."""
+    """Compare two runs; these checks are advisory, and never fail a verification."""
     pairs = list(zip(source.log_probabilities, quantized.log_probabilities, strict=True))
     tokens = sum(len(own) for own, _ in pairs)
     agreeing = sum(int((own.argmax(-1) == other.argmax(-1)).sum()) for own, other in pairs)
@@ -124,7 +124,7 @@ def _cost(name: str, measured: float, comparison: Any, limit: float, detail: str
     )
 
 
-def _kept(family: Family, manifest: Manifest, reference: VisionReference) -> list[frozenset[int]]:
+def _choose_tokens(family: Family, manifest: Manifest, reference: VisionReference) -> list[frozenset[int]]:
     """Return the indices of the tokens that the float64 method keeps of each row, such as a crop."""
     tokens, saliency = manifest.tokens_of(reference.graph), reference.saliency
     if saliency is None:

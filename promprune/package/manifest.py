@@ -148,7 +148,7 @@ class WeightRecord(Record, frozen=True):
     """How the weights of matrix products are stored; embeddings, norms and convolutions have the package's dtype."""
 
     format: WeightFormat
-    block_size: Count | None = None  # integers along K with one scale; None: a whole column, or not quantized
+    block_size: Count | None = None  # integers along K with one scale; None for an entire column, or if not quantized
     int8_activations: bool = False  # products are computed in int8: for CPUs, not for TensorRT
 
     @property

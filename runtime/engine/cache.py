@@ -102,7 +102,7 @@ class KVCache:
     Attributes:
         tensors: by name of the graph input, [batch, kv_heads, capacity, head_dim] each; positions from ``length`` on
             are zeros, or belong to other caches that share the tensors.
-        mask: int64 [batch, length]; 0 where a row is padded.
+        mask: int64 [batch, length]; 0 for padding.
         rope_delta: int64 [batch]; rotary position of the next token, minus the number of tokens of its row.
         written: positions of the tensors that any of the caches sharing them uses.
     """
@@ -231,7 +231,7 @@ class KVCacheManager:
         Args:
             feeds: the inputs of the graph that are not in ``inputs``.
             cache: of the positions before them.
-            new: int64 [batch, sequence]; 0 where a new position is padding.
+            new: int64 [batch, sequence]; 0 for padding.
 
         Returns:
             The graph's ``logits``, and the cache that includes the new positions.
@@ -260,8 +260,8 @@ class KVCacheManager:
     def gather(self, slots: Sequence[Slot[KVCache]]) -> KVCache:
         """Return one cache of these rows, in their order, without padding that all of them have in common.
 
-        If the rows are a whole cache already, it is returned as it is. Otherwise they are copied, on the session's
-        device if it can, else through the host.
+        If the rows are exactly those of one cache, it is returned unchanged. Otherwise they are copied, on the
+        session's device if it supports that, else through the host.
         """
         first = slots[0].cache
         if [slot.row for slot in slots] == list(range(first.batch)) and all(slot.cache is first for slot in slots):

@@ -121,7 +121,7 @@ class SlotCacheManager:
         Args:
             feeds: the inputs of the graph that are not in ``inputs``.
             cache: cache of the positions before them.
-            new: int64 [batch, sequence]; 0 where a new position is padding, on the left.
+            new: int64 [batch, sequence]; 0 for padding, which is on the left.
 
         Returns:
             The ``logits``, zeros for a row without new positions, and the cache that includes the new positions.

@@ -3,9 +3,9 @@
     python scripts/benchmarks/decoder.py                          # equal answers: embedded model and tiny families
     python scripts/benchmarks/decoder.py --package llava-1b-0.12  # times of a package, on a quiet machine
 
-The two decoders take turns, on the same tokens, in random order; each time is the median of the rounds. They are both
-in memory: twice the weights, and what ONNX Runtime rearranges. A decode step is measured with a KV cache of 110 or 617
-tokens. The last line on stdout is JSON.
+The two decoders take turns, on the same tokens, in random order; each time is the median of the rounds. Both are in
+memory: twice the weights, plus the copies that ONNX Runtime rearranges. A decode step is measured with a KV cache of
+110 or 617 tokens. The last line on stdout is JSON.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from tests.support.tiny_models import (
 
 LENGTHS = (110, 617)
 ROWS = 8
-NEW_TOKENS = 16  # of an answer that is compared
+NEW_TOKENS = 16  # length of the compared answers
 TINY: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
     "llava": (save_tiny_llava, {"ratio": 0.25}),
     "llava-siglip": (save_tiny_siglip_llava, {"ratio": 0.25}),
@@ -63,7 +63,7 @@ TINY: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
 
 
 class Both(NamedTuple):
-    """One package with either decoder; both share the other graphs."""
+    """One package with each of the two decoders; the other graphs are shared."""
 
     lowered: VisionLanguagePipeline
     portable: VisionLanguagePipeline
@@ -96,7 +96,7 @@ def time_prefill(model: LanguageModel, rows: int, length: int) -> Iterator[float
 
 
 def time_decode(model: LanguageModel, rows: int, length: int) -> Iterator[float]:
-    """Yield the time of one decode step after the other; the cache is cut back to ``length`` after 32 of them."""
+    """Yield the time of one decode step after the other; the cache is truncated to ``length`` after every 32 steps."""
     embeds = embeddings(model, rows, length)
     while True:
         cache = prefill(model, embeds, length + 64)
@@ -112,7 +112,7 @@ def embeddings(model: LanguageModel, rows: int, length: int) -> np.ndarray[Any, 
 
 
 def in_turns(times: dict[str, Iterator[float]], rounds: int) -> dict[str, float]:
-    """Return the median of each, in milliseconds; the first two rounds warm up."""
+    """Return the median of each time, in milliseconds, without two rounds of warm-up."""
     measured: dict[str, list[float]] = {name: [] for name in times}
     for number in range(rounds + 2):
         for name in random.sample(sorted(times), len(times)):
@@ -142,7 +142,7 @@ def measure_times(both: Both, rounds: int) -> dict[str, Any]:
 
 
 def measure_choice(pipeline: VisionLanguagePipeline, step_ms: float) -> dict[str, Any]:
-    """Measure what choosing a token and turning it into text takes, beside the decode step."""
+    """Measure the time of choosing a token and decoding it to text, compared with the decode step."""
     spec = pipeline.language_model.decoder.session.outputs["logits"]
     logits = np.random.default_rng(0).normal(size=(64, int(spec.shape[-1]))).astype(np.float32)
     found = {}

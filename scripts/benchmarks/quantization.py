@@ -1,11 +1,11 @@
-"""Measure what quantized packages save, on random LLaVA checkpoints: one JSON object on the last line.
+"""Measure the savings of quantized packages on random LLaVA checkpoints. The last line on stdout is JSON.
 
     python scripts/benchmarks/quantization.py --work /a/disk/with/30/GB
     python scripts/benchmarks/quantization.py --work /a/disk/with/30/GB --part 1b
 
 ``1b`` compares a LLaVA with a language model of 1.1 billion parameters in int4 and fp32: package, loading, decoding,
-first token, and the vision encoder alone. ``7b`` exports LLaVA-1.5-7B's shape in int4, and answers with it. Each figure
-is the median of the rounds of a process of its own, which runs nothing else; fp32 and int4 take turns.
+first token, and the vision encoder alone. ``7b`` exports the shape of LLaVA-1.5-7B in int4, and answers with it. Each
+figure is the median over the rounds of a separate process; fp32 and int4 take turns.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NEW_TOKENS = 24
 
 
 def export(checkpoint: Path, package: Path, *options: str) -> dict[str, Any]:
-    """Export in a process of its own, unless the package is there; returns its size, time and memory."""
+    """Export in a separate process, unless the package exists; return its size, time and memory."""
     if package.exists():
         shutil.rmtree(package)
     started = time.perf_counter()
@@ -46,7 +46,7 @@ def export(checkpoint: Path, package: Path, *options: str) -> dict[str, Any]:
 
 
 def ask(arguments: list[str]) -> dict[str, Any]:
-    """Run this script on one task in a process of its own; returns the last line of its output."""
+    """Run one task of this script in a separate process; return the last line of its output."""
     command = [sys.executable, str(Path(__file__).resolve()), *arguments]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     result: dict[str, Any] = json.loads(output.splitlines()[-1])
@@ -86,7 +86,7 @@ def measure_package(folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def in_turns(packages: dict[str, Path], turns: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """Measure packages in turns; returns the median of each figure."""
+    """Measure packages in turns; return the median of each figure."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in packages}
     for _ in range(turns):
         for name, folder in packages.items():
@@ -138,7 +138,7 @@ def show_7b(work: Path, turns: int, rounds: int) -> dict[str, Any]:
 
 
 def random_checkpoint(work: Path, size: str, dtype: str) -> Path:
-    """Write a random LLaVA, unless it is there."""
+    """Write a random LLaVA, unless it exists."""
     folder = work / f"quantization-llava-{size}"
     if not folder.exists():
         script = Path(__file__).resolve().with_name("make_random_llava.py")
@@ -148,8 +148,8 @@ def random_checkpoint(work: Path, size: str, dtype: str) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, help="folder for checkpoints and packages, which stay there")
-    parser.add_argument("--part", choices=("1b", "7b"), action="append", help="only this one; may be repeated")
+    parser.add_argument("--work", type=Path, help="folder for checkpoints and packages, which are kept")
+    parser.add_argument("--part", choices=("1b", "7b"), action="append", help="measure only this part; may be repeated")
     parser.add_argument("--turns", type=int, default=3, help="processes for each package (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="answers of each process (%(default)s)")
     parser.add_argument("--measure-export", help=argparse.SUPPRESS)
