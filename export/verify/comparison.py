@@ -186,7 +186,7 @@ def sample_feeds(package: Path, manifest: Manifest) -> dict[str, list[Feed]]:
             known.append(feed)
 
     loader = VisionLanguagePipeline if manifest.has_language_model else ImageEncoder
-    with loader.from_package(package, provider="cpu", image_cache_size=0) as running:
+    with loader.from_package(package, provider="cpu", image_cache_size=0, lowered=False) as running:
         for graph, session in running.sessions.items():
             session.on_run = partial(note, graph)
         for sample in check_samples(len(_SIZES), sizes=_SIZES):

@@ -50,8 +50,8 @@ def open_language_model(package: Package, config: RuntimeConfig) -> LanguageMode
 
 def open_decoder(package: Package, config: RuntimeConfig, device: str) -> Session:
     """Load the lowered decoder if there is one that can be used on the device, else the portable one; say which."""
-    reason = f"{config.backend} on {device} runs the portable one"
-    if config.backend == LOWERED_BACKEND and device == "CPU":
+    reason = f"{config.backend} on {device} runs the portable one" if config.lowered else "not asked for"
+    if config.lowered and config.backend == LOWERED_BACKEND and device == "CPU":
         from promprune.runtime.sessions.onnxruntime import open_lowered_decoder
 
         try:

@@ -39,6 +39,7 @@ class RuntimeConfig:
             the latter needs the memory of two more KV caches of the largest size.
         accuracy_level: how ONNX Runtime multiplies by quantized weights: 4 for activations in int8, which is the
             fastest; 0 for exact products. The levels in between are those of its ``MatMulNBits``.
+        lowered: use the decoder that was lowered for ONNX Runtime, if the package has one that is up to date.
 
     Raises:
         ConfigError: a value has the wrong type, or is out of its range.
@@ -52,6 +53,7 @@ class RuntimeConfig:
     prefill_chunk: int | None = None
     cuda_graphs: bool = False
     accuracy_level: int = 4
+    lowered: bool = True
 
     def __post_init__(self) -> None:
         check_name(self, "backend", tuple(BACKENDS))

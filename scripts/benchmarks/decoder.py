@@ -29,13 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from promprune.embedded.scenes import TEST_SEEDS, questions, render_scene
 from promprune.export import export_package
 from promprune.export.config import ExportConfig
-from promprune.package.manifest import DECODER
-from promprune.package.package import read_package
 from promprune.runtime import VisionLanguagePipeline
-from promprune.runtime.engine.decoder import Decoder
 from promprune.runtime.engine.language_model import LanguageModel
-from promprune.runtime.sessions import open_session
-from promprune.runtime.sessions.config import RuntimeConfig
 from tests.support.tiny_models import (
     save_tiny_llava,
     save_tiny_llava_next,
@@ -71,14 +66,11 @@ class Both(NamedTuple):
 
 def open_both(folder: Path, stack: ExitStack, threads: int | None = None) -> Both:
     """Open a package twice, on the CPU; refuse one without a lowered decoder."""
-    config = RuntimeConfig(provider="cpu", num_threads=threads)
-    lowered = stack.enter_context(VisionLanguagePipeline.from_package(folder, provider="cpu", num_threads=threads))
+    options: dict[str, Any] = {"provider": "cpu", "num_threads": threads}
+    lowered = stack.enter_context(VisionLanguagePipeline.from_package(folder, **options))
     if "seqlens_k" not in lowered.language_model.decoder.session.inputs:
         sys.exit(f"{folder}: {lowered.notes[-1]}")
-    decoder = stack.enter_context(open_session(read_package(folder), DECODER, config))
-    model = LanguageModel(lowered.language_model.embed, Decoder(decoder))
-    eos = lowered._eos_token_ids
-    return Both(lowered, VisionLanguagePipeline(lowered.encoder, lowered.prompts, model, eos))
+    return Both(lowered, stack.enter_context(VisionLanguagePipeline.from_package(folder, lowered=False, **options)))
 
 
 def prefill(model: LanguageModel, embeds: np.ndarray[Any, Any], capacity: int) -> Any:
