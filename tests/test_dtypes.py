@@ -30,13 +30,20 @@ NAMES = {name for table in (BY_NAME, BY_NUMPY, BY_ONNXRUNTIME, BY_SAFETENSORS, B
 
 
 def dtype_tables(source: str) -> Iterator[int]:
-    """Yield the lines of dict literals that map two or more names of element types to other names or numbers."""
+    """Yield the lines of dict literals that map two or more names of element types to other names or whole numbers.
+
+    Tables of limits map them to fractions: those say how exact a type is, not what it is called.
+    """
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Dict):
             keys = [key for key in node.keys if key is not None and is_dtype(key)]
-            plain = all(isinstance(value, (ast.Constant, ast.Attribute)) for value in node.values)
+            plain = all(is_name_or_number(value) for value in node.values)
             if len(keys) >= 2 and plain:
                 yield node.lineno
+
+
+def is_name_or_number(value: ast.expr) -> bool:
+    return isinstance(value, ast.Attribute) or (isinstance(value, ast.Constant) and not isinstance(value.value, float))
 
 
 def is_dtype(key: ast.expr) -> bool:

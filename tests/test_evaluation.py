@@ -153,7 +153,7 @@ def test_the_command_on_a_folder(tmp_path: Path, tiny_llava: Path) -> None:
         (["--ratios", "1", "--gallery", "page.html"], "a ratio below 1"),
         (["--gallery", "nowhere/page.html"], "but nowhere is not a folder"),
         (["--gallery", "."], "which is a folder"),
-        (["--policies", "oracle", "--data", "photos"], "it must know the scene"),
+        (["--policies", "oracle", "--data", "photos"], "this policy needs to know the objects of a scene"),
         (["./nowhere"], "there is no such folder"),
         (["a-file"], "which is a file"),
         (["-o", "a-file"], "but a-file is not a folder"),

@@ -41,7 +41,8 @@ def test_the_manifest_lists_every_file(tiny_export: ExportResult) -> None:
     on_disk = {
         path.relative_to(tiny_export.output).as_posix() for path in tiny_export.output.rglob("*") if path.is_file()
     }
-    assert {file.path for file in tiny_export.manifest.files} == on_disk - {MANIFEST_FILE}
+    later = {name for name in on_disk if name.startswith("engines/")}  # written for a device, and can be deleted
+    assert {file.path for file in tiny_export.manifest.files} == on_disk - later - {MANIFEST_FILE}
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "onnx/vision_encoder.onnx", "onnx/decoder_model_merged.onnx_data"])

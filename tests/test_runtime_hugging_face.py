@@ -118,7 +118,7 @@ def test_added_tokens_without_embeddings_are_refused(tiny_llava: Path, tmp_path:
     processor.tokenizer.add_tokens(["<left>", "<right>"])
     processor.save_pretrained(checkpoint)
     with pytest.raises(
-        ModelError, match=r"has 2 tokens that its model lacks, as '<left>' \(id 260\).*ids below 260.*resize"
+        ModelError, match=r"has 2 tokens that its model lacks, such as '<left>' \(id 260\).*ids below 260.*resize"
     ):
         export_package(ExportConfig(model=str(checkpoint), output=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
