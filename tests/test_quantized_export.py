@@ -137,3 +137,13 @@ def test_settings_that_contradict_are_refused(settings: dict[str, object], messa
 def test_formats_are_described_if_they_differ_from_the_dtype(int4_export: ExportResult) -> None:
     plain = msgspec.structs.replace(int4_export.manifest, weights=ExportConfig().weights())
     assert describe_weights(plain) == "fp32"
+
+
+def test_the_graphs_are_verified_out_of_core_too(
+    int4_export: ExportResult, tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("promprune.export.verify.verification.available_memory", lambda: 0)
+    manifest = read_manifest(int4_export.output)
+    verification = verify_package(int4_export.output, manifest, load_checkpoint(str(tiny_llava)))
+    assert verification.passed
+    assert "what quantization costs" in verification.not_verified

@@ -66,7 +66,7 @@ def verify_package(
     answers = package_answers(subject, samples) if manifest.has_language_model and not out_of_core else []
     quantized = manifest.weights is not None and manifest.weights.is_quantized
     with torch.inference_mode():
-        cases = cases_of(samples, answers) if quantized else []
+        cases = cases_of(samples, answers) if quantized and answers else []
         source = run_model(family, manifest, cases)
         with subject.package_weights():
             references = [family.reference(sample.image) for sample in samples]
