@@ -333,7 +333,7 @@ def fail_encoding(pipeline: VisionLanguagePipeline, request: Request) -> None:
     ("fail", "kind", "message"),
     [
         (fail_tokenizer, PackageError, "tokenizer fails on the answer"),
-        (spoil_logits, BackendError, "not numbers"),
+        (spoil_logits, BackendError, "not finite"),
         (fail_encoding, BackendError, "no more memory"),
     ],
 )
