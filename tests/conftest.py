@@ -1,4 +1,4 @@
-"""Checkpoints and packages that many tests look at; made once a run, and never changed by a test."""
+"""Checkpoints and packages that many tests share; made once per run, and never changed by a test."""
 
 from __future__ import annotations
 

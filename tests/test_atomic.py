@@ -1,4 +1,4 @@
-"""What processes that fail or are killed leave behind, of what they wrote and of what was there before."""
+"""Failed and killed processes: which of their outputs, and of earlier outputs, remain."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_what_a_dead_process_left_is_removed(tmp_path: Path, ended: int) -> None
 
 @pytest.mark.parametrize("kind", ["partial", "old", "gone"])
 def test_what_other_machines_are_writing_is_left_alone(tmp_path: Path, ended: int, kind: str) -> None:
-    """On a shared disk; their processes have numbers of their own."""
+    """On a shared disk: process numbers of other machines mean nothing here."""
     kept = leave(tmp_path, kind, ended, OTHER_HOST)
     write(tmp_path / "out")
     assert names_in(tmp_path) == {"out", kept.name}
@@ -66,7 +66,7 @@ def test_the_name_of_the_machine_is_a_part_of_a_file_name() -> None:
 
 
 def test_on_windows_no_process_is_asked(tmp_path: Path, ended: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There, the signal that asks would interrupt it."""
+    """On Windows, the signal that asks whether a process is alive would interrupt it."""
     kept = [leave(tmp_path, "partial", pid) for pid in (ended, os.getppid())]
     monkeypatch.setattr(atomic, "_CAN_ASK", False)
     monkeypatch.setattr(atomic.os, "kill", lambda pid, signal: pytest.fail("asked"))
@@ -114,7 +114,7 @@ def need_exchange(folder: Path) -> None:
 
 
 def fail_to_rename(monkeypatch: pytest.MonkeyPatch, error: BaseException, *, every: bool = False) -> None:
-    """Let a new folder not be renamed while the old one is away, or never."""
+    """Make the renaming of a new folder fail, once while the old one is moved away, or always."""
     rename = Path.rename
 
     def failing(path: Path, target: Any) -> Path:

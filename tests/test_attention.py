@@ -1,4 +1,4 @@
-"""The exported attention, held against torch's own."""
+"""The exported attention, compared with torch's own."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class BoolMasked(nn.Module):
 
 
 class Scaled(nn.Module):
-    """With a scale of the model's own; ``None``: the usual one."""
+    """Attention with the model's own scale; None for the usual one."""
 
     def __init__(self, scale: float | None) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ def test_the_scale_is_rounded_once(tmp_path: Path, dtype: torch.dtype, tolerance
 
 
 def test_a_scale_of_the_models_own_stays() -> None:
-    """Its root is all that the graph has of it."""
+    """The graph contains only the root of it."""
     assert operators(scaled(0.3, torch.bfloat16, 128)).count("Mul") == 2
 
 
@@ -130,7 +130,7 @@ def test_other_guards_stay() -> None:
 def test_a_wrong_saliency_is_noticed(
     checkpoint: str, scored_by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    """Nothing of the export takes part in what its saliency is compared with."""
+    """The reference for the saliency does not use any code of the export."""
     source = request.getfixturevalue(checkpoint)
     place = f"promprune.export.families.towers.{scored_by}"
     right = pkgutil.resolve_name(place)

@@ -1,4 +1,4 @@
-"""What a benchmark is measured with: ceilings, other people's load, turns; on invented times where that will do."""
+"""Measuring a benchmark: ceilings, load by other processes, rounds; with invented times if possible."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_the_rates_are_work_over_the_best_time(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.usefixtures("small")
-def test_what_is_read_is_summed_as_a_whole() -> None:
+def test_the_read_ceiling_sums_all_elements() -> None:
     probe = CeilingProbe([], device="CPU", threads=1)
     rows = np.arange(2 * 8192, dtype=np.float32).reshape(2, 8192) / 8192
     summed = probe._sessions["read"].run({"x": rows})["y"]
@@ -153,7 +153,7 @@ def test_a_peer_is_not_measured_with_batches_alone(tmp_path: Path) -> None:
 def test_the_baselines_run_where_the_packages_do(
     tiny_export: ExportResult, tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A PyTorch that has CUDA, beside an ONNX Runtime that runs on the CPU; and the other way round."""
+    """PyTorch with CUDA and ONNX Runtime on the CPU, and the other way round."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     packages = {"tiny": tiny_export.output}
     config = BenchConfig(

@@ -1,4 +1,4 @@
-"""Statistics by hand, and what is made of a report: comparisons, tables, a page."""
+"""Statistics computed by hand, and what reports are used for: comparisons, tables, a page."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
 
 @pytest.mark.parametrize("rounds", [6, 8, 10])
 def test_of_few_rounds_the_interval_covers_the_truth_almost_as_often(rounds: int) -> None:
-    """In more than 90 % of the cases, where it says 95 %."""
+    """In more than 90 % of the cases, for a nominal 95 %."""
     random = np.random.default_rng(2)
     covered = np.zeros(2)
     for _ in range(600):
@@ -266,7 +266,7 @@ def test_another_name_of_the_image_and_the_automatic_provider_are_no_difference(
 
 
 def test_a_load_without_the_reference_is_missing_and_no_mistake() -> None:
-    """PyTorch runs no concurrent calls, so there is nothing to compare with in those."""
+    """PyTorch runs no concurrent calls, so there is no reference for that load."""
     report = report_of(BASE)
     two_at_once = msgspec.structs.replace(report.case("pruned", 1, 1), concurrency=2)
     both = msgspec.structs.replace(report, cases=(*report.cases, two_at_once))

@@ -93,7 +93,7 @@ def test_of_a_table_only_the_rows_that_are_looked_up_move() -> None:
 
 
 def test_a_loop_counts_as_often_as_it_runs() -> None:
-    """Every trip counts alike; the unrolled selector has no loop, so there the number of trips does not matter."""
+    """Every iteration counts the same; the unrolled selector has no loop, so the number of iterations has no effect."""
     looped, unrolled = (build_selector(16, 8, 5, loop=form) for form in ("loop", "unrolled"))
     once, twice, thrice = (count_work(looped, {}, loop_trips=trips).flops for trips in (1, 2, 3))
     assert thrice - twice == twice - once > 0

@@ -106,7 +106,7 @@ def test_tensors_of_a_session_are_bfloat16(edged: Path) -> None:
 
 
 def test_answers_are_those_of_fp32(pipeline: VisionLanguagePipeline, embedded_export: ExportResult) -> None:
-    """The embedded model answers clearly enough not to mind the rounding at the edges."""
+    """The embedded model's answers are clear enough that the rounding at the edges does not change them."""
     scene = Path(__file__).parent.parent / "docs/images/scene.png"
     questions = ["What colour is the large 2?", "How many blue objects are there?", "Where is the star?"]
     with VisionLanguagePipeline.from_package(embedded_export.output, provider="cpu", num_threads=1) as fp32:

@@ -1,4 +1,4 @@
-"""The KV cache, against lists of vectors: whatever joins, leaves or goes back, each row holds its own tokens."""
+"""The KV cache, compared with lists of vectors: each row keeps its own tokens while others join or leave."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Appending(Session):
 
 
 def held(slot: Slot) -> np.ndarray:
-    """Return what a row holds, [length, HEADS * SIZE]."""
+    """Return the content of a row, [length, HEADS * SIZE]."""
     key, value = (np.asarray(getattr(t, "array", t))[slot.row] for t in slot.cache.tensors.values())
     np.testing.assert_array_equal(key, -value)
     own = slot.cache.mask[slot.row] == 1
@@ -91,7 +91,7 @@ def check(slots: Mapping[int, Slot], expected: Mapping[int, np.ndarray]) -> None
 def test_rows_hold_their_own_tokens_whatever_joins_and_leaves(
     in_place: bool, on_device: bool, data: st.DataObject
 ) -> None:
-    """A walk of prefills, steps, leaving and joining; one step may be taken twice, as by a turn that is repeated."""
+    """Random prefills, steps, leaving and joining; a step may run twice, as in a chat turn that is repeated."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_CAPACITY_STEP", 4)
         random, manager = np.random.default_rng(0), KVCacheManager(Appending(on_device), in_place=in_place)

@@ -66,7 +66,7 @@ def test_every_contender_is_measured_under_every_load(report: Report) -> None:
 
 
 def test_the_tables_are_of_one_prompt_at_a_time(report: Report) -> None:
-    """Though batches of two were asked for, and so measured, first."""
+    """Although the first requested and measured load has batches of two."""
     assert report.cases[0].batch == 2
     assert [grid.title.partition(", ")[2] for grid in grids(report)[:1]] == ["one prompt at a time"]
 
@@ -256,7 +256,7 @@ def test_a_report_is_not_replaced_unasked(tmp_path: Path) -> None:
 
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail where a measurement begins."""
+    """Fail when a measurement begins."""
 
     def measure(*_: object) -> None:
         raise AssertionError("it was measured")

@@ -234,8 +234,8 @@ def test_a_package_with_other_graphs_is_refused(fake: Path, tiny_export: ExportR
         compare_package(tiny_export.output, CompareConfig(reference=fake))
 
 
-def test_a_graph_that_takes_truth_values_is_compared(tmp_path: Path) -> None:
-    """The selector of LLaVA-NeXT takes which tokens are padding; no answer runs it by itself."""
+def test_a_graph_with_boolean_inputs_is_compared(tmp_path: Path) -> None:
+    """The selector of LLaVA-NeXT has a boolean input, the mask of padding; answering does not run it."""
     package = with_graph(tmp_path / "package", "token_selector", build_selector(16, 8, 4, token_mask=True))
     (feed,) = sample_feeds(package, read_manifest(package))["token_selector"]
     assert (feed["token_mask"].dtype, feed["token_mask"].tolist()) == (np.bool_, [[True] * 16])
@@ -273,7 +273,7 @@ def test_an_output_is_compared_that_no_node_computes(tmp_path: Path) -> None:
 
 
 def test_what_a_backend_raises_is_one_line(fake: Path, tmp_path: Path) -> None:
-    """ONNX Runtime has exceptions in no common tree."""
+    """ONNX Runtime's exceptions have no common base class."""
     graph = onnx.load(fake / "onnx" / "vision_encoder.onnx")
     graph.graph.node[0].domain = "strange"
     graph.opset_import.append(helper.make_opsetid("strange", 1))

@@ -1,4 +1,4 @@
-"""Steps of one shape: keys and values in room for more, with masked places between what was read and the new token."""
+"""Decode steps in place: all steps have one shape, and spare capacity of the KV cache is masked."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_all_families_are_known() -> None:
 
 @pytest.mark.parametrize("model", EXPORTS)
 def test_logits_are_those_of_a_cache_that_grows(model: str, request: pytest.FixtureRequest) -> None:
-    """Prompts of two lengths, steps past the room, and a prompt that goes on; keys and values as well."""
+    """Prompts of two lengths, steps beyond the capacity, and a prompt that continues; keys and values as well."""
     export: ExportResult = request.getfixturevalue(EXPORTS[model])
     random = np.random.default_rng(0)
     path = export.output / "onnx" / "decoder_model_merged.onnx"
@@ -80,7 +80,7 @@ def test_logits_are_those_of_a_cache_that_grows(model: str, request: pytest.Fixt
 
 @pytest.mark.parametrize("model", EXPORTS)
 def test_answers_are_the_same(model: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch, and a conversation that goes back to what it has read."""
+    """A batch, and a conversation that returns to an earlier state."""
     export: ExportResult = request.getfixturevalue(EXPORTS[model])
     image = Image.fromarray(np.random.default_rng(1).integers(0, 255, (48, 40, 3), np.uint8))
     answers = []
@@ -116,8 +116,8 @@ def step(random: np.random.Generator) -> np.ndarray:
     return random.normal(size=(1, 1, HIDDEN)).astype(np.float32)
 
 
-def test_caches_that_share_their_room_are_never_overwritten(session: Session) -> None:
-    """Two ways on from one cache, and a way on from its beginning, against the model in numpy."""
+def test_caches_that_share_their_capacity_are_never_overwritten(session: Session) -> None:
+    """Two continuations of one cache, and one of its beginning, compared with the model in numpy."""
     random, model, decoder = np.random.default_rng(2), FakeModel(), Decoder(session, in_place=True)
 
     def read(embeds: np.ndarray, cache: KVCache, told: list[np.ndarray]) -> tuple[KVCache, list[np.ndarray]]:
@@ -148,8 +148,8 @@ def test_a_step_that_fails_leaves_the_cache_as_it_was(session: Session, monkeypa
     np.testing.assert_allclose(decoder.forward(new, cache)[0], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_room_ends_where_the_engine_ends(session: Session) -> None:
-    """The last positions have no room behind them, and are read as ever."""
+def test_the_capacity_ends_at_the_limit_of_the_engine(session: Session) -> None:
+    """The last positions have no spare capacity after them, and run with growing tensors."""
     session.limits = {"past_sequence_length": 20}
     random, lengths = np.random.default_rng(4), lengths_of(session)
     plain, fixed = Decoder(session), Decoder(session, in_place=True)

@@ -69,7 +69,7 @@ def test_files_are_complete_and_small() -> None:
 
 
 def test_weights_are_in_the_hubs_layout() -> None:
-    """Old key names and `rope_theta`: what transformers 4.x and 5.x both load without loss."""
+    """Old key names and `rope_theta`, which both transformers 4.x and 5.x load without loss."""
     with safe_open(FOLDER / "model.safetensors", "pt") as weights:
         names = set(weights.keys())
         assert all(weights.get_tensor(name).dtype == torch.float16 for name in names)
@@ -111,7 +111,7 @@ def test_held_out_accuracy() -> None:
 
 
 def test_calibration_fits_the_encoder() -> None:
-    """mu lies amid the entropies of calibration images, so that the budget is split differently among them."""
+    """mu is within the range of entropies of the calibration images, so that their budgets are split differently."""
     found = json.loads((FOLDER / "promprune_config.json").read_text())
     assert set(found) == {"mu", "tau", "saliency_ratio_max"}
     config = SelectionConfig(**found)

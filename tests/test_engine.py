@@ -1,4 +1,4 @@
-"""The engine: whatever arrives, leaves or fails beside it, every request gets the answer that it gets alone."""
+"""The engine: every request gets the answer that it gets alone, whichever others arrive, leave or fail."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ class Ask(NamedTuple):
     """A request of a schedule.
 
     Attributes:
-        text, images: what is asked, about how many pictures.
-        encoded: whether these are encoded before.
-        follows: whether it is the second turn of a conversation whose keys and values are kept; some are of use only up
-            to the text of the first turn, which is another one.
-        sampling, length: how, and at most how many tokens.
+        text, images: the question, and the number of pictures.
+        encoded: whether the pictures are encoded before.
+        follows: whether it is the second turn of a conversation whose keys and values are kept; for some requests they
+            can be reused only up to the text of the first turn, which differs.
+        sampling, length: settings of choosing tokens, and the largest number of tokens.
         arrives: the step before which it is added.
-        cancelled: steps after which it is cancelled; None for never.
+        cancelled: number of steps after which it is cancelled; None for never.
     """
 
     text: int

@@ -1,7 +1,7 @@
-"""Engines built by the real TensorRT for RTX, whose builder needs no GPU; nothing of it is faked but its failures.
+"""Engines built by the real TensorRT for RTX, whose builder needs no GPU; only its failures are faked.
 
-Without a GPU an engine cannot be loaded again, not even for its inspector. What it reads and writes is checked on the
-network that it is built from, by every build; and here also on the text that TensorRT for RTX leaves inside an engine.
+Without a GPU an engine cannot be loaded again, not even for inspection. Every build checks the inputs and outputs of
+the network; these tests also check them in the text that TensorRT for RTX stores inside an engine.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def copied(package: Path, folder: Path) -> Path:
     return Path(shutil.copytree(package, folder / package.name))
 
 
-# Of the program inside an engine: one line for each tensor, with its sizes (numbers, or a name where they vary), and
+# The program inside an engine has one line for each tensor, with its sizes (numbers, or names if they vary), and
 # with its name, to which the builder adds a number.
 TENSOR_LINE = re.compile(r"tensor=\{ .*?dims=\{ ([^}]*)\}.*? name=\"([\w.]+?)(?:\.\d+)?\".* type=(\w+)")
 ENGINE_DTYPES = {"float": "float32", "half": "float16", "int64": "int64", "bool": "bool"}
@@ -110,7 +110,7 @@ def check_built(package: Path, results: tuple[Any, ...], capsys: pytest.CaptureF
 
 
 def same_tensor(found: TensorRecord, stated: TensorRecord) -> bool:
-    """Same dtype and fixed sizes; a dynamic one may be fixed where the engine's profiles leave one size only."""
+    """Same dtype and fixed sizes; a dynamic size may be fixed if the engine's profiles allow only one."""
     return (found.dtype, len(found.shape)) == (stated.dtype, len(stated.shape)) and all(
         size == dim or (isinstance(dim, str) and size in ("?", 1))
         for size, dim in zip(found.shape, stated.shape, strict=True)
@@ -155,13 +155,13 @@ def test_the_embedded_model_is_built_for_two_targets(
     package = copied(embedded_export.output, tmp_path)
     results = build_engines(package, EngineConfig(targets=TARGETS, max_batch=4, decode_profile=True))
     expected = all_tensors(package)
-    for target in TARGETS:  # where the batch varies, what drops the axis of the one position is a layer behind
+    for target in TARGETS:  # with a dynamic batch, a separate layer removes the axis of the single position
         expected[f"{target} {DECODER}"].remove("logits")
     assert check_built(package, results, capsys) == expected
 
 
 def test_attention_in_half_precision_is_one_kernel(tmp_path: Path, toolkit: Toolkit) -> None:
-    """In every layer of a decoder as it is exported; there is no such kernel in fp32."""
+    """In every layer of an exported decoder; there is no such kernel in fp32."""
     checkpoint = save_tiny_llava(tmp_path / "checkpoint", text={"hidden_size": 128, "num_attention_heads": 4})
     config = ExportConfig(model=str(checkpoint), ratio=1.0, dtype="fp16", output=tmp_path / "out", verify=False)
     export_package(config)
@@ -297,7 +297,7 @@ def test_weights_that_were_changed_are_not_built_from(tiny_export: ExportResult,
 
 
 def replace_vision(package: Path, graph: onnx.ModelProto) -> None:
-    """Put another graph in the place of the vision encoder, with a manifest that knows."""
+    """Replace the graph of the vision encoder, and update the manifest."""
     onnx.save(graph, package / "onnx" / "vision_encoder.onnx")
     rewrite_manifest(package, read_manifest_unchecked(package))
 
@@ -398,7 +398,7 @@ def test_a_module_that_does_not_load_is_one_clear_line(monkeypatch: pytest.Monke
 
 @contextmanager
 def failing_builder(toolkit: Toolkit, message: str | None, error: Exception | None = None) -> Iterator[Toolkit]:
-    """The real module, but the last step of a build fails as it does where memory or the driver are wanting."""
+    """The real module, but the last step of a build fails as it does without enough memory or a driver."""
 
     class Builder:
         def __init__(self, log: Any) -> None:
@@ -541,7 +541,7 @@ def test_a_vision_only_package_has_one_engine(fake: Path) -> None:
 def test_kernels_that_were_measured_are_kept_beside_the_engines(
     fake: Path, toolkit: Toolkit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the calls of the real module; only TensorRT, which is not here, measures any kernels."""
+    """With the calls of the real module; kernels are measured only by TensorRT, which is not installed here."""
     assert not toolkit.times_kernels
     monkeypatch.setattr(build, "load_toolkit", lambda backend: Toolkit("tensorrt", trt, trt.__version__))
     given: list[bytes] = []

@@ -1,4 +1,4 @@
-"""What identifies engines, and how they are written and read; no TensorRT needed."""
+"""The identity of engines, and how they are written and read; TensorRT is not needed."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def chain(x: Array) -> list[Array]:
 
 
 def approximate(x: Array) -> Array:
-    """The table's x ln x, written out anew."""
+    """An independent implementation of the table's x ln x."""
     v = chain(x)
     total = ENTROPY_TABLE.linear * x
     for i, j, c in ENTROPY_TABLE.pairs:

@@ -41,7 +41,7 @@ def test_the_shipped_questions_are_those_of_the_scenes() -> None:
 
 
 def test_answers_are_those_of_generate() -> None:
-    """Many questions behind one prefix, padded and cached, answer as one question at a time does in transformers."""
+    """Many questions after one cached prefix, padded, get the same answers as one at a time in transformers."""
     checkpoint = load_checkpoint(None)
     model, pictures = TorchModel(checkpoint), load_data("embedded", limit=3)
     wanted = conditions(model.num_tokens, [0.12], ["coverage"])

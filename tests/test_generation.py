@@ -1,4 +1,4 @@
-"""Choosing tokens against Hugging Face's logits processors; streaming text against decoding it whole."""
+"""Choosing tokens, compared with Hugging Face's logits processors; streaming text, compared with decoding all of it."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_excluded_tokens_are_never_drawn() -> None:
 
 
 def llama_like_tokenizer() -> Tokenizer:
-    """Pieces with the sentencepiece underline, bytes as a last resort, the leading space stripped."""
+    """Pieces with the sentencepiece underline, byte fallback, and a stripped leading space."""
     pieces = [*"▁abcdefghijklmnopqrstuvwxyz.,!?é", "▁the", "th", "he", "the", "▁t"]
     vocabulary = {"<unk>": 0} | {f"<0x{byte:02X}>": byte + 1 for byte in range(256)}
     vocabulary |= {piece: 257 + number for number, piece in enumerate(pieces)}
@@ -181,7 +181,7 @@ def test_what_could_begin_a_stop_text_is_held_back() -> None:
 
 
 def test_a_tokenizer_that_fails_on_the_answer_is_refused() -> None:
-    """It panics, which is no Exception."""
+    """It panics, which raises a BaseException."""
     tokenizer = make_tokenizer()
     tokenizer.decoder = decoders.Strip("a", 0, 1000)
     with pytest.raises(PackageError, match="tokenizer fails on the answer") as caught:

@@ -49,7 +49,7 @@ def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
-    """The report of a whole first run, and what it printed."""
+    """The report of a complete first run, and its output."""
     out = tmp_path_factory.mktemp("rehearsal")
     process = start(out, "--budget", "3600")
     printed, _ = process.communicate()

@@ -87,7 +87,7 @@ def test_the_table_of_names_leads_to_modules() -> None:
 
 
 def folder_graph() -> Mapping[str, set[str]]:
-    """Return folder -> folders that its files import; each of the three public faces is a node of its own."""
+    """Return folder -> folders that its files import; each of the three public faces is a separate node."""
 
     def node_of(path: Path) -> str:
         face = path.name == "__init__.py" and path.parent.name in FLOORS and path.parent.parent == ROOT

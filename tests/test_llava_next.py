@@ -48,7 +48,7 @@ TOLERANCE = {"fp32": 2e-5, "fp16": 2e-2}  # of the largest difference, over the 
 
 
 def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
-    """A photograph in any shape, or noise where it would be tiny."""
+    """A photograph in any shape, or noise if it would be tiny."""
     if min(size) < 8:
         values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
         return Image.fromarray(values)
@@ -254,7 +254,7 @@ def test_padding_that_is_chosen_is_noticed(pruned: Any) -> None:
 
 
 def test_the_selection_order_goes_crop_by_crop(next_export: ExportResult, tmp_path: Path) -> None:
-    """The order is applied behind the graph as well, so that a manifest of the other order shows it."""
+    """The order is also applied after the graph, so that a manifest with the other order reveals it."""
     folder = Path(shutil.copytree(next_export.output, tmp_path / "package"))
     manifest = read_manifest(folder)
     config = replace(manifest.selection.config, order="selection")
@@ -340,7 +340,7 @@ def test_half_precision_with_nothing_removed(tiny_llava_next: Path, reference: R
 
 @pytest.mark.slow
 def test_bf16_is_verified(tiny_llava_next: Path, tmp_path: Path) -> None:
-    """Computed in fp32 on the weights in bf16; whole and pruned, with padded crops."""
+    """Computed in fp32 with the weights in bf16; unpruned and pruned, with padded crops."""
     for ratio in (1.0, 0.12):
         config = ExportConfig(model=str(tiny_llava_next), ratio=ratio, dtype="bf16", output=tmp_path / f"{ratio}")
         verification = export_package(config).manifest.verification

@@ -80,7 +80,7 @@ def test_what_the_runtime_cannot_do_is_refused() -> None:
 
 @pytest.fixture
 def lmms_eval() -> None:
-    """Skip where the harness is not installed: with all it needs it is larger than everything else together."""
+    """Skip if the harness is not installed: its dependencies are larger than all others together."""
     pytest.importorskip("lmms_eval", reason="needs lmms-eval: pip install 'promprune[lmms-eval]'")
 
 
@@ -114,7 +114,7 @@ def test_its_command_finds_the_accuracy_that_ours_finds(embedded_export: ExportR
 
 @pytest.mark.usefixtures("lmms_eval")
 def test_rounds_and_refusals(embedded_export: ExportResult) -> None:
-    """Every round is a chat of its own, and knows the answers so far."""
+    """Every round is a new chat that contains the answers so far."""
     from lmms_eval.api.instance import Instance
 
     from promprune.runtime.integrations.lmms_eval import PromPrune

@@ -172,7 +172,7 @@ def _alone_and_together(pipeline: VisionLanguagePipeline) -> list[tuple[int, ...
 
 
 def _in_turns(pipeline: VisionLanguagePipeline) -> list[tuple[int, ...]]:
-    """A chat, whose prompts go back behind the end of the answer before."""
+    """A chat in which a prompt replaces the end of the answer before."""
     chat = pipeline.chat()
     return [chat.ask(text, image, max_new_tokens=8).token_ids for image, text in QUESTIONS[:4]]
 

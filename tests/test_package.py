@@ -1,4 +1,4 @@
-"""The package on disk: what is written appears whole or not at all, and what is read is checked."""
+"""The package on disk: it is written atomically, and checked when it is read."""
 
 from __future__ import annotations
 

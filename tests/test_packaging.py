@@ -1,4 +1,4 @@
-"""What is built and installed is the whole project, and the parts depend on each other one way only."""
+"""The built and installed project is complete, and its parts depend on each other in one direction only."""
 
 from __future__ import annotations
 

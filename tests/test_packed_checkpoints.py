@@ -54,7 +54,7 @@ def pack(values: Tensor, dim: int, order: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6
 
 
 def packed_tensors(prefix: str, weight: Tensor, method: str, symmetric: bool) -> tuple[dict[str, Tensor], Tensor]:
-    """Quantize a weight ``[N, K]`` as a method stores it; returns its tensors, and the weight that they stand for."""
+    """Quantize a weight ``[N, K]`` in the format of a method; return its tensors, and the dequantized weight."""
     count, length = weight.shape
     groups = weight.reshape(count, -1, GROUP)
     if symmetric:

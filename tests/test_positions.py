@@ -1,4 +1,4 @@
-"""Rotary positions of prompts, against transformers' ``get_rope_index`` on the whole images."""
+"""Rotary positions of prompts, compared with transformers' ``get_rope_index`` for images with all tokens."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_whole_images_lie_where_transformers_puts_them() -> None:
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_kept_tokens_stay_where_they_were(index: int) -> None:
-    """Tokens that are left out take nothing from the positions of the others, nor from those of the text."""
+    """Dropped tokens do not change the positions of the kept tokens, nor those of the text."""
     ids, grids = PROMPTS[index]
     positions, delta = rope_index([ids], [[1] * len(ids)], grids)
     random = np.random.default_rng(index)

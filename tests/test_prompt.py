@@ -179,7 +179,7 @@ def test_the_callers_text_with_the_placeholder_is_refused(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("special", [True, False])
 def test_what_the_assistant_said_may_hold_the_placeholder(tmp_path: Path, special: bool) -> None:
-    """Spelt, and no image; also where the tokenizer has the placeholder as an ordinary word."""
+    """It is ordinary text, and no image; also if the placeholder is an ordinary token of the tokenizer."""
     folder = make_folder(tmp_path / "p")
     described = json.loads((folder / "tokenizer.json").read_text())
     next(token for token in described["added_tokens"] if token["content"] == "<image>")["special"] = special
@@ -226,7 +226,7 @@ TRIMMED = "{% for m in messages %}{% for p in m.content if p.text %}{{ p.text | 
     "template", [GATHERED + "| join('') }}{% endfor %}", GATHERED + "| join('') | trim }}{% endfor %}", TRIMMED]
 )
 def test_special_tokens_in_pieces_are_escaped(tmp_path: Path, messages: list[dict[str, Any]], template: str) -> None:
-    """Whatever a template joins, its own beginning and end stay special."""
+    """However a template concatenates texts, its own special tokens at the beginning and end remain special."""
     folder = make_folder(tmp_path / "p", "{{ bos_token }}" + template + "{{ eos_token }}")
     plain = make_folder(tmp_path / "q", template)
     joined = builder_of(plain).render(messages).replace("\ufdd0", "").replace("\ufdd1", "")
@@ -259,7 +259,7 @@ def test_no_text_becomes_a_special_token(joining: PromptBuilder, turns: list[lis
 
 
 def test_a_text_that_is_not_special_after_all_is_read_in_one_piece(tmp_path: Path) -> None:
-    """A tokenizer that puts a space in front of what it reads has to read it all at once."""
+    """A tokenizer that prepends a space to every piece must receive the text in one piece."""
     folder = make_folder(tmp_path / "p")
     tokenizer = make_tokenizer()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -376,7 +376,7 @@ def changed_tokenizer(**changes: Any) -> str:
     ],
 )
 def test_tokenizers_that_cannot_be_loaded_are_refused(tmp_path: Path, content: str) -> None:
-    """Some of them panic: that is no Exception."""
+    """Some of them panic, which raises a BaseException."""
     folder = make_folder(tmp_path / "p")
     (folder / "tokenizer.json").write_text(content)
     with pytest.raises(PackageError, match=r"tokenizer\.json is not a usable tokenizer") as caught:
@@ -423,7 +423,7 @@ def test_the_clock_is_available(tmp_path: Path) -> None:
 
 
 def test_messages_may_hold_only_plain_parts(tmp_path: Path) -> None:
-    """Nothing but text reaches the template, whatever else a message carries."""
+    """Only text reaches the template, whatever else a message contains."""
     folder = make_folder(tmp_path / "p", "{{ messages[0].content[0].keys() | list }}{{ messages[0].keys() | list }}")
     text = builder_of(folder).render([{"role": "user", "name": "x", "content": [{**IMAGE, "image": open}]}])
     assert text == "['type']['role', 'content']"

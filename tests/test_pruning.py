@@ -109,7 +109,7 @@ def test_blank_and_tied() -> None:
 @pytest.mark.parametrize(("n", "d"), [(16, 48), (576, 1024)])
 @pytest.mark.parametrize("noise", [0.3, 0.1, 0.03, 0.01, 0.001])
 def test_tokens_that_are_nearly_alike_have_a_high_entropy(n: int, d: int, noise: float) -> None:
-    """As a plain wall has; rounding must not drown the spectrum."""
+    """For example a plain wall; rounding errors must not exceed the spectrum."""
     random = torch.Generator().manual_seed(0)
     x = torch.randn(2, 1, d, generator=random) + noise * torch.randn(2, n, d, generator=random)
     entropy = prune_tokens(x, torch.rand(2, n, generator=random), keep_tokens=2).spectral_entropy
@@ -130,7 +130,7 @@ def test_no_gradient_and_no_autocast() -> None:
 
 
 def test_the_products_keep_their_precision_under_both_settings_of_tf32() -> None:
-    """In a process of its own: the newer setting makes PyTorch refuse the older one."""
+    """In a separate process: the newer setting makes PyTorch refuse the older one."""
     code = (
         "import torch; from promprune.method.batched import prune_tokens\n"
         "setting = torch.backends.cuda.matmul\n"
@@ -146,7 +146,7 @@ def test_the_products_keep_their_precision_under_both_settings_of_tf32() -> None
 
 
 def test_runs_without_data() -> None:
-    """On the meta device nothing has a value: any wait for one would raise."""
+    """Tensors on the meta device have no values: reading one would raise."""
     x, a = torch.empty(2, 64, 32, device="meta"), torch.empty(2, 64, device="meta")
     got = prune_tokens(x, a, 9, token_mask=torch.empty(2, 64, dtype=torch.bool, device="meta"))
     assert got.features.shape == (2, 9, 32)

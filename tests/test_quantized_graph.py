@@ -1,4 +1,4 @@
-"""The pass that quantizes the products of a graph, and what ONNX Runtime and TensorRT make of its form."""
+"""The pass that quantizes the products of a graph, and how ONNX Runtime and TensorRT run its result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL from checkpoint to answer: the package against transformers, with whole images and with kept tokens."""
+"""Qwen2.5-VL from checkpoint to answer: packages against transformers, with all tokens and with kept tokens."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Request = tuple[list[Image.Image], str]
 
 
 def picture(grid: int, seed: int = 0) -> Image.Image:
-    """Noise in the very size of a grid, which neither side has to resize."""
+    """Noise in the exact size of a grid, so that neither side resizes it."""
     rows, columns = GRIDS[grid]
     random = np.random.default_rng(seed)
     pixels = random.integers(0, 256, (rows * TOKEN_PIXELS // 4, columns * TOKEN_PIXELS // 4, 3), dtype=np.uint8)
@@ -208,10 +208,10 @@ def test_whole_images_are_read_as_transformers_reads_them(
 
 
 @pytest.mark.parametrize("case", REQUESTS)
-def test_kept_tokens_are_read_where_they_were(
+def test_kept_tokens_keep_their_positions(
     pruned: VisionLanguagePipeline, reference: Reference, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As transformers reads the tokens that the float64 method keeps, at their positions in the whole image."""
+    """Equal to transformers with the tokens that the float64 method keeps, at their positions in the full image."""
     requests = REQUESTS[case]
     check_logits(pruned, reference.pruned_logits, requests, 1e-4, monkeypatch)
     results = pruned.generate_batch(requests, max_new_tokens=NEW_TOKENS)
@@ -236,7 +236,7 @@ def test_half_precision_reads_the_same(
 
 @pytest.mark.slow
 def test_bf16_is_verified(tiny_qwen: Path, tmp_path: Path) -> None:
-    """Computed in fp32 on the weights in bf16; whole and pruned, both grids."""
+    """Computed in fp32 with the weights in bf16; unpruned and pruned, both grids."""
     for ratio in (1.0, 0.12):
         result = exported(tiny_qwen, tmp_path / f"{ratio}", ratio=ratio, dtype="bf16")
         verification = result.manifest.verification
@@ -266,7 +266,7 @@ def test_an_out_of_core_verification_runs_every_vision_graph(tiny_qwen: Path, tm
 def test_a_vision_graph_that_no_image_is_for_is_noticed(
     tiny_qwen: Path, tiny_qwen_export: ExportResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As it would be of a family whose sample sizes do not reach all of its graphs."""
+    """It could happen for a family whose sample sizes do not cover all of its graphs."""
     monkeypatch.setattr(
         "promprune.export.verify.verification.check_samples", lambda count, *, sizes: check_samples(2, sizes=sizes[:1])
     )
@@ -279,7 +279,7 @@ def test_a_vision_graph_that_no_image_is_for_is_noticed(
 def test_exchanged_axes_are_noticed_without_an_answer(
     axes: list[int], tiny_qwen: Path, tiny_qwen_export: ExportResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where memory is short, the logits of a text are all that says which axis is which."""
+    """If memory is short, only the logits of a text can detect swapped axes."""
     monkeypatch.setattr("promprune.export.verify.verification.available_memory", lambda: 0)
     package = Path(shutil.copytree(tiny_qwen_export.output, tmp_path / "package"))
     path = package / "onnx/decoder_model_merged.onnx"
@@ -310,7 +310,7 @@ def test_the_generation_config_of_a_model_does_not_fail_it(tmp_path: Path) -> No
 def test_the_positions_matter(
     whole: VisionLanguagePipeline, reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counted one after the other, as in other families, the same tokens make other logits."""
+    """With consecutive positions, as in other families, the same tokens give other logits."""
     monkeypatch.setattr(whole.language_model, "_positions", lambda prompts, begin: None)
     logits = first_logits(whole, REQUESTS["one prompt"], monkeypatch)
     wanted = reference.logits(REQUESTS["one prompt"][0])
@@ -318,7 +318,7 @@ def test_the_positions_matter(
 
 
 def test_a_conversation_goes_on_where_it_was(pruned: VisionLanguagePipeline) -> None:
-    """Turns with images of both grids and without any: what was read before is not read again, nor misplaced."""
+    """Turns with images of both grids and without images: earlier tokens need no prefill, and keep their positions."""
     turns: list[Request] = [([picture(0)], "What is this?"), ([picture(1)], "And this?"), ([], "Which is larger?")]
     chat, images, messages, read = pruned.chat(), [], [], 0
     for added, text in turns:
@@ -460,7 +460,7 @@ def test_qwen2_vl_answers_as_transformers(tiny_qwen2_export: ExportResult) -> No
 
 
 def test_rotary_frequencies_keep_their_precision_in_half(tiny_qwen: Path) -> None:
-    """As in a model that transformers loads in fp16: 2**-11 of a frequency is a whole turn at far positions."""
+    """In a model that transformers loads in fp16, an error of 2**-11 of a frequency is a full turn at far positions."""
     loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_qwen, dtype=torch.float16)
     converted = load_checkpoint(str(tiny_qwen), dtype=torch.float16).meta_model
     wanted = dict(loaded.named_buffers())

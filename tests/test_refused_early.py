@@ -1,4 +1,4 @@
-"""What can be told without PyTorch is told before it is started; every command also starts as a module."""
+"""Errors that can be found without PyTorch are reported before it is started; every command also starts as a module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The runtime's settings: what is kept of them, and what is refused in one line."""
+"""The runtime's settings: accepted values and their conversion, and refusals in one line."""
 
 from __future__ import annotations
 

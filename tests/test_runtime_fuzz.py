@@ -1,4 +1,4 @@
-"""Damaged and hostile packages and images: a typed one-line error, or an answer; never anything else."""
+"""Damaged and hostile packages and images give a typed one-line error or an answer, and never another failure."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def flipped(content: bytes, chance: random.Random) -> bytes:
 
 
 def outcome(action: Callable[[], Any]) -> str:
-    """Run something; a refusal has to be ours, and on one line."""
+    """Run a function; an error must be one of promprune's, and one line."""
     try:
         action()
     except PrompruneError as error:

@@ -542,7 +542,7 @@ def test_the_runtime_needs_no_torch(folder: Path) -> None:
 
 
 def test_features_go_to_the_places_of_their_image_stretch_by_stretch() -> None:
-    """Worked by hand: two images of 4 and 3 tokens, the first interrupted, its first two tokens read before."""
+    """Worked by hand: two images of 4 and 3 tokens; the first is in two parts, and its first two tokens are cached."""
     features = [np.zeros((4, 2)), np.zeros((3, 2))]
     images = [EncodedImage(array, TokenSelection((), np.arange(len(array)))) for array in features]
     places = np.array([-2, -1, 0, 3, 4, 5, 6])

@@ -170,8 +170,8 @@ def test_what_was_chosen_and_why_nothing_else(path: Path, monkeypatch: pytest.Mo
         assert session.notes[0] == "provider cpu: asked for"
 
 
-def test_why_the_gpu_does_not_do_is_said_where_the_cpu_fails_too(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with a package in bf16, which the CPU lacks operators for."""
+def test_the_error_says_why_the_gpu_was_not_used(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For example for a package in bf16, for which the CPU lacks operators."""
 
     def fail(*arguments: Any, **options: Any) -> Any:
         on_gpu = options["providers"][0][0] == "CUDAExecutionProvider"
@@ -185,7 +185,7 @@ def test_why_the_gpu_does_not_do_is_said_where_the_cpu_fails_too(path: Path, mon
 
 
 def test_a_gpu_that_does_not_start_is_passed_over(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA's libraries load, its driver is there, and still no session can be made."""
+    """CUDA's libraries load and a driver exists, but creating a session fails."""
     real = onnxruntime.InferenceSession
 
     def make(*arguments: Any, **options: Any) -> Any:

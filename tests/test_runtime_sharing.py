@@ -1,4 +1,4 @@
-"""Several packages of one language model in one process, and answers of a length that was asked for."""
+"""Several packages with one language model in one process, and answers of a requested length."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_another_language_model_is_refused(tiny_full_export: ExportResult, tmp_p
 
 
 def test_other_linked_weights_are_another_language_model(tmp_path: Path) -> None:
-    """Weights that a package shares with its checkpoint do not lie in files named after the graphs."""
+    """Weights that a package shares with its checkpoint are in files that are not named after the graphs."""
     packages = []
     for seed in (0, 1):
         checkpoint = save_tiny_llava(tmp_path / f"checkpoint-{seed}", seed=seed)
@@ -69,7 +69,7 @@ def replace_vision(package: Path, model: onnx.ModelProto) -> None:
 
 
 def test_visual_tokens_of_another_size_are_refused(tmp_path: Path) -> None:
-    """They would be read as other rows: twice as many of half the size, say."""
+    """They would be read as other rows, for example as twice as many of half the size."""
     package = tmp_path / "package"
     write_fake_package(package)
     model = onnx.load(package / VISION)

@@ -32,7 +32,7 @@ LAYERS = 5
 
 @pytest.fixture(scope="module")
 def deep_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Deep enough that layers are repeated, in shards, with the hub's keys, behind symbolic links."""
+    """A LLaVA that is deep enough for repeated layers, in shards, with the hub's keys, through symbolic links."""
     folder = tmp_path_factory.mktemp("deep")
     plain = save_tiny_llava(
         folder / "plain", text={"num_hidden_layers": LAYERS}, vision={"num_hidden_layers": LAYERS + 1}
@@ -42,13 +42,13 @@ def deep_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def deep_export(deep_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
-    """It, linked rather than copied; verified against transformers, answers included."""
+    """Its package, linked rather than copied; verified against transformers, including answers."""
     output = tmp_path_factory.mktemp("packages") / "deep"
     return export_package(ExportConfig(model=str(deep_llava), ratio=0.25, output=output, copy_weights=False))
 
 
 def test_repeated_layers_compute_what_transformers_does(deep_export: ExportResult) -> None:
-    """The verification compares features, logits of prefill and decoding, and answers with the whole torch model."""
+    """The verification compares features, logits of prefill and decode steps, and answers with the full torch model."""
     verification = deep_export.manifest.verification
     assert verification is not None
     assert verification.passed
@@ -139,7 +139,7 @@ def test_an_out_of_core_verification_agrees(deep_export: ExportResult, deep_llav
     ],
 )
 def test_every_tower_runs_out_of_core(checkpoint: str, package: str, request: pytest.FixtureRequest) -> None:
-    """Also weights that are taken from a module which is not called, as the patch embedding of Qwen."""
+    """Also with weights of a module that is not called, such as the patch embedding of Qwen."""
     export: ExportResult = request.getfixturevalue(package)
     source = load_checkpoint(str(request.getfixturevalue(checkpoint)))
     request.getfixturevalue("out_of_core")  # not before the package is there, which other tests use as well
@@ -196,7 +196,7 @@ def test_layers_that_differ_in_a_setting_are_not_alike() -> None:
 def test_a_checkpoint_in_half_precision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: str, dtype: Dtype
 ) -> None:
-    """Half precision on disk: linked where it is the package's, converted where it is not."""
+    """Half precision on disk: linked if it is the package's dtype, else converted."""
     monkeypatch.setattr("promprune.export.graphs.external_data.LINK_MIN_BYTES", 0)
     torch_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[stored]
     checkpoint = save_tiny_llava(tmp_path / "checkpoint", dtype=torch_dtype)
@@ -236,7 +236,7 @@ def test_features_near_the_end_of_fp16_are_warned_of(tmp_path: Path, monkeypatch
 
 
 def test_code_in_a_checkpoint_is_never_run(tiny_llava: Path, tmp_path: Path) -> None:
-    """Every file of a checkpoint that can name code of its own does; the code would leave a file behind."""
+    """Every file of a checkpoint that can refer to code does so; the code would write a file."""
     checkpoint, marker = Path(shutil.copytree(tiny_llava, tmp_path / "checkpoint")), tmp_path / "was-run"
     (checkpoint / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
     kinds = ("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor", "AutoTokenizer")

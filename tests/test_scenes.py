@@ -1,4 +1,4 @@
-"""The scenes and questions: the same from the same seed, apart in their splits, and right in their answers."""
+"""The scenes and questions: reproducible from their seed, in disjoint splits, and with right answers."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_another_seed_asks_other_questions() -> None:
 
 @pytest.mark.parametrize("scene", SCENES, ids=lambda scene: str(scene.seed))
 def test_answers_are_right(scene: Scene) -> None:
-    """Each answer is found again from the question's words alone, by other code than wrote them."""
+    """Independent code finds each answer from the words of the question alone."""
     for question in questions(scene, per_type=4):
         assert _answer(scene, question) == question.answer, question
 

@@ -1,4 +1,4 @@
-"""The KV cache of a lowered decoder: slots of one buffer, lengths of their own, and copies only where one is needed."""
+"""The KV cache of a lowered decoder: slots of one buffer with separate lengths, copied only if necessary."""
 
 from __future__ import annotations
 

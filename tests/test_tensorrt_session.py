@@ -127,7 +127,7 @@ class FakeGraph:
 
 
 class FakeDevice:
-    """Memory by address, and counts of what was asked of it.
+    """Memory by address, and counts of its operations.
 
     It is host memory at its real addresses, so that other libraries can look at it.
     """
@@ -422,7 +422,7 @@ def open_stepping(package: Path) -> TensorRtSession:
 
 
 def check_steps(decoder: Decoder, seed: int, *, steps: int, batch: int = 1) -> KVCache:
-    """Read a prompt of five tokens and then single ones; compare with the model in numpy."""
+    """Prefill a prompt of five tokens, then run decode steps; compare with the model in numpy."""
     random, model = np.random.default_rng(seed), FakeModel()
     told = random.normal(size=(batch, 5 + steps, HIDDEN)).astype(np.float32)
     _, cache = decoder.forward(told[:, :5], decoder.caches.empty(batch))
@@ -543,7 +543,7 @@ def test_a_whole_pipeline_runs_on_graphs(built: Path, device: FakeDevice) -> Non
 @pytest.mark.usefixtures("small_room")
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 def test_rows_join_and_leave_a_batch_on_the_device(built: Path, device: FakeDevice, cuda_graphs: bool) -> None:
-    """Only logits come down; every answer is the one that the request gets alone."""
+    """Only logits are copied to the host; every answer is the one that the request gets alone."""
     asked = {"a": 3, "and a longer one": 6, "bc": 2}
     with VisionLanguagePipeline.from_package(built, provider="cpu") as pipeline:
         expected = [
@@ -567,7 +567,7 @@ def test_rows_join_and_leave_a_batch_on_the_device(built: Path, device: FakeDevi
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 def test_features_and_embeddings_stay_on_the_device(built: Path, device: FakeDevice, cuda_graphs: bool) -> None:
-    """Up go pixels, token numbers, masks and positions; down come the features, once, for whoever wants them."""
+    """Uploaded: pixels, token ids, masks and positions. Downloaded: the features, once, on request."""
     image = Image.fromarray(np.random.default_rng(2).integers(0, 255, (32, 32, 3), np.uint8))
     model, options = FakeModel(), {"max_new_tokens": 1}
     with VisionLanguagePipeline.from_package(built, provider="cpu") as pipeline:
@@ -1057,7 +1057,7 @@ def test_the_thin_layer_calls_what_the_real_module_has() -> None:
 
 
 class StandIn:
-    """The objects of TensorRT that only exist where an engine loads: they note what is done with them, in order."""
+    """The objects of TensorRT that exist only after an engine was loaded; they record all calls in order."""
 
     num_io_tensors = 0
     device_memory_size_v2 = 640

@@ -1,6 +1,6 @@
-"""Packages in a client that is not ours: transformers.js under Node answers as our runtime does.
+"""Packages in a foreign client: transformers.js under Node gives the same answers as our runtime.
 
-The processors of transformers, which count placeholders likewise, are asked here too.
+The processors of transformers, which count placeholders in the same way, are tested here too.
 """
 
 from __future__ import annotations

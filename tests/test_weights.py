@@ -35,7 +35,7 @@ MODEL_CLASS = "LlavaForConditionalGeneration"
 def test_every_parameter_is_linked_to_what_transformers_loads(
     tiny_llava: Path, tmp_path: Path, form: dict[str, Any]
 ) -> None:
-    """As one file, in shards, with the keys of other versions, behind the symbolic links of a hub cache."""
+    """As one file, in shards, with the keys of other versions, and through the symbolic links of a hub cache."""
     folder = reshape_checkpoint(tiny_llava, tmp_path, **form)
     meta_model = build_meta_model(folder, MODEL_CLASS, torch.float32)
     loaded = dict(LlavaForConditionalGeneration.from_pretrained(folder).named_parameters())

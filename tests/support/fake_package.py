@@ -70,7 +70,7 @@ class FakeModel:
         return (patches @ self.weights["vision"])[indices], indices
 
     def logits(self, embeds: np.ndarray) -> np.ndarray:
-        """Return the logits [V] after a whole sequence of embeddings [length, D]."""
+        """Return the logits [V] after a complete sequence of embeddings [length, D]."""
         hidden = embeds + self.weights["position"][: len(embeds)]
         scores = hidden @ hidden[-1] / np.sqrt(HIDDEN)
         attention = np.exp(scores - scores.max())
@@ -78,7 +78,7 @@ class FakeModel:
         return (attention @ (hidden @ self.weights["value"]) + hidden[-1]) @ self.weights["head"]
 
     def greedy(self, ids: list[int], features: np.ndarray, count: int) -> list[int]:
-        """Return ``count`` greedily chosen tokens after a prompt whose placeholders stand for ``features``."""
+        """Return ``count`` greedily chosen tokens after a prompt whose placeholders are replaced by ``features``."""
         embeds = self.weights["embed"][np.array(ids)]
         embeds[np.array(ids) == IMAGE_TOKEN_ID] = features
         answer: list[int] = []

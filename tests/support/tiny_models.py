@@ -120,7 +120,7 @@ def llava_config(
 
 
 def randomised(model_class: Any, config: Any, seed: int) -> Any:
-    """A model with random weights, larger than the default, or every token is answered alike."""
+    """A model with random weights, larger than the default, so that different tokens get different answers."""
     torch.manual_seed(seed)
     model = model_class(config)
     for parameter in model.parameters():
@@ -190,7 +190,7 @@ def save_tiny_llava_next(
 
     Args:
         folder: to write.
-        seed: of the weights.
+        seed: seed of the weights.
         text: configuration of the language model; a Llama by default.
         preprocessor: what differs in its image processor.
         changes: to the model's configuration.
@@ -231,7 +231,7 @@ def reshape_checkpoint(
     prefixes: Mapping[str, str] = MappingProxyType({}),
     hub: bool = False,
 ) -> Path:
-    """Write a checkpoint in another form: in shards, with other prefixes of its keys, as a hub cache keeps it."""
+    """Write a checkpoint in another form: in shards, with other prefixes of its keys, or like a hub cache."""
     target = folder / "snapshot"
     shutil.copytree(source, target)
     tensors = load_file(target / "model.safetensors")
