@@ -125,7 +125,7 @@ def records(**changes: TensorRecord) -> GraphRecord:
 
 
 def manifest_of(record: GraphRecord) -> Any:
-    return SimpleNamespace(graphs={"graph": record})
+    return SimpleNamespace(graphs={"graph": record}, weights=None)
 
 
 @pytest.mark.parametrize(
