@@ -140,7 +140,7 @@ def test_an_export_whose_budget_is_not_split_warns(tiny_llava: Path, tmp_path: P
     ("argv", "message"),
     [
         (["some/model"], "--images DIR"),
-        (["--images", "/nowhere"], "no folder"),
+        (["--images", "/nowhere"], "not a folder"),
         (["--write"], "give --mu and --tau"),
         (["--limit", "0"], "received limit = 0; expected at least 8 images"),
         (["--limit", "7"], "received limit = 7; expected at least 8 images"),
