@@ -36,7 +36,7 @@ class Llava(Family):
     def build_layout(self) -> CropLayout | AnyresLayout:
         """Return a square crop; refuse preprocessing with a different crop."""
         side, patches = self.side, self.patches
-        self.refuse_other_size("set crop_size in its preprocessor_config.json")
+        self.refuse_other_size("images", "set crop_size in its preprocessor_config.json")
         return CropLayout(height=side, width=side, patch_rows=patches, patch_columns=patches)
 
     @property
@@ -97,14 +97,14 @@ class Llava(Family):
         weights = torch.cat(list(_attention_weights(attention, seen[0])))  # [B, L, L]
         return features, weights[:, 0, 1:] if has_cls else weights.mean(dim=1)
 
-    def refuse_other_size(self, fix: str) -> None:
+    def refuse_other_size(self, made: str, fix: str) -> None:
         """Refuse an image processor whose crops have another size than the vision tower takes."""
         blank = Image.new("RGB", (64, 48))
         values = self.processor.image_processor(images=[blank], return_tensors="np")["pixel_values"]
         height, width = values[0].shape[-2:]
         if (height, width) != (self.side, self.side):
             raise UnsupportedModelError(
-                f"the preprocessing of this model makes images of {height} x {width} pixels",
+                f"the preprocessing of this model makes {made} of {height} x {width} pixels",
                 expected=f"{self.side} x {self.side}, the size of its vision tower",
                 fix=fix,
             )

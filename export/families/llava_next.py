@@ -47,7 +47,7 @@ class LlavaNext(Llava):
     def build_layout(self) -> AnyresLayout:
         """Return the layout of crops; refuse a model that disagrees with its preprocessing about it."""
         self._refuse_other_canvases()
-        self.refuse_other_size("set size and crop_size in its preprocessor_config.json")
+        self.refuse_other_size("crops", "set size and crop_size in its preprocessor_config.json")
         return self.crops
 
     @property
