@@ -192,7 +192,7 @@ def test_what_a_process_refuses_is_the_whole_message(tiny_export: ExportResult, 
     assert outcome.exit_code == 1
     assert len(outcome.error_lines) == 1
     assert outcome.error_lines[0].startswith(f"error: {image} ")
-    assert "process that answers" not in outcome.error_lines[0]
+    assert "process that measures the cold start" not in outcome.error_lines[0]
     assert "ImageError" not in outcome.error_lines[0]
 
 

@@ -389,7 +389,7 @@ def test_a_package_whose_grid_has_no_graph_is_refused(tiny_qwen_export: ExportRe
     [
         (((9, 9),), "received the image grid 9x9, 81 tokens; expected 4 to 64 tokens"),
         (((1, 3),), "3 tokens; expected 4 to 64"),
-        (((1, 300),), "grid 1x300; expected at most 200 times as long as wide"),
+        (((1, 300),), "grid 1x300; expected an aspect ratio of at most 200"),
     ],
 )
 def test_a_grid_that_the_image_processor_never_makes_is_refused(
