@@ -115,10 +115,10 @@ def verify(
     if inspect:
         rest = {name: value for name, value in of_graphs.items() if name != "--graph"}
         others = {"--against": against, "--reference": reference, "--json": as_json or None}
-        _refuse({**of_source, **rest, **others}, "with --inspect", "--graph beside it, or nothing")
+        _refuse({**of_source, **rest, **others}, "with --inspect", "only --graph")
         _inspect(package, graph or ())
     elif against or reference:
-        _refuse(of_source, "with --against or --reference", "it where a package is compared with its source")
+        _refuse(of_source, "with --against or --reference", "neither: they are for a comparison with the model")
         config = CompareConfig(
             backend=backend or DEFAULTS.backend,
             against=against or backend or DEFAULTS.backend,
@@ -129,7 +129,7 @@ def verify(
         )
         _compare(package, config, as_json=as_json)
     else:
-        _refuse(of_graphs, "without --against or --reference", "one of those two")
+        _refuse(of_graphs, "without --against or --reference", "one of the two")
         _verify(package, model, DEFAULT_CHECK_IMAGES if images is None else images, as_json=as_json)
 
 

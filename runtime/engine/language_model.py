@@ -85,8 +85,8 @@ class LanguageModel:
         """Run the decoder on one token per row.
 
         Args:
-            token_ids: of the rows.
-            cache: of the rows.
+            token_ids: the token of each row.
+            cache: the KV cache of the rows.
 
         Returns:
             The logits after each token, float32 [batch, vocabulary], and the cache that includes the tokens.
