@@ -129,7 +129,7 @@ def verify(
         )
         _compare(package, config, as_json=as_json)
     else:
-        _refuse(of_graphs, "without --against or --reference", "one of the two")
+        _refuse(of_graphs, "without --against or --reference", "one of those two")
         _verify(package, model, DEFAULT_CHECK_IMAGES if images is None else images, as_json=as_json)
 
 
