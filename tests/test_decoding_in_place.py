@@ -86,7 +86,9 @@ def test_answers_are_the_same(model: str, request: pytest.FixtureRequest, monkey
     answers = []
     for in_place in (False, True):
         monkeypatch.setattr(OnnxRuntimeSession, "repeats", in_place)
-        with VisionLanguagePipeline.from_package(export.output, provider="cpu", num_threads=1) as pipeline:
+        with VisionLanguagePipeline.from_package(
+            export.output, provider="cpu", num_threads=1, lowered=False
+        ) as pipeline:
             lengths = lengths_of(pipeline.sessions["decoder_model_merged"])
             requests = [(image, "what is it?"), ((), "a"), ((), "bcd")]
             batch = pipeline.generate_batch(requests, max_new_tokens=24, ignore_eos=True)
