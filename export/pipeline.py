@@ -84,7 +84,7 @@ def export_package(config: ExportConfig, *, progress: Progress = NO_PROGRESS) ->
     """
     started = time.perf_counter()
     output = config.output or default_output(config)
-    progress.announce(3 + config.verify)
+    progress.announce(2 + config.verify + (not config.vision_only))
     with writing_package(output, force=config.force) as folder:
         with progress.step("read the checkpoint"):
             checkpoint = load_checkpoint(config.model, dtype=torch_dtype(config.dtype))
@@ -112,8 +112,10 @@ def export_package(config: ExportConfig, *, progress: Progress = NO_PROGRESS) ->
             with progress.step("verify against the model"):
                 manifest = verified(folder, manifest, checkpoint)
                 write_manifest(folder, manifest)
-        with progress.step("lower the decoder for ONNX Runtime"):
-            not_lowered = try_to_lower(Package(folder, manifest))
+        not_lowered = ""
+        if not config.vision_only:
+            with progress.step("lower the decoder for ONNX Runtime"):
+                not_lowered = try_to_lower(Package(folder, manifest))
     seconds = time.perf_counter() - started
     return ExportResult(output=output, manifest=manifest, seconds=seconds, not_lowered=not_lowered)
 

@@ -36,7 +36,7 @@ def test_values_of_a_wrong_type(tiny_llava: Path, tmp_path: Path, changes: dict[
     ("kind", "changes"),
     [
         ("dynamic", {}),
-        ("longrope", {"original_max_position_embeddings": 32, "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}),
+        ("longrope", {"original_max_position_embeddings": 32, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}),
     ],
 )
 def test_rotary_frequencies_that_change_with_the_length(tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:

@@ -93,7 +93,7 @@ def test_a_package_is_not_compared_with_itself(
     outcome = run(command.main, str(tiny_export.output), *same)
     assert outcome.exit_code == 1
     (line,) = outcome.error_lines
-    assert "received onnxruntime to compare with onnxruntime" in line
+    assert "received --backend onnxruntime --against onnxruntime, which compares" in line
     assert "with itself; expected another backend, or another package" in line
 
 

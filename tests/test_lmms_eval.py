@@ -74,7 +74,7 @@ def test_images_keep_their_places_in_a_chat() -> None:
 def test_what_the_runtime_cannot_do_is_refused() -> None:
     with pytest.raises(ConfigError, match="no beam search"):
         generation_options({"num_beams": 4})
-    with pytest.raises(ConfigError, match="'video'; expected images and texts"):
+    with pytest.raises(ConfigError, match="'video'; expected only images and texts"):
         images_and_messages([{"role": "user", "content": [{"type": "video", "url": "a.mp4"}]}])
 
 

@@ -56,8 +56,7 @@ def try_to_lower(package: Package) -> str:
     if verification is not None and verification.not_verified:
         return "the model was verified out of core; promprune-build lowers its decoder if that fits into memory"
     try:
-        if package.manifest.has_language_model:
-            lower_package(package)
+        lower_package(package)
     except (UnsupportedModelError, VerificationError) as error:
         return str(error)
     return ""
