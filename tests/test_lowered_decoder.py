@@ -101,7 +101,7 @@ def test_what_the_operator_cannot_compute_is_refused(
         lowering.lower_decoder(other_mask)
     other_scale = ir.load(file)
     next(node for node in other_scale.graph if node.op_type == "Softmax").op_type = "Tanh"
-    with pytest.raises(UnsupportedModelError, match="in another way"):
+    with pytest.raises(UnsupportedModelError, match="in an unsupported way"):
         lowering.lower_decoder(other_scale)
     monkeypatch.setattr(lowering, "_HEAD_MULTIPLE", 7)
     with pytest.raises(UnsupportedModelError, match="head size of 8"):
