@@ -47,7 +47,7 @@ def stage_named(name: str) -> Stage:
     """Return a stage of either run.
 
     Raises:
-        KeyError: there is none of that name.
+        KeyError: no stage has that name.
     """
     return {stage.name: stage for stages in RUNS.values() for stage in stages}[name]
 
