@@ -21,6 +21,7 @@ from typer.main import get_command
 COMMANDS: Final = {
     "promprune-export": ("export.commands.export", "export"),
     "promprune-run": ("runtime.commands.run", "run"),
+    "promprune-serve": ("runtime.commands.serve", "serve"),
     "promprune-build": ("export.commands.build", "build"),
     "promprune-verify": ("export.commands.verify", "verify"),
     "promprune-calibrate": ("export.commands.calibrate", "calibrate"),

@@ -14,24 +14,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
 
 from promprune.runtime.engine.cache import Cache, CachedPrefix, Slot
 from promprune.runtime.engine.language_model import LanguageModel, Logits
-from promprune.runtime.engine.request import Request, time_stage
-from promprune.runtime.engine.scheduler import Scheduler
-from promprune.runtime.images import PreprocessedImage
-from promprune.runtime.images.encoded import EncodedImage
+from promprune.runtime.engine.request import Encode, Request, time_stage
+from promprune.runtime.engine.scheduler import Load, Scheduler
 
 __all__ = ["Encode", "Engine", "Update"]
 
 # A request, and the text that became final in a step.
 Update: TypeAlias = "tuple[Request, str]"
-# Returns an encoded image, and whether the vision encoder ran for it: ``ImageEncoder.encode``.
-Encode: TypeAlias = "Callable[[EncodedImage | PreprocessedImage], tuple[EncodedImage, bool]]"
 
 
 class Engine:
@@ -40,8 +36,8 @@ class Engine:
     One thread calls :meth:`step` in a loop; :meth:`add` and :meth:`cancel` may be called from any thread meanwhile.
     Several engines may share one language model.
 
-    Images are encoded in the step in which their request starts, which delays all other requests. To avoid that,
-    encode them on another thread, and add the request with encoded images.
+    Images are encoded in the step in which their request starts, which delays all other requests. To avoid that, call
+    :meth:`Request.encode_images` on another thread before adding the request.
 
     Args:
         model: the language model.
@@ -93,6 +89,11 @@ class Engine:
         """Whether any request is waiting or running."""
         return self._scheduler.has_requests
 
+    @property
+    def load(self) -> Load:
+        """How many requests wait and run."""
+        return self._scheduler.load
+
     def _start(self, requests: Sequence[Request]) -> list[Update]:
         """Encode the images of requests and prefill: in one batch, except for requests that reuse keys and values."""
         with time_stage("vision", requests):
@@ -103,13 +104,10 @@ class Engine:
         return failed + [update for group in groups for update in self._prefill(group)]
 
     def _encode_images(self, request: Request) -> list[Update]:
-        """Encode image by image: in a batch, rounding and therefore the kept tokens could differ."""
         try:
-            encoded = [self._encode(image) for image in request.images]
+            request.encode_images(self._encode)
         except Exception as error:
             return _fail([request], error)
-        request.images = [image for image, _ in encoded]
-        request.num_encoded = sum(ran for _, ran in encoded)
         return []
 
     def _prefill(self, group: Sequence[Request]) -> list[Update]:

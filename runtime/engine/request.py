@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,10 @@ from promprune.runtime.images.encoded import EncodedImage
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["Request", "time_stage"]
+__all__ = ["Encode", "Request", "time_stage"]
+
+# Returns an encoded image, and whether the vision encoder ran for it: ``ImageEncoder.encode``.
+Encode: TypeAlias = "Callable[[EncodedImage | PreprocessedImage], tuple[EncodedImage, bool]]"
 
 
 @dataclass(eq=False, kw_only=True)
@@ -103,6 +106,18 @@ class Request:
     def encoded_images(self) -> list[EncodedImage]:
         """Its images, once all of them are encoded."""
         return [image for image in self.images if isinstance(image, EncodedImage)]
+
+    def encode_images(self, encode: Encode) -> None:
+        """Encode the images, one by one: in a batch, rounding and therefore the kept tokens could differ.
+
+        The engine does this in the step in which the request starts; encoded images stay as they are.
+
+        Raises:
+            BackendError: the vision graph failed, or its outputs are not finite.
+        """
+        encoded = [encode(image) for image in self.images]
+        self.images = [image for image, _ in encoded]
+        self.num_encoded += sum(ran for _, ran in encoded)
 
     @property
     def prompt(self) -> PromptTokens:

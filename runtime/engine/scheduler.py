@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from typing import NamedTuple
 
 from promprune.errors import ConfigError
 from promprune.runtime.engine.cache import padded_tokens
 from promprune.runtime.engine.request import Request
 
-__all__ = ["Scheduler"]
+__all__ = ["Load", "Scheduler"]
+
+
+class Load(NamedTuple):
+    """How much an engine has to do.
+
+    Attributes:
+        waiting: requests that have not started.
+        running: requests that hold a KV cache slot.
+        cache_tokens: positions of the KV cache that are reserved for the running ones, including padding.
+    """
+
+    waiting: int
+    running: int
+    cache_tokens: int
 
 
 class Scheduler:
@@ -76,6 +91,13 @@ class Scheduler:
         """Whether any request waits or runs."""
         with self._lock:
             return bool(self._waiting or self._running)
+
+    @property
+    def load(self) -> Load:
+        """How many requests wait and run."""
+        with self._lock:
+            reserved = padded_tokens([request.most_tokens for request in self._running])
+            return Load(len(self._waiting), len(self._running), reserved)
 
     def drop_done(self) -> None:
         """Free the rows of requests that are done."""

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server for packages, with continuous batching: ``promprune-serve``."""
