@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
 from collections.abc import Iterator
@@ -9,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import numpy as np
 import openai
 import pytest
 
 from promprune.errors import ConfigError
-from promprune.runtime import RuntimeConfig, VisionLanguagePipeline
+from promprune.runtime import RuntimeConfig, VisionLanguagePipeline, load_image
 from promprune.runtime.server.models import ModelCatalog
 from tests.support.fake_package import NUM_TOKENS, FakeModel, write_fake_package
 from tests.support.server import RunningServer, encoded, image_part, picture, running_server, text_part
@@ -176,6 +178,19 @@ def test_many_clients_at_once_get_their_own_answers(
         wanted = pipeline.generate(encoded(picture(number)), "What?", max_new_tokens=20, ignore_eos=True)
         assert found[number] == wanted.text.lstrip()
     server.wait_until_idle()
+
+
+def test_views_are_what_the_model_sees(server: RunningServer, pipelines: dict[str, VisionLanguagePipeline]) -> None:
+    asked: dict[str, Any] = {"max_tokens": 1, "promprune": {"views": True}}
+    content = [image_part(picture(4)), text_part("a")]
+    whole = server.chat(PRUNED, *content, **asked).json()["promprune"]["images"][0]
+    stream = events_of(server.chat(PRUNED, *content, stream=True, **asked).text)
+    assert stream[0]["promprune"]["images"] == [whole]
+    view = load_image(base64.b64decode(whole["view"].removeprefix("data:image/jpeg;base64,")))
+    assert view.size == (whole["view_width"], whole["view_height"])
+    wanted = np.asarray(pipelines[PRUNED].encoder.view(encoded(picture(4)))).astype(int)
+    assert np.abs(np.asarray(view) - wanted).mean() < 40  # a JPEG of noise
+    assert "view" not in server.chat(PRUNED, *content, max_tokens=1).json()["promprune"]["images"][0]
 
 
 def test_models_are_listed_with_their_ratios(client: openai.OpenAI, server: RunningServer) -> None:

@@ -50,7 +50,6 @@ def serve(
     ] = ServerConfig.max_cache_tokens,
     max_new_tokens: Annotated[int, integer_option("Most tokens of one answer.")] = ServerConfig.max_new_tokens,
     max_images: Annotated[int, integer_option("Most images of one request.")] = ServerConfig.max_images,
-    max_image_pixels: Annotated[int, integer_option("Most pixels of one image.")] = ServerConfig.max_image_pixels,
     max_body_bytes: Annotated[int, integer_option("Most bytes of one request.")] = ServerConfig.max_body_bytes,
     request_timeout: Annotated[
         float, number_option("Most seconds for one answer.", "SECONDS")
@@ -110,7 +109,6 @@ def serve(
         max_cache_tokens=max_cache_tokens,
         max_new_tokens=max_new_tokens,
         max_images=max_images,
-        max_image_pixels=max_image_pixels,
         max_body_bytes=max_body_bytes,
         request_timeout_s=request_timeout,
         drain_timeout_s=drain_timeout,

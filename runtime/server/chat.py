@@ -45,7 +45,7 @@ async def complete_chat(http: HttpRequest) -> Response:
         raise
     if chat.stream:
         return _EventStream(answer, chat, deadline)
-    return json_response(completion(answer.model.name, answer.request))
+    return json_response(completion(answer.model.name, answer.request, answer.views))
 
 
 class _EventStream(StreamingResponse):
@@ -67,7 +67,7 @@ async def _events(answer: Answer, chat: ChatRequest, deadline: float) -> AsyncIt
     writer = ChunkWriter(answer.model.name, includes_usage=chat.includes_usage)
     try:
         async with _time_limit(answer, deadline):
-            yield writer.first(answer.request)
+            yield writer.first(answer.request, answer.views)
             async for text in answer.texts():
                 if event := writer.text(text):
                     yield event

@@ -24,7 +24,6 @@ class ServerConfig:
         max_cache_tokens: most positions of the KV cache of one language model; None for no limit.
         max_new_tokens: most tokens of one answer.
         max_images: most images of one request.
-        max_image_pixels: most pixels of one image.
         max_body_bytes: most bytes of one request's body.
         request_timeout_s: most seconds from the end of a request's body to the end of its answer.
         body_timeout_s: most seconds in which a request's body must arrive.
@@ -46,7 +45,6 @@ class ServerConfig:
     max_cache_tokens: int | None = None
     max_new_tokens: int = 1024
     max_images: int = 8
-    max_image_pixels: int = 25_000_000
     max_body_bytes: int = 32 * 1024 * 1024
     request_timeout_s: float = 120.0
     body_timeout_s: float = 30.0
@@ -61,7 +59,7 @@ class ServerConfig:
         check_integer(self, "port", least=0, most=65_535)
         check_integer(self, "max_queue", least=0)
         check_integer(self, "max_cache_tokens", least=1, optional=True)
-        for name in ("max_batch", "max_new_tokens", "max_images", "max_image_pixels", "max_body_bytes"):
+        for name in ("max_batch", "max_new_tokens", "max_images", "max_body_bytes"):
             check_integer(self, name, least=1)
         for name in ("request_timeout_s", "body_timeout_s", "header_timeout_s", "drain_timeout_s"):
             valid = f"a number of seconds above 0, at most {_MAX_TIMEOUT_S}"

@@ -12,6 +12,7 @@ __all__ = ["ApiError", "api_error", "internal_error", "too_many_requests"]
 
 # Errors that the request caused -> their code.
 _REFUSED: Final = {ImageError: "invalid_image", PromptError: "invalid_prompt", ConfigError: "invalid_value"}
+_MAX_CHARACTERS: Final = 1000  # of a message, which may quote the request
 
 
 class ApiError(Exception):
@@ -37,6 +38,7 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
+        message = message if len(message) <= _MAX_CHARACTERS else f"{message[:_MAX_CHARACTERS]}..."
         self.status = status
         self.headers = dict(headers or {})
         self.body = ErrorBody(error=ErrorDetail(message=message, type=kind, param=param, code=code))

@@ -7,7 +7,7 @@ import hmac
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,6 +19,8 @@ from promprune.runtime.server.metrics import Metrics
 from promprune.runtime.server.responses import error_response
 
 __all__ = ["AccessLog", "Guard"]
+
+_MAX_HEADERS: Final = 100
 
 
 class AccessLog:
@@ -75,7 +77,7 @@ def _describe(scope: Scope) -> dict[str, Any]:
 
 
 class Guard:
-    """Refuses calls to other hosts, and calls without an API key.
+    """Refuses calls to other hosts, calls without an API key, and requests whose length is ambiguous.
 
     Args:
         app: the application.
@@ -90,7 +92,7 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer or refuse one request."""
         if scope["type"] == "http":
-            error = self._refusal(scope["path"], Headers(scope=scope))
+            error = _broken_http(scope) or self._refusal(scope["path"], Headers(scope=scope))
             if error is not None:
                 scope["state"]["error"] = error
                 await error_response(error)(scope, receive, send)
@@ -108,6 +110,20 @@ class Guard:
             headers_ = {"www-authenticate": "Bearer"}
             return ApiError(401, text, kind="authentication_error", code="invalid_api_key", headers=headers_)
         return None
+
+
+def _broken_http(scope: Scope) -> ApiError | None:
+    """Refuse what the HTTP library accepts, but what another server before this one could understand differently."""
+    headers = Headers(scope=scope)
+    close = {"connection": "close"}
+    if scope["http_version"] not in ("1.0", "1.1"):
+        return ApiError(400, "the version of HTTP is not 1.0 or 1.1", code="invalid_http", headers=close)
+    if "transfer-encoding" in headers and "content-length" in headers:
+        text = "the request has both Content-Length and Transfer-Encoding"
+        return ApiError(400, text, code="invalid_http", headers=close)
+    if len(scope["headers"]) > _MAX_HEADERS:
+        return ApiError(431, f"the request has more than {_MAX_HEADERS} headers", code="invalid_http", headers=close)
+    return None
 
 
 def _without_port(host: str) -> str:

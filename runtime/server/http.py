@@ -128,7 +128,12 @@ def _protocol(config: ServerConfig) -> type[H11Protocol]:
 
         def send_400_response(self, msg: str) -> None:
             del msg
-            headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+            length = str(len(refused)).encode()
+            headers = [
+                (b"content-type", b"application/json"),
+                (b"content-length", length),
+                (b"connection", b"close"),
+            ]
             with suppress(h11.LocalProtocolError):  # a response has begun
                 self.transport.write(self.conn.send(h11.Response(status_code=400, headers=headers)) or b"")
                 self.transport.write(self.conn.send(h11.Data(data=refused)) or b"")

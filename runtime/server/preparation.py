@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from io import BytesIO
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from promprune.runtime.engine.request import Request, time_stage
 from promprune.runtime.engine.result import Stopwatch
@@ -15,11 +16,26 @@ from promprune.runtime.server.messages import conversation_of
 from promprune.runtime.server.models import ServedModel
 from promprune.runtime.server.schema import ChatRequest
 
-__all__ = ["Preparation"]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["Preparation", "Prepared"]
 
 T = TypeVar("T")
 
-_PREPROCESSING_THREADS = 2  # reading pictures and tokenizing; a large picture does not hold up a short text
+_PREPROCESSING_THREADS: Final = 2  # reading pictures and tokenizing; a large picture does not hold up a short text
+
+
+class Prepared(NamedTuple):
+    """A request that can start.
+
+    Attributes:
+        request: the engine's request, with encoded images.
+        views: the images as the model sees them, as JPEG files, if they were asked for; else empty.
+    """
+
+    request: Request
+    views: list[bytes]
 
 
 class AbandonedError(Exception):
@@ -40,8 +56,8 @@ class Preparation:
 
     async def prepare(
         self, model: ServedModel, chat: ChatRequest, watch: Stopwatch, is_wanted: Callable[[], bool]
-    ) -> Request:
-        """Return a request whose images are encoded.
+    ) -> Prepared:
+        """Preprocess a request, and encode its images.
 
         Args:
             model: the model that answers.
@@ -55,21 +71,22 @@ class Preparation:
             BackendError: the vision graph failed.
         """
 
-        def preprocess() -> Request:
+        def preprocess() -> Prepared:
             messages, images = conversation_of(chat.messages, self._config.max_images)
             options = self._generation_options(chat)
             request = model.pipeline.request(images, messages, watch=watch, **options)
             request.max_new_tokens = min(request.max_new_tokens, self._config.max_new_tokens)
-            return request
+            views = [_jpeg(model.pipeline.encoder.view(image)) for image in images] if chat.shows_views else []
+            return Prepared(request, views)
 
         def encode() -> None:
-            with time_stage("vision", [request]):
-                request.encode_images(model.pipeline.encoder.encode)
+            with time_stage("vision", [prepared.request]):
+                prepared.request.encode_images(model.pipeline.encoder.encode)
 
-        request = await _run(self._preprocessors, preprocess, is_wanted)
-        if request.images:
+        prepared = await _run(self._preprocessors, preprocess, is_wanted)
+        if prepared.request.images:
             await _run(self._encoder, encode, is_wanted)
-        return request
+        return prepared
 
     def _generation_options(self, chat: ChatRequest) -> dict[str, Any]:
         """Return the settings of the answer; greedy unless the request has a temperature."""
@@ -108,3 +125,9 @@ async def _run(pool: ThreadPoolExecutor, work: Callable[[], T], is_wanted: Calla
         return work()
 
     return await asyncio.get_running_loop().run_in_executor(pool, checked)
+
+
+def _jpeg(image: Image) -> bytes:
+    content = BytesIO()
+    image.save(content, "JPEG", quality=90)
+    return content.getvalue()

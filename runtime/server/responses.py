@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import time
 import uuid
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from starlette.responses import Response
 
 from promprune.runtime.engine.request import Request
 from promprune.runtime.engine.result import Result, Timings
-from promprune.runtime.images.encoded import EncodedImage, TokenSelection
+from promprune.runtime.images.encoded import TokenSelection
 from promprune.runtime.server.errors import ApiError
 from promprune.runtime.server.schema import (
     ChatChunk,
@@ -43,8 +44,8 @@ def error_response(error: ApiError) -> Response:
     return json_response(error.body, error.status, error.headers)
 
 
-def completion(model: str, request: Request) -> ChatCompletion:
-    """Return the response to a request that is answered."""
+def completion(model: str, request: Request, views: Sequence[bytes]) -> ChatCompletion:
+    """Return the response to a request that is answered, with the views of its images if there are any."""
     result = request.result()
     return ChatCompletion(
         id=_new_id(),
@@ -52,7 +53,7 @@ def completion(model: str, request: Request) -> ChatCompletion:
         model=model,
         choices=[Choice(message=ResponseMessage(content=result.text.lstrip()), finish_reason=result.finish_reason)],
         usage=_usage(result),
-        promprune=Extension(images=_image_details(request.encoded_images), timings=_timing_detail(result.timings)),
+        promprune=Extension(images=_image_details(request, views), timings=_timing_detail(result.timings)),
     )
 
 
@@ -75,12 +76,11 @@ class ChunkWriter:
             **({"usage": None} if includes_usage else {}),  # type: ignore[arg-type]
         )
 
-    def first(self, request: Request) -> bytes:
+    def first(self, request: Request, views: Sequence[bytes]) -> bytes:
         """Return the event that begins the answer and describes its images."""
         delta = Delta(role="assistant", content="")
-        return self._event(
-            [ChunkChoice(delta=delta)], promprune=Extension(images=_image_details(request.encoded_images))
-        )
+        extension = Extension(images=_image_details(request, views))
+        return self._event([ChunkChoice(delta=delta)], promprune=extension)
 
     def text(self, text: str) -> bytes:
         """Return an event with new text; nothing for the space with which many models begin."""
@@ -125,8 +125,14 @@ def _usage(result: Result) -> Usage:
     return Usage(prompt_tokens=prompt, completion_tokens=new, total_tokens=prompt + new, prompt_tokens_details=detail)
 
 
-def _image_details(images: Sequence[EncodedImage]) -> list[ImageDetail]:
-    return [_image_detail(image.selection) for image in images]
+def _image_details(request: Request, views: Sequence[bytes]) -> list[ImageDetail]:
+    details = [_image_detail(image.selection) for image in request.encoded_images]
+    if not views:
+        return details
+    return [
+        msgspec.structs.replace(detail, view=f"data:image/jpeg;base64,{base64.b64encode(view).decode()}")
+        for detail, view in zip(details, views, strict=True)
+    ]
 
 
 def _image_detail(selection: TokenSelection) -> ImageDetail:

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 __all__ = [
+    "Asked",
     "ChatChunk",
     "ChatCompletion",
     "ChatRequest",
@@ -100,6 +101,16 @@ class ResponseFormat(_Received, frozen=True):
     type: Literal["text"]
 
 
+class Asked(_Received, frozen=True):
+    """What a client asks of promprune itself.
+
+    Attributes:
+        views: whether the response shows each image as the model sees it.
+    """
+
+    views: bool = False
+
+
 StopText = Annotated[str, Meta(min_length=1, max_length=1000)]
 TokenLimit = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 
@@ -132,7 +143,8 @@ class ChatRequest(_Received, frozen=True):
     seed: Annotated[int, Meta(ge=-_INT64, le=_INT64 - 1)] | None = None
     stop: StopText | Annotated[list[StopText], Meta(max_length=4)] | None = None
 
-    # Not OpenAI's; named as in vLLM.
+    # Not OpenAI's; the others are named as in vLLM.
+    promprune: Asked | None = None
     top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
     ignore_eos: bool | None = None
@@ -179,6 +191,11 @@ class ChatRequest(_Received, frozen=True):
     def token_limit(self) -> int | None:
         """Most tokens of the answer that the client asks for; None if it does not say."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def shows_views(self) -> bool:
+        """Whether the response shows each image as the model sees it."""
+        return self.promprune is not None and self.promprune.views
 
     @property
     def includes_usage(self) -> bool:
@@ -249,6 +266,7 @@ class ImageDetail(_Sent, frozen=True):
         saliency_count: how many were kept for their saliency; null in a package without selection.
         spectral_entropy: normalised spectral entropy of the image in [0, 1]; null in a package without selection.
         policy: the policy that chose them.
+        view: the part of the image that the model sees, as a data URL, if the request asked for views.
     """
 
     grids: list[Grid]
@@ -261,6 +279,7 @@ class ImageDetail(_Sent, frozen=True):
     saliency_count: int | None
     spectral_entropy: float | None
     policy: str
+    view: str | UnsetType = UNSET
 
 
 class TimingDetail(_Sent, frozen=True):

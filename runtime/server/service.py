@@ -51,7 +51,7 @@ class Answer:
         metrics: told about the end.
 
     Attributes:
-        request: the engine's request, once it is prepared.
+        views: the images as the model sees them, if the request asked for them; see :class:`Prepared`.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class Answer:
         self.model = model
         self._lane = lane
         self._metrics = metrics
+        self.views: list[bytes] = []
         self._watch = Stopwatch()
         self._request: Request | None = None
         self._texts: list[str] = []
@@ -131,10 +132,10 @@ class Answer:
 
     async def _prepare(self, chat: ChatRequest, preparation: Preparation) -> None:
         try:
-            request = await preparation.prepare(self.model, chat, self._watch, lambda: not self._closed)
+            prepared = await preparation.prepare(self.model, chat, self._watch, lambda: not self._closed)
             if not self._closed:
-                self._lane.worker.add(request, self._listen)
-                self._request = request
+                self._lane.worker.add(prepared.request, self._listen)
+                self._request, self.views = prepared
         except AbandonedError:
             pass
         except Exception as error:
