@@ -10,6 +10,7 @@
     ├── ImageError              an image cannot be read
     ├── PromptError             a prompt cannot be built, or does not fit the context
     ├── VerificationError       an exported graph disagrees with its source
+    ├── DeadlineError           an answer took longer than it was allowed to
     ├── BackendError            an execution backend cannot be loaded, or fails while running
     ├── MissingDependencyError  an optional extra is not installed
     └── OutputError             an output cannot be written to the requested place
@@ -26,6 +27,7 @@ from typing import Any, Final
 __all__ = [
     "BackendError",
     "ConfigError",
+    "DeadlineError",
     "ImageError",
     "MissingDependencyError",
     "ModelError",
@@ -79,6 +81,10 @@ class ImageError(PrompruneError):
 
 class PromptError(PrompruneError):
     """A prompt cannot be built, or does not fit the context."""
+
+
+class DeadlineError(PrompruneError):
+    """An answer took longer than ``timeout_s``."""
 
 
 class VerificationError(PrompruneError):

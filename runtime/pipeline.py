@@ -29,7 +29,7 @@ from promprune.runtime.engine.result import Result, Stopwatch
 from promprune.runtime.engine.sampling import eos_token_ids_of
 from promprune.runtime.engine.stream import AnswerStream
 from promprune.runtime.images.encoded import EncodedImage
-from promprune.runtime.images.encoder import ImageEncoder, Images, ImageSource, as_image_list
+from promprune.runtime.images.encoder import ImageEncoder, Images, ImageSource, PreparedImage, as_image_list
 from promprune.runtime.sessions import Session
 from promprune.runtime.sessions.config import RuntimeConfig
 
@@ -129,6 +129,7 @@ class VisionLanguagePipeline:
             ImageError: an image cannot be read.
             PromptError: the prompt is malformed, or does not fit the context; nothing was run.
             ConfigError: an option is unknown or out of range.
+            DeadlineError: the answer took longer than ``timeout_s``.
             BackendError: a graph failed, or its outputs are not finite.
             PackageError: the package's tokenizer fails on the prompt, or on the answer.
         """
@@ -201,16 +202,17 @@ class VisionLanguagePipeline:
             watch: adds the times to these, if given.
 
         Raises:
-            ImageError, PromptError, ConfigError, PackageError: as in :meth:`generate`.
+            ImageError, PromptError, ConfigError, DeadlineError, PackageError: as in :meth:`generate`.
         """
         config = config_from_options(GenerationConfig, options)
         watch = watch or Stopwatch()
         with watch.stage("preprocess"):
-            preprocessed = [self.encoder.preprocess(image) for image in as_image_list(images)]
+            preprocessed = [self._preprocess(image, watch, config) for image in as_image_list(images)]
         with watch.stage("prompt"):
             placeholders = [image.num_placeholders for image in preprocessed]
             prompt_ids = self.prompts.build(as_messages(prompt, len(preprocessed)), placeholders)
             limit = self.prompts.check_fits(len(prompt_ids), config.max_new_tokens, at_most=config.DEFAULT_NEW_TOKENS)
+            watch.check(config.timeout_s)
             return Request(
                 prompt_ids=prompt_ids,
                 is_image=prompt_ids == self.prompts.image_token_id,
@@ -223,6 +225,10 @@ class VisionLanguagePipeline:
                 keep_cache=keep_cache,
                 watch=watch,
             )
+
+    def _preprocess(self, image: ImageSource, watch: Stopwatch, config: GenerationConfig) -> PreparedImage:
+        watch.check(config.timeout_s)
+        return self.encoder.preprocess(image)
 
     @property
     def sessions(self) -> dict[str, Session]:

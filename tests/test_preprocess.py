@@ -234,7 +234,7 @@ def test_other_sources_are_refused(source: object) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of damaged metadata
-@given(data=st.data(), kind=st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"]))
+@given(data=st.data(), kind=st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "AVIF", "WEBP", "PPM"]))
 @settings(max_examples=150, deadline=None)
 def test_damaged_bytes_are_read_or_refused(data: st.DataObject, kind: str) -> None:
     encoded = io.BytesIO()

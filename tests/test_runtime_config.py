@@ -96,12 +96,20 @@ def test_numbers_of_numpy_are_kept_as_pythons() -> None:
         repetition_penalty=Fraction(3, 2),  # type: ignore[arg-type]
         seed=np.uint64(2**64 - 1),
         stop="x",
+        timeout_s=np.float32(9),
     )
     assert config == GenerationConfig(
-        max_new_tokens=5, temperature=0.5, top_p=0.5, top_k=2, repetition_penalty=1.5, seed=2**64 - 1, stop=["x"]
+        max_new_tokens=5,
+        temperature=0.5,
+        top_p=0.5,
+        top_k=2,
+        repetition_penalty=1.5,
+        seed=2**64 - 1,
+        stop=["x"],
+        timeout_s=9,
     )
     kinds = [type(value) for value in vars(config).values()]
-    assert kinds == [int, float, float, int, float, tuple, int, bool]
+    assert kinds == [int, float, float, int, float, tuple, int, float, bool]
     assert RuntimeConfig(num_threads=np.int32(2)).num_threads == 2
     logits = np.array([0, 1, 2, 3], np.float32)
     np.testing.assert_array_equal(probabilities_of(logits, config) > 0, [False, False, False, True])

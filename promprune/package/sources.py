@@ -22,7 +22,7 @@ EMBEDDED_MODEL: Final = "embedded"
 EXPECTED_MODEL: Final = "a folder in Hugging Face format, a hub id such as llava-hf/llava-1.5-7b-hf, or nothing"
 
 _HUB_ID: Final = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
-_SUFFIXES: Final = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+_SUFFIXES: Final = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".webp"})
 
 
 def embedded_model_folder() -> Path:

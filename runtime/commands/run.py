@@ -6,7 +6,6 @@ import io
 import re
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +100,12 @@ def run(
     seed: Annotated[
         int | None, integer_option("Seed that makes sampling reproducible.", metavar="NUMBER")
     ] = GenerationConfig.seed,
+    timeout: Annotated[
+        float | None,
+        number_option(
+            "Longest time for an answer; a longer one is an error.", metavar="SECONDS", show_default="no limit"
+        ),
+    ] = GenerationConfig.timeout_s,
     show_tokens: Annotated[
         Path | None,
         typer.Option(help="Draw the kept tokens over the image; one picture per image.", metavar="OUT.png"),
@@ -120,6 +125,9 @@ def run(
         ),
     ] = RuntimeConfig.prefill_chunk,
     cuda_graphs: CudaGraphs = RuntimeConfig.cuda_graphs,
+    max_image_pixels: Annotated[
+        int, integer_option("Largest image that is decoded, in pixels; half of it for WebP and AVIF.")
+    ] = RuntimeConfig.max_image_pixels,
     check_weights: Annotated[
         bool, typer.Option("--check-weights", help="Also check the SHA-256 of the weights.")
     ] = RuntimeConfig.check_weights,
@@ -139,7 +147,6 @@ def run(
 
       promprune-run llava-0.12 -i photo.jpg --show-tokens kept.png     (no question: only draws the kept tokens)
     """
-    warnings.filterwarnings("ignore", module="PIL")  # warnings about damaged metadata; damaged pixels are errors
     asked = _Asked(
         package=package,
         images=image or [],
@@ -152,6 +159,7 @@ def run(
             repetition_penalty=repetition_penalty,
             stop=tuple(stop or ()),
             seed=seed,
+            timeout_s=timeout,
         ),
         loading=RuntimeConfig(
             backend=backend,
@@ -160,6 +168,7 @@ def run(
             check_weights=check_weights,
             cuda_graphs=cuda_graphs,
             prefill_chunk=prefill_chunk,
+            max_image_pixels=max_image_pixels,
         ),
         show_tokens=show_tokens,
         stats=stats,

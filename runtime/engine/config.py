@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -25,6 +26,8 @@ class GenerationConfig:
             multiplied if negative); 1 is off. Applies to greedy choice as well.
         stop: texts that end the answer; they are not part of it. One string, or a sequence of strings; kept as a tuple.
         seed: makes sampling reproducible; None for a new seed each time.
+        timeout_s: most seconds from the call to the complete answer; None for no limit. Checked between the steps; ONNX
+            Runtime also ends a step that is running. A request that takes longer fails with a DeadlineError.
         ignore_eos: continue after an end-of-sequence token, so that the answer has exactly ``max_new_tokens`` tokens.
 
     Raises:
@@ -40,6 +43,7 @@ class GenerationConfig:
     repetition_penalty: float = 1.0
     stop: str | tuple[str, ...] | list[str] = ()
     seed: int | None = None
+    timeout_s: float | None = None
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
@@ -48,6 +52,10 @@ class GenerationConfig:
         check_number(self, "top_p", lambda value: 0 < value <= 1, "a number in (0, 1]")
         check_integer(self, "top_k", least=0)
         check_number(self, "repetition_penalty", lambda value: value > 0, "a number above 0")
+        if self.timeout_s is not None:
+            check_number(
+                self, "timeout_s", lambda value: 0 < value <= threading.TIMEOUT_MAX, "seconds above 0, or None"
+            )
         texts = (self.stop,) if isinstance(self.stop, str) else self.stop
         valid = isinstance(texts, Sequence) and all(isinstance(text, str) and text for text in texts)
         require(valid, "stop", self.stop, "a non-empty string, or a sequence of such")

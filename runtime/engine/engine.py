@@ -23,6 +23,7 @@ from promprune.runtime.engine.cache import Cache, CachedPrefix, Slot
 from promprune.runtime.engine.language_model import LanguageModel, Logits
 from promprune.runtime.engine.request import Encode, Request, time_stage
 from promprune.runtime.engine.scheduler import Load, Scheduler
+from promprune.runtime.sessions.interrupt import end_runs_after
 
 __all__ = ["Encode", "Engine", "Update"]
 
@@ -75,12 +76,16 @@ class Engine:
         """Run a decode step for all running requests, and a prefill for all waiting requests that can start.
 
         Returns:
-            The requests that got a token or failed, with their new text. Requests that are now ``done`` are not
-            returned again; the ``error`` of a failed request does not affect the others.
+            The requests that got a token or failed, with their new text; a request whose ``timeout_s`` is over has
+            failed. Requests that are now ``done`` are not returned again; the ``error`` of a failed request does not
+            affect the others.
         """
         with self._stepping:
+            late = [(request, "") for request in self._scheduler.expire()]
             running, started = self._scheduler.schedule()
-            updates = [*self._decode(running), *self._start(started)]  # decoding first gathers, which frees rows
+            with end_runs_after(_longest_time([*running, *started])):
+                # Decoding first gathers, which frees rows.
+                updates = [*late, *self._decode(running), *self._start(started)]
             self._scheduler.drop_done()
             return [(request, text) for request, text in updates if not request.cancelled]
 
@@ -172,7 +177,13 @@ class Engine:
             request.cached_prefix = CachedPrefix(token_ids, self._model.decoder.caches.extract(request.slot))
 
 
+def _longest_time(requests: Sequence[Request]) -> float | None:
+    """Return the seconds after which no request of a step waits for it any more; None if one has no deadline."""
+    times = [request.seconds_left for request in requests]
+    return None if not times or None in times else max(time for time in times if time is not None)
+
+
 def _fail(requests: Sequence[Request], error: Exception) -> list[Update]:
     for request in requests:
-        request.error = error
+        request.fail(error)
     return [(request, "") for request in requests]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from promprune.errors import BackendError
+from promprune.errors import BackendError, DeadlineError
 from promprune.runtime.engine.cache import CachedPrefix, Slot
 from promprune.runtime.engine.config import GenerationConfig
 from promprune.runtime.engine.language_model import PromptTokens
@@ -86,6 +86,20 @@ class Request:
     def done(self) -> bool:
         """Whether it is answered, failed or cancelled."""
         return self.finish_reason is not None or self.error is not None or self.cancelled
+
+    def fail(self, error: Exception) -> None:
+        """End the request with an error; with a DeadlineError if its time is over, whatever the error was."""
+        self.error = error
+        try:
+            self.watch.check(self.config.timeout_s)
+        except DeadlineError as late:
+            late.__cause__ = error
+            self.error = late
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds until its deadline, negative after it; None if it has none."""
+        return None if self.config.timeout_s is None else self.watch.left(self.config.timeout_s)
 
     @property
     def most_tokens(self) -> int:

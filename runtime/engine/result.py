@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from promprune.errors import DeadlineError
 from promprune.runtime.engine.sampling import FinishReason
 from promprune.runtime.images.encoded import TokenSelection
 
@@ -114,6 +115,22 @@ class Stopwatch:
         other = Stopwatch()
         other._start, other._stages = self._start, dict(self._stages)
         return other
+
+    def left(self, timeout_s: float) -> float:
+        """Return the seconds that are left of a time that began with the watch; negative if it is over."""
+        return self._start + timeout_s - time.perf_counter()
+
+    def check(self, timeout_s: float | None) -> None:
+        """Refuse to continue if the time that began with the watch is over; None for no limit.
+
+        Raises:
+            DeadlineError: it is over.
+        """
+        if timeout_s is not None and self.left(timeout_s) <= 0:
+            raise DeadlineError(
+                f"the answer was not complete after timeout_s = {timeout_s:g}",
+                fix="allow more time, or ask for fewer new tokens",
+            )
 
     def mark(self, name: str) -> None:
         """Record the time since the beginning as a separate stage."""

@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from typing import NamedTuple
 
-from promprune.errors import ConfigError
+from promprune.errors import BackendError, ConfigError
 from promprune.runtime.engine.cache import padded_tokens
 from promprune.runtime.engine.request import Request
 
@@ -86,6 +86,14 @@ class Scheduler:
             decoding = [request for request in self._running if request.slot is not None]
             return decoding, [request for request in self._running if request.slot is None]
 
+    def expire(self) -> list[Request]:
+        """End the waiting and running requests whose deadline has passed, and return them."""
+        with self._lock:
+            late = [request for request in (*self._running, *self._waiting) if not request.done and _is_late(request)]
+            for request in late:
+                request.fail(BackendError("the deadline passed"))
+            return late
+
     @property
     def has_requests(self) -> bool:
         """Whether any request waits or runs."""
@@ -116,3 +124,7 @@ class Scheduler:
             return False
         needed = padded_tokens([request.most_tokens for request in requests])
         return self._max_cache_tokens is None or needed <= self._max_cache_tokens
+
+
+def _is_late(request: Request) -> bool:
+    return request.seconds_left is not None and request.seconds_left <= 0

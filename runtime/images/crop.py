@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
-from promprune.errors import ImageError, PackageError
+from promprune.errors import PackageError
 from promprune.package.image import CropLayout
 from promprune.package.manifest import GraphRecord
 from promprune.package.package import Package
@@ -24,7 +24,6 @@ from promprune.runtime.images.preprocess import (
     Pixels,
     Size,
     SizeDict,
-    max_decodable_pixels,
     normalize,
     pixel_levels,
     read_pixel_file,
@@ -38,6 +37,7 @@ __all__ = ["CropPreprocessor", "CropProcessor"]
 
 _FILTER_REACH: Final = 4  # radius of all filters, in output or input pixels, whichever are larger
 _LARGE_PIXELS: Final = 16_000_000  # of a larger resized image, only the part that the crop needs is computed
+_LARGE_SIDE: Final = 8192  # pixels; longer images are reduced before they are padded to a square
 
 
 class CropProcessor(ImageProcessor):
@@ -229,18 +229,13 @@ def _center_crop(pixels: Pixels, height: int, width: int) -> Pixels:
 def _pad_to_square(image: Image, mean: Channels) -> Image:
     """Centre the image on a square of the mean colour (LlavaImageProcessor with ``do_pad``).
 
-    Raises:
-        ImageError: the square would have more pixels than the limit for decoding.
+    An image whose square would be very large is reduced first: nothing of that size is left after resizing.
     """
     from PIL import Image as PILImage
 
+    if max(image.size) > _LARGE_SIDE:
+        image = image.reduce(math.ceil(max(image.size) / _LARGE_SIDE))
     side = max(image.size)
-    if side * side > max_decodable_pixels():
-        raise ImageError(
-            f"the image is {image.width} x {image.height} pixels, and this model pads it to {side} x {side}",
-            expected=f"at most {max_decodable_pixels()} pixels after padding",
-            fix="resize or crop it first",
-        )
     square = PILImage.new("RGB", (side, side), (int(mean[0] * 255), int(mean[1] * 255), int(mean[2] * 255)))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square

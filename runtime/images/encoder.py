@@ -27,10 +27,12 @@ from promprune.runtime.sessions.config import RuntimeConfig
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ImageEncoder", "ImageSource", "Images", "as_image_list"]
+__all__ = ["ImageEncoder", "ImageSource", "Images", "PreparedImage", "as_image_list"]
 
 # A file, the bytes of a file, a PIL image, an array [height, width, 3] of uint8, or an encoded image.
 ImageSource: TypeAlias = "str | Path | bytes | Image | npt.NDArray[np.uint8] | EncodedImage"
+# An image that can be encoded, or is encoded.
+PreparedImage: TypeAlias = "EncodedImage | PreprocessedImage"
 # One image, or a list of images.
 Images: TypeAlias = "ImageSource | Sequence[ImageSource]"
 
@@ -54,6 +56,7 @@ class ImageEncoder:
         self.processor = processor
         self.device = sessions[processor.graphs[0]].device
         self.sessions = sessions
+        self._max_pixels = config.max_image_pixels
         self._cache = _ImageCache(config.image_cache_size)
 
     @classmethod
@@ -99,9 +102,9 @@ class ImageEncoder:
         Raises:
             ImageError: it cannot be read.
         """
-        return self.processor.view(load_image(image))
+        return self.processor.view(load_image(image, max_pixels=self._max_pixels))
 
-    def preprocess(self, source: ImageSource) -> EncodedImage | PreprocessedImage:
+    def preprocess(self, source: ImageSource) -> PreparedImage:
         """Read and preprocess one image; an encoded image is returned unchanged.
 
         Raises:
@@ -109,7 +112,7 @@ class ImageEncoder:
             ConfigError: it was encoded by a package with other shapes.
         """
         if not isinstance(source, EncodedImage):
-            return self.processor.preprocess(load_image(source))
+            return self.processor.preprocess(load_image(source, max_pixels=self._max_pixels))
         size = self.sessions[self.processor.graphs[0]].outputs["image_features"].shape[-1]
         expected = (self.processor.num_placeholders(source.selection), size)
         if source.image_features.shape != expected:
@@ -120,7 +123,7 @@ class ImageEncoder:
             )
         return source
 
-    def encode(self, image: EncodedImage | PreprocessedImage) -> tuple[EncodedImage, bool]:
+    def encode(self, image: PreparedImage) -> tuple[EncodedImage, bool]:
         """Return an encoded image, and whether the vision encoder ran for it.
 
         Raises:

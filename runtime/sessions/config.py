@@ -32,6 +32,8 @@ class RuntimeConfig:
             for CUDA if it loads, else the CPU.
         num_threads: CPU threads per operator; None for as many as this process may use.
         check_weights: compare the SHA-256 of the weight files with the manifest, which reads all their bytes.
+        max_image_pixels: most pixels of an image; half of it for WebP and AVIF. More are refused before any is decoded,
+            which takes up to 12 bytes of memory per pixel. The default is enough for a phone's photograph.
         image_cache_size: number of encoded images kept for reuse, by a digest of their pixels; 0 to keep none.
         prefill_chunk: most tokens of a prompt per run of the language model; None for the entire prompt. Limits the
             scratch memory of long prompts, at the cost of more runs.
@@ -49,6 +51,7 @@ class RuntimeConfig:
     provider: Provider = "auto"
     num_threads: int | None = None
     check_weights: bool = False
+    max_image_pixels: int = 52_000_000
     image_cache_size: int = 8
     prefill_chunk: int | None = None
     cuda_graphs: bool = False
@@ -59,6 +62,7 @@ class RuntimeConfig:
         check_name(self, "backend", tuple(BACKENDS))
         check_name(self, "provider", get_args(Provider))
         check_integer(self, "num_threads", least=1, optional=True)
+        check_integer(self, "max_image_pixels", least=1)
         check_integer(self, "image_cache_size", least=0)
         check_integer(self, "prefill_chunk", least=1, optional=True)
         check_integer(self, "accuracy_level", least=0, most=4)

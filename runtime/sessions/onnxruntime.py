@@ -8,6 +8,7 @@ import io
 import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -22,6 +23,7 @@ from promprune.package.manifest import DECODER, TensorRecord
 from promprune.package.package import Package
 from promprune.runtime.sessions.base import Array, BoundRun, DeviceTensor, Session, Value
 from promprune.runtime.sessions.config import RuntimeConfig
+from promprune.runtime.sessions.interrupt import stoppable
 from promprune.runtime.sessions.providers import AUTO, CPU, PROVIDERS, refused, why_not
 
 __all__ = ["Loaded", "OnnxRuntimeSession", "inference_session", "open_lowered_decoder", "open_session", "tensor_record"]
@@ -111,7 +113,9 @@ class OnnxRuntimeSession(Session):
                 binding.bind_ortvalue_input(name, _ort_value(value))
             for name, device in devices.items():
                 binding.bind_output(name, device)
-            session.run_with_iobinding(binding)
+            options = ort.RunOptions()
+            with stoppable(partial(setattr, options, "terminate", True)):
+                session.run_with_iobinding(binding, options)
             values = binding.get_outputs()[first:]
         except Exception as error:  # ORT raises RuntimeErrors and its own types, without a common base class
             raise _failure(f"{self.name} failed while running", error) from error
