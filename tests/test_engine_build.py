@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
@@ -31,7 +32,15 @@ from promprune.export.config import ExportConfig
 from promprune.export.engine import Toolkit, build, build_engines, engine_from_onnx, load_toolkit, network, profiles_of
 from promprune.export.engine import toolkit as toolkit_module
 from promprune.export.families import FAMILIES
-from promprune.package.engines import EngineConfig, current_target, engine_folder, read_engines, timing_cache_file
+from promprune.package.engines import (
+    EngineConfig,
+    ProfileRecord,
+    ShapeRange,
+    current_target,
+    engine_folder,
+    read_engines,
+    timing_cache_file,
+)
 from promprune.package.manifest import DECODER, GraphRecord, TensorRecord, read_manifest
 from promprune.runtime.sessions.tensorrt import modules
 from promprune.runtime.sessions.tensorrt.modules import log_of
@@ -356,6 +365,54 @@ def test_fp32_attention_is_decomposed(tmp_path: Path, toolkit: Toolkit) -> None:
     record = GraphRecord(file="a.onnx", inputs=tuple(records[n] for n in "qkv"), outputs=(records["y"],))
     plan = engine_from_onnx(toolkit, tmp_path / "a.onnx", record, profiles=(), target="sm89")
     assert memoryview(plan).nbytes > 1000
+
+
+CAPACITY = 16
+
+
+def static_attention(folder: Path, dtype: int) -> Path:
+    """Attention of new positions over a cache of constant size, which the same run updates at ``begin``."""
+    dims = {"q": "new", "k": "new", "past": CAPACITY, "present": CAPACITY, "y": "new"}
+    tensor = helper.make_tensor_value_info
+    values = {name: tensor(name, dtype, [1, 2, length, 16]) for name, length in dims.items()}
+    begin, mask = tensor("begin", TensorProto.INT64, [1]), tensor("mask", TensorProto.BOOL, [1, 1, "new", CAPACITY])
+    keys = helper.make_node("TensorScatter", ["past", "k", "begin"], ["present"], axis=2)
+    attention = helper.make_node("Attention", ["q", "present", "present", "mask"], ["y"])
+    inputs = [*(values[name] for name in ("q", "k", "past")), begin, mask]
+    graph = helper.make_graph([keys, attention], "static", inputs, [values["y"], values["present"]])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
+    onnx.save(model, folder / "static.onnx")
+    return folder / "static.onnx"
+
+
+@pytest.mark.parametrize("dtype", [TensorProto.FLOAT, TensorProto.FLOAT16], ids=["fp32", "fp16"])
+def test_attention_over_a_static_cache_builds_with_one_shape_per_step(
+    dtype: int, tmp_path: Path, toolkit: Toolkit
+) -> None:
+    """The basis of a decoder without copies; docs/engines.md says what is missing."""
+    file = static_attention(tmp_path, dtype)
+    step = dict.fromkeys("qk", (1, 2, 1, 16)) | {"mask": (1, 1, 1, CAPACITY)}
+    shapes = {name: ShapeRange(min=shape, opt=shape, max=shape) for name, shape in step.items()}
+    for target in TARGETS:
+        profile = ProfileRecord(name="decode", shapes=shapes)
+        assert memoryview(engine_from_onnx(toolkit, file, None, profiles=(profile,), target=target)).nbytes > 1000
+
+
+def test_attention_over_a_static_cache_is_causal_attention(tmp_path: Path) -> None:
+    session = onnxruntime.InferenceSession(static_attention(tmp_path, TensorProto.FLOAT))
+    random = np.random.default_rng(0)
+    queries, keys = random.normal(size=(2, 2, 7, 16)).astype(np.float32)
+    past, begin, found = np.full((1, 2, CAPACITY, 16), 1e4, np.float32), 0, []
+    for count in (4, 1, 2):
+        places = slice(begin, begin + count)
+        mask = np.arange(CAPACITY) <= np.arange(begin, begin + count)[:, None]
+        feeds = {"q": queries[None, :, places], "k": keys[None, :, places], "past": past}
+        y, past = session.run(["y", "present"], feeds | {"begin": np.array([begin]), "mask": mask[None, None]})
+        found.append(y[0])
+        begin += count
+    scores = np.where(np.tri(7, dtype=bool), queries @ keys.swapaxes(1, 2) / 4, -np.inf)
+    weights = np.exp(scores) / np.exp(scores).sum(axis=2, keepdims=True)
+    np.testing.assert_allclose(np.concatenate(found, axis=1), weights @ keys, atol=1e-5)
 
 
 def test_a_gpu_too_old_for_fp32_products_is_refused_with_the_operation(fake: Path) -> None:
