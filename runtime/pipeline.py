@@ -176,13 +176,25 @@ class VisionLanguagePipeline:
         """
         return self.encoder.encode_image(image)
 
-    def engine(self, *, max_batch: int | None = None, max_cache_tokens: int | None = None) -> Engine:
+    def engine(
+        self,
+        *,
+        max_batch: int | None = None,
+        max_cache_tokens: int | None = None,
+        max_prefill_tokens: int | None = None,
+    ) -> Engine:
         """Return an engine that answers requests made by :meth:`request`; see :class:`Engine`.
 
         Raises:
             ConfigError: a limit is below 1.
         """
-        return Engine(self.language_model, self.encoder.encode, max_batch=max_batch, max_cache_tokens=max_cache_tokens)
+        return Engine(
+            self.language_model,
+            self.encoder.encode,
+            max_batch=max_batch,
+            max_cache_tokens=max_cache_tokens,
+            max_prefill_tokens=max_prefill_tokens,
+        )
 
     def request(
         self,

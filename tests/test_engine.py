@@ -257,6 +257,30 @@ def test_a_request_that_waits_for_memory_is_not_overtaken(pipeline: VisionLangua
     assert all(request.finish_reason == "length" for request in (large, larger, small))
 
 
+def test_few_prompts_start_in_one_step_if_their_tokens_are_limited(pipeline: VisionLanguagePipeline) -> None:
+    texts = ("x" * 50, "y", "y", "x" * 80, "y")
+    one, short = (len(ask(pipeline, text).prompt_ids) for text in texts[:2])
+    engine = pipeline.engine(max_prefill_tokens=one + short)
+    requests = [engine.add(ask(pipeline, text)) for text in texts]
+    started = []
+    for _ in range(4):
+        engine.step()
+        started.append(sum(bool(request.token_ids) for request in requests))
+    assert started == [2, 3, 4, 5]  # the largest prompt exceeds the limit, and starts alone
+    answer(engine)
+    assert all(request.finish_reason == "length" for request in requests)
+
+
+def test_an_engine_tells_its_load(pipeline: VisionLanguagePipeline) -> None:
+    engine = pipeline.engine(max_batch=2)
+    requests = [engine.add(ask(pipeline, text)) for text in ("a", "bbb", "c")]
+    assert engine.load == (3, 0, 0)
+    engine.step()
+    assert engine.load == (1, 2, 2 * requests[1].most_tokens)
+    answer(engine)
+    assert engine.load == (0, 0, 0)
+
+
 def test_a_request_that_never_fits_is_refused(pipeline: VisionLanguagePipeline) -> None:
     engine = pipeline.engine(max_cache_tokens=10)
     with pytest.raises(ConfigError, match="up to 30 tokens; expected at most max_cache_tokens = 10"):
@@ -418,11 +442,11 @@ def test_images_that_are_encoded_already_are_not_encoded_in_a_step(
 ) -> None:
     expected = pipeline.generate(picture(1), "?", max_new_tokens=3, ignore_eos=True)
     request = ask(pipeline, "?", picture(1), max_new_tokens=3)
-    request.images = [pipeline.encoder.encode(image)[0] for image in request.images]  # on another thread, say
+    request.encode_images(pipeline.encoder.encode)  # a server does this on another thread
     monkeypatch.setattr(pipeline.encoder, "_run", lambda *_: pytest.fail("it was encoded again"))
     engine = pipeline.engine()
     engine.add(request)
     answer(engine)
     assert all(isinstance(image, EncodedImage) for image in request.images)
     assert request.result().token_ids == expected.token_ids
-    assert request.result().timings.encoded_images == 0
+    assert request.result().timings.encoded_images == 0  # the cache of images had it

@@ -43,15 +43,22 @@ class Engine:
     Args:
         model: the language model.
         encode: encodes the images of requests; see ``ImageEncoder.encode``.
-        max_batch, max_cache_tokens: see :class:`Scheduler`. During a step, the KV cache is in memory twice.
+        max_batch, max_cache_tokens, max_prefill_tokens: see :class:`Scheduler`. During a step, the KV cache is in
+            memory twice.
     """
 
     def __init__(
-        self, model: LanguageModel, encode: Encode, *, max_batch: int | None = None, max_cache_tokens: int | None = None
+        self,
+        model: LanguageModel,
+        encode: Encode,
+        *,
+        max_batch: int | None = None,
+        max_cache_tokens: int | None = None,
+        max_prefill_tokens: int | None = None,
     ) -> None:
         self._model = model
         self._encode = encode
-        self._scheduler = Scheduler(max_batch, max_cache_tokens)
+        self._scheduler = Scheduler(max_batch, max_cache_tokens, max_prefill_tokens)
         self._stepping = threading.Lock()
 
     def add(self, request: Request) -> Request:

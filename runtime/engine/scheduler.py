@@ -39,17 +39,30 @@ class Scheduler:
     Args:
         max_batch: most requests that run at once; None for no limit.
         max_cache_tokens: most positions of the KV cache, including padding, in all rows together; None for no limit.
+        max_prefill_tokens: most tokens of the prompts that start in one step, but at least one prompt; None for no
+            limit. A small number lets running requests wait less for those that start.
 
     Raises:
         ConfigError: a limit is below 1.
     """
 
-    def __init__(self, max_batch: int | None = None, max_cache_tokens: int | None = None) -> None:
-        for name, limit in (("max_batch", max_batch), ("max_cache_tokens", max_cache_tokens)):
+    def __init__(
+        self,
+        max_batch: int | None = None,
+        max_cache_tokens: int | None = None,
+        max_prefill_tokens: int | None = None,
+    ) -> None:
+        limits = {
+            "max_batch": max_batch,
+            "max_cache_tokens": max_cache_tokens,
+            "max_prefill_tokens": max_prefill_tokens,
+        }
+        for name, limit in limits.items():
             if limit is not None and limit < 1:
                 raise ConfigError(f"received {name} = {limit}", expected="1 or more")
         self._max_batch = max_batch
         self._max_cache_tokens = max_cache_tokens
+        self._max_prefill_tokens = max_prefill_tokens
         self._lock = threading.Lock()
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
@@ -81,10 +94,12 @@ class Scheduler:
         """
         with self._lock:
             self._drop_done()
-            while self._waiting and self._fit([*self._running, self._waiting[0]]):
-                self._running.append(self._waiting.popleft())
             decoding = [request for request in self._running if request.slot is not None]
-            return decoding, [request for request in self._running if request.slot is None]
+            starting = [request for request in self._running if request.slot is None]
+            while self._waiting and self._may_start(self._waiting[0], starting):
+                starting.append(self._waiting.popleft())
+                self._running.append(starting[-1])
+            return decoding, starting
 
     def expire(self) -> list[Request]:
         """End the waiting and running requests whose deadline has passed, and return them."""
@@ -118,6 +133,12 @@ class Scheduler:
                 request.slot = request.prefix = None
         self._running = [request for request in self._running if not request.done]
         self._waiting = deque(request for request in self._waiting if not request.done)
+
+    def _may_start(self, request: Request, starting: list[Request]) -> bool:
+        """Return whether a request may start in the same step as others, beside those that run."""
+        prefill = sum(len(other.prompt_ids) - other.reused_tokens for other in [*starting, request])
+        within = self._max_prefill_tokens is None or not starting or prefill <= self._max_prefill_tokens
+        return within and self._fit([*self._running, request])
 
     def _fit(self, requests: list[Request]) -> bool:
         if self._max_batch is not None and len(requests) > self._max_batch:

@@ -22,6 +22,7 @@ class ServerConfig:
         max_batch: most requests of one language model that run at once; each holds a KV cache slot.
         max_queue: most accepted requests per language model that do not run yet; further ones get status 429.
         max_cache_tokens: most positions of the KV cache of one language model; None for no limit.
+        max_prefill_tokens: most tokens of the prompts that start in one step, so that running answers wait less.
         max_new_tokens: most tokens of one answer.
         max_images: most images of one request.
         max_body_bytes: most bytes of one request's body.
@@ -43,6 +44,7 @@ class ServerConfig:
     max_batch: int = 16
     max_queue: int = 64
     max_cache_tokens: int | None = None
+    max_prefill_tokens: int = 2048
     max_new_tokens: int = 1024
     max_images: int = 8
     max_body_bytes: int = 32 * 1024 * 1024
@@ -59,7 +61,7 @@ class ServerConfig:
         check_integer(self, "port", least=0, most=65_535)
         check_integer(self, "max_queue", least=0)
         check_integer(self, "max_cache_tokens", least=1, optional=True)
-        for name in ("max_batch", "max_new_tokens", "max_images", "max_body_bytes"):
+        for name in ("max_batch", "max_prefill_tokens", "max_new_tokens", "max_images", "max_body_bytes"):
             check_integer(self, name, least=1)
         for name in ("request_timeout_s", "body_timeout_s", "header_timeout_s", "drain_timeout_s"):
             valid = f"a number of seconds above 0, at most {_MAX_TIMEOUT_S}"

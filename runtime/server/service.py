@@ -222,7 +222,11 @@ class ChatService:
 
     def _open_lane(self, model: ServedModel) -> Lane:
         config = self.config
-        engine = model.pipeline.engine(max_batch=config.max_batch, max_cache_tokens=config.max_cache_tokens)
+        engine = model.pipeline.engine(
+            max_batch=config.max_batch,
+            max_cache_tokens=config.max_cache_tokens,
+            max_prefill_tokens=config.max_prefill_tokens,
+        )
         worker = EngineWorker(engine, f"engine {model.name}", log_failure)
         return Lane(worker, config.max_batch + config.max_queue)
 
