@@ -52,8 +52,6 @@ def bind(config: ServerConfig) -> socket.socket:
 
 def serve(app: Starlette, config: ServerConfig, listening: socket.socket) -> None:
     """Serve until SIGTERM or SIGINT, and then finish the accepted requests; a second SIGINT stops at once."""
-    host, port = listening.getsockname()[:2]
-    log_event("listening", host=host, port=port)
     asyncio.run(make_server(app, config).serve(sockets=[listening]))
     log_event("stopped")
 
@@ -78,11 +76,18 @@ def make_server(app: Starlette, config: ServerConfig) -> uvicorn.Server:
 
 
 class _Server(uvicorn.Server):
-    """Tells the application that it drains, and does not raise the signal again after it has shut down."""
+    """Logs the address once it answers, tells the application that it drains, and does not raise signals again."""
 
     def __init__(self, settings: uvicorn.Config, app: Starlette) -> None:
         super().__init__(settings)
         self._app = app
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and log the address."""
+        await super().startup(sockets)
+        for bound in sockets or []:
+            host, port = bound.getsockname()[:2]
+            log_event("listening", host=host, port=port)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         log_event("draining", signal=sig)
