@@ -101,7 +101,8 @@ async def show_metrics(http: HttpRequest) -> Response:
 
 async def show_openapi(http: HttpRequest) -> Response:
     """``GET /openapi.json``."""
-    return json_response(openapi_document())
+    service: ChatService = http.app.state.service
+    return json_response(openapi_document([model.name for model in service.catalog]))
 
 
 def _status(text: str, *, healthy: bool) -> Response:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
@@ -28,11 +28,11 @@ _ERRORS: Final = {
 _COMMON: Final = ("401", "405", "421")
 
 
-@cache
-def openapi_document() -> dict[str, Any]:
-    """Return the OpenAPI 3.1 document."""
+def openapi_document(models: Sequence[str]) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 document of a server with these models."""
     sent = (ChatCompletion, ChatChunk, ModelCard, ModelList, ErrorBody)
     _, components = msgspec.json.schema_components((ChatRequest, *sent), ref_template="#/components/schemas/{name}")
+    components["ChatRequest"]["properties"]["model"] = {"enum": list(models)}
     return {
         "openapi": "3.1.0",
         "info": {

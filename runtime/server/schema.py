@@ -60,7 +60,7 @@ class TextPart(_Received, frozen=True, tag_field="type", tag="text"):
 class ImageUrl(_Received, frozen=True):
     """The place of an image: a ``data:`` URL in base64."""
 
-    url: str
+    url: Annotated[str, Meta(extra_json_schema={"pattern": "^data:image/[A-Za-z0-9.+-]{1,64};base64,"})]
     detail: Literal["auto", "low", "high", "original"] | None = None  # ignored: the package fixes the size
 
 
@@ -122,11 +122,14 @@ _SWITCHED_OFF: Final = {
     "frequency_penalty": 0,
     "presence_penalty": 0,
     "logit_bias": {},
-    "tools": [],
-    "functions": [],
     "tool_choice": "none",
     "function_call": "none",
 }
+
+
+def only(name: str) -> Meta:
+    """Describe in the JSON schema which values of a field are supported."""
+    return Meta(extra_json_schema={"enum": [_SWITCHED_OFF[name], None]})
 
 
 class ChatRequest(_Received, frozen=True):
@@ -150,16 +153,16 @@ class ChatRequest(_Received, frozen=True):
     ignore_eos: bool | None = None
 
     # Only what switches the feature off.
-    n: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    n: Annotated[int | None, only("n")] = None
+    logprobs: Annotated[bool | None, only("logprobs")] = None
+    top_logprobs: Annotated[int | None, only("top_logprobs")] = None
+    frequency_penalty: Annotated[float | None, only("frequency_penalty")] = None
+    presence_penalty: Annotated[float | None, only("presence_penalty")] = None
+    logit_bias: Annotated[dict[str, float] | None, only("logit_bias")] = None
     tools: Annotated[list[Any], Meta(max_length=0)] | None = None
-    tool_choice: str | None = None
+    tool_choice: Annotated[str | None, only("tool_choice")] = None
     functions: Annotated[list[Any], Meta(max_length=0)] | None = None
-    function_call: str | None = None
+    function_call: Annotated[str | None, only("function_call")] = None
     response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
     audio: None = None
