@@ -104,7 +104,20 @@ def test_a_planted_fault_fails(int4_export: ExportResult, tiny_llava: Path, tmp_
 def test_the_runtime_says_how_it_multiplies(int4_export: ExportResult) -> None:
     for level, words in ((4, "at accuracy level 4"), (0, "exactly")):
         with VisionLanguagePipeline.from_package(int4_export.output, provider="cpu", accuracy_level=level) as pipeline:
-            assert f"quantized weights are multiplied {words}" in pipeline.notes
+            assert f"decoder_model_merged: quantized weights are multiplied {words}" in pipeline.notes
+            expanded = "on a CPU, quantized weights are converted to floating point when the graph is loaded"
+            assert f"vision_encoder: {expanded}" in pipeline.notes
+
+
+@pytest.mark.slow
+def test_activations_in_int8_are_verified(tmp_path_factory: pytest.TempPathFactory) -> None:
+    result = exported(tmp_path_factory, "embedded-int8", ratio=0.12, weight_format="int8", vision_int8_activations=True)
+    assert result.manifest.verification is not None
+    assert result.manifest.verification.passed
+    measured = {check.name: check.measured for check in result.manifest.verification.checks}
+    assert 1e-4 < measured["image features, rms error"] < 0.05
+    with VisionLanguagePipeline.from_package(result.output, provider="cpu") as pipeline:
+        assert "vision_encoder: activations are rounded to int8" in pipeline.notes
 
 
 def test_formats_follow_from_one_another() -> None:

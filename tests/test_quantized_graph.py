@@ -20,9 +20,12 @@ from promprune.export.graphs.external_data import ExternalData
 from promprune.export.graphs.trace import save_graph
 from promprune.export.quantize.graph import quantize_products
 from promprune.export.quantize.weights import QuantizedWeight, WeightQuantization
+from promprune.runtime.sessions.config import RuntimeConfig
+from promprune.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
 INT4 = WeightQuantization(bits=4, block_size=32)
 INT8 = WeightQuantization(bits=8, block_size=None)
+SEVEN_BITS = WeightQuantization(bits=7, block_size=None)  # of weights that are multiplied by activations in int8
 FORMS = {
     "int4": INT4,
     "int4, blocks of 128": WeightQuantization(bits=4, block_size=128),
@@ -38,6 +41,7 @@ def write_graph(
     shape: tuple[int, int] = (96, 128),
     op_type: str = "MatMul",
     dtype: torch.dtype = torch.float32,
+    int8_activations: bool = False,
 ) -> tuple[Path, torch.Tensor, int]:
     """Write ``y = x weight^T`` (or ``Gemm`` with a bias of 0.5) as the exporter writes it, quantized.
 
@@ -64,7 +68,7 @@ def write_graph(
     y.name, y.shape, y.dtype = "y", ir.Shape(["rows", shape[0]]), number
     graph = ir.Graph([x], [y], nodes=nodes, initializers=initializers, opset_imports={"": 21}, name="product")
     model = ir.Model(graph, ir_version=10)
-    count = quantize_products(model, quantization) if quantization else 0
+    count = quantize_products(model, quantization, int8_activations=int8_activations) if quantization else 0
     save_graph(model, "graph", ExternalData(folder=folder, links={}))
     return folder / "graph.onnx", weight, count
 
@@ -164,3 +168,52 @@ def test_tensorrt_for_rtx_keeps_the_integers(tmp_path: Path, form: str, target: 
     engine = builder.build_serialized_network(network, config)
     assert engine is not None
     assert engine.nbytes < weight.numel() * {"int4": 0.82, "int8": 1.1}[form]
+
+
+def int8_graph(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    path, _, count = write_graph(folder, SEVEN_BITS, op_type="Gemm", dtype=dtype, int8_activations=True)
+    assert count == 1
+    return path
+
+
+def quantized_rows(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Round every row to multiples of 1/127 of its largest magnitude, in float64."""
+    step = np.maximum(np.abs(x.astype(np.float64)).max(-1, keepdims=True) / 127, 1e-12)
+    return np.round(x / step) * step
+
+
+def test_activations_in_int8_have_a_scale_per_row(tmp_path: Path) -> None:
+    path = int8_graph(tmp_path)
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((6, 128)) * 10.0 ** np.arange(-3, 3)[:, None]).astype(np.float32)
+    x[2] = 0
+    got = opened(path)[0].run(None, {"x": x})[0]
+    wanted = quantized_rows(x) @ dequantized(path, SEVEN_BITS).T + 0.5
+    scale = np.abs(wanted - 0.5).max(-1, keepdims=True) + 1e-9
+    np.testing.assert_allclose((got - wanted) / scale, np.zeros_like(wanted), atol=2e-4)
+    np.testing.assert_array_equal(got[2], np.full(96, 0.5, np.float32))
+
+
+def test_an_image_has_the_same_features_in_any_batch(tmp_path: Path) -> None:
+    session, _ = opened(int8_graph(tmp_path))
+    x = np.random.default_rng(0).standard_normal((4, 128)).astype(np.float32)
+    x[0] *= 1000
+    np.testing.assert_array_equal(session.run(None, {"x": x})[0][1:], session.run(None, {"x": x[1:]})[0])
+
+
+def test_activations_of_fp16_graphs_do_not_overflow(tmp_path: Path) -> None:
+    path = int8_graph(tmp_path, torch.float16)
+    x = np.full((2, 128), 100, np.float16)
+    got = opened(path)[0].run(None, {"x": x})[0]
+    wanted = x.astype(np.float64) @ dequantized(path, SEVEN_BITS).T + 0.5
+    np.testing.assert_allclose(got.astype(np.float64), wanted, rtol=2e-3, atol=0.5)
+
+
+def test_vision_weights_are_expanded_on_a_cpu(tmp_path: Path) -> None:
+    path, _, _ = write_graph(tmp_path, INT8)
+    x = np.random.default_rng(0).standard_normal((40, 128)).astype(np.float32)
+    config = RuntimeConfig(provider="cpu")
+    outputs = [OnnxRuntimeSession(path, config, expand_weights=expand).run({"x": x})["y"] for expand in (True, False)]
+    exact = x @ dequantized(path, INT8).T
+    errors = [float(np.abs(y - exact).max()) for y in outputs]
+    assert errors[0] < 2e-6 < 1e-4 < errors[1]  # the other one rounds activations to int8

@@ -256,7 +256,7 @@ def _print_warnings(result: ExportResult) -> None:
         if check.passed:
             continue
         if check.name.startswith(COST):
-            text = f"{check.name} is {check.measured:.3g}, usually {check.comparison} {check.limit:g}; try int8 weights"
+            text = f"{check.name} is {check.measured:.3g}, usually {check.comparison} {check.limit:g}"
         else:
             text = f"{check.detail}; fit them with promprune-calibrate"
         console.print(f"[bold yellow]warning:[/] {text}", soft_wrap=True)

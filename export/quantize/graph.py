@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -15,9 +16,12 @@ from promprune.export.graphs.opset import QUANTIZED_OPSET
 from promprune.export.quantize.weights import QuantizedWeight, WeightQuantization
 from promprune.package.manifest import WeightRecord
 
-__all__ = ["QUANTIZED_SUFFIX", "format_products", "quantize_products"]
+__all__ = ["LARGEST", "LEAST_STEP", "QUANTIZED_SUFFIX", "format_products", "quantize_products"]
 
 QUANTIZED_SUFFIX: Final = "_quantized"  # appended to the name of a weight for its integers
+LARGEST: Final = 127  # activations in int8 lie between -127 and 127 ...
+ZERO_POINT: Final = np.uint8(128)  # ... and are stored as uint8, for which CPUs without VNNI have an instruction
+LEAST_STEP: Final = np.float32(1e-12)  # of a row of zeros
 
 
 def format_products(model: ir.Model, record: WeightRecord, dtype: Dtype) -> ir.Model:
@@ -47,7 +51,7 @@ def quantize_products(model: ir.Model, quantization: WeightQuantization, *, int8
     Args:
         model: the traced graph, with opset 21 or later; its weights are tensors of a checkpoint.
         quantization: how every weight is quantized.
-        int8_activations: also quantize ``x`` at run time, with one scale per tensor: ``DynamicQuantizeLinear``,
+        int8_activations: also quantize ``x`` at run time, with one scale per row (token): ``QuantizeLinear``,
             ``MatMulInteger``, and a multiplication by both scales. For ONNX Runtime on CPUs.
 
     Returns:
@@ -101,13 +105,13 @@ class _Writer:
         self._quantization = quantization
         self._parts: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
         self._dequantized: dict[ir.Value, ir.Value] = {}
-        self._activations: dict[ir.Value, Sequence[ir.Value]] = {}
+        self._activations: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
 
     def product(self, product: _Product) -> ir.Value:
         """Multiply by the dequantized weight."""
         weight = product.initializer
         if weight not in self._dequantized:
-            integers, scales = self._integers_and_scales(product)
+            integers, scales = self._integers_and_scales(product, product.weight.dtype)
             block_size = self._quantization.block_of(product.weight.stored.shape[1])
             attributes = {"axis": 1} if len(scales.shape or ()) == 1 else {"axis": 0, "block_size": block_size}
             inputs, name = [integers, scales], f"{weight.name}_dequantized"
@@ -115,28 +119,54 @@ class _Writer:
         return self._insert(product, "MatMul", [product.x, self._dequantized[weight]], name=product.node.name)
 
     def integer_product(self, product: _Product) -> ir.Value:
-        """Quantize ``x``, multiply the integers, and multiply by the scales of both."""
-        x, name = product.x, str(product.node.name)
-        if x not in self._activations:
-            quantize = ir.node("DynamicQuantizeLinear", [x], num_outputs=3, name=f"{x.name}_quantize")
-            self._graph.insert_before(product.node, quantize)
-            for output, part in zip(quantize.outputs, ("quantized", "scale", "zero_point"), strict=True):
-                output.name = f"{x.name}_{part}"
-            self._activations[x] = quantize.outputs
-        values, scale, zero_point = self._activations[x]
-        integers, scales = self._integers_and_scales(product)
-        sums = self._insert(product, "MatMulInteger", [values, integers, zero_point], name=f"{name}_integers")
-        floats = self._insert(product, "Cast", [sums], {"to": product.weight.dtype}, name=f"{name}_sums")
-        both = self._insert(product, "Mul", [scale, scales], name=f"{name}_scales")
-        return self._insert(product, "Mul", [floats, both], name=name)
+        """Quantize each row of ``x``, multiply the integers, and multiply by the scales of the row and the column."""
+        name, dtype = str(product.node.name), product.weight.dtype
+        if product.x not in self._activations:
+            self._activations[product.x] = self._quantized_rows(product)
+        values, row_scales = self._activations[product.x]
+        integers, scales = self._integers_and_scales(product, ir.DataType.FLOAT)
+        sums = self._insert(
+            product,
+            "MatMulInteger",
+            [values, integers, self._constant("uint8_zero", ZERO_POINT)],
+            name=f"{name}_integers",
+        )
+        floats = self._insert(product, "Cast", [sums], {"to": ir.DataType.FLOAT}, name=f"{name}_sums")
+        rows = self._insert(product, "Mul", [floats, row_scales], name=f"{name}_rows")
+        result = self._insert(product, "Mul", [rows, scales], name=name if _is_fp32(dtype) else f"{name}_fp32")
+        return result if _is_fp32(dtype) else self._insert(product, "Cast", [result], {"to": dtype}, name=name)
 
-    def _integers_and_scales(self, product: _Product) -> tuple[ir.Value, ir.Value]:
-        """Return the integers and scales of a weight as values of the graph, the scales in its dtype."""
+    def _quantized_rows(self, product: _Product) -> tuple[ir.Value, ir.Value]:
+        """Return ``x`` as integers around ``ZERO_POINT``, and the scale of each row, ``[..., 1]`` in fp32."""
+        x, name = product.x, f"{product.x.name}_row"
+        if not _is_fp32(product.weight.dtype):
+            x = self._insert(product, "Cast", [x], {"to": ir.DataType.FLOAT}, name=f"{name}_fp32")
+        last = self._constant("last_axis", np.array([-1]))
+        largest = self._insert(product, "Abs", [x], name=f"{name}_abs")
+        largest = self._insert(product, "ReduceMax", [largest, last], {"keepdims": 1}, name=f"{name}_max")
+        step = self._constant("activation_step", np.float32(1 / LARGEST))
+        scale = self._insert(product, "Mul", [largest, step], name=f"{name}_step")
+        least = self._constant("least_activation_step", LEAST_STEP)
+        scale = self._insert(product, "Max", [scale, least], name=f"{name}_scale")
+        steps = self._insert(product, "Div", [x, scale], name=f"{name}_steps")
+        one, zero = self._constant("one_step", np.float32(1)), self._constant("uint8_zero", ZERO_POINT)
+        return self._insert(product, "QuantizeLinear", [steps, one, zero], name=f"{name}_quantized"), scale
+
+    def _constant(self, name: str, value: np.ndarray[Any, Any] | np.generic) -> ir.Value:
+        name = f"int8_activations/{name}"
+        if name not in self._graph.initializers:
+            tensor = ir.tensor(np.asarray(value), name=name)
+            shape, dtype = ir.Shape(np.shape(value)), ir.TensorType(tensor.dtype)
+            self._graph.register_initializer(ir.Value(name=name, shape=shape, type=dtype, const_value=tensor))
+        return self._graph.initializers[name]
+
+    def _integers_and_scales(self, product: _Product, dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
+        """Return the integers of a weight, and its scales in ``dtype``, as values of the graph."""
         key = product.initializer
         if key not in self._parts:
             weight = QuantizedWeight(stored=product.weight.stored, quantization=self._quantization)
             integers, scales = (self._initializer(tensor) for tensor in weight.tensors(str(key.name)))
-            dtype, shape = product.weight.dtype, scales.shape
+            shape = scales.shape
             if scales.dtype != dtype:  # constant: folded when the graph is loaded
                 name = f"{scales.name}_{dtype.name.lower()}"
                 scales = self._insert(product, "Cast", [scales], {"to": dtype}, name=name)
@@ -159,6 +189,10 @@ class _Writer:
         name: str | None,
     ) -> ir.Value:
         return _insert(self._graph, product.node, op_type, inputs, attributes, name=name)
+
+
+def _is_fp32(dtype: ir.DataType) -> bool:
+    return dtype == ir.DataType.FLOAT
 
 
 def _insert(

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
 
 from promprune.dtypes import BY_NAME
 from promprune.export.checkpoint.weights import LinkedWeight, StoredTensor, link, linked, torch_dtype
-from promprune.export.quantize.graph import QUANTIZED_SUFFIX
+from promprune.export.quantize.graph import LARGEST, LEAST_STEP, QUANTIZED_SUFFIX
 from promprune.export.quantize.weights import QuantizedWeight, WeightQuantization
 from promprune.package.manifest import Manifest
 
@@ -131,9 +132,7 @@ def package_weights(folder: Path, manifest: Manifest) -> PackageWeights | None:
 
 
 def fake_quantize(values: Tensor) -> Tensor:
-    """Round values like ONNX's DynamicQuantizeLinear, to 256 levels."""
-    low, high = values.min().clamp(max=0), values.max().clamp(min=0)
-    scale = (high - low) / 255
-    zero_point = (-low / scale).round().clamp(0, 255)
-    integers = ((values / scale).round() + zero_point).clamp(0, 255)
-    return (integers - zero_point) * scale
+    """Round each row of activations ``[..., K]`` to multiples of 1/127 of its largest magnitude."""
+    largest = values.abs().amax(-1, keepdim=True)
+    step = (largest * float(np.float32(1 / LARGEST))).clamp(min=float(LEAST_STEP))
+    return (values / step).round() * step

@@ -12,7 +12,15 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-__all__ = ["TensorError", "compare_results", "relative_error", "same_tensors", "tensor_error", "tensors_of"]
+__all__ = [
+    "TensorError",
+    "compare_results",
+    "relative_error",
+    "rms_error",
+    "same_tensors",
+    "tensor_error",
+    "tensors_of",
+]
 
 _MASK_SHARE: Final = 1 / 4  # share of the lowest number of a dtype; a mask is that number or half of it, plus scores
 
@@ -89,6 +97,14 @@ def relative_error(value: NDArray[Any], reference: NDArray[Any]) -> float:
     if not np.isfinite(difference):
         return float("inf")
     return float(difference / max(float(reference.astype(np.float64).std()), 1e-12))
+
+
+def rms_error(value: NDArray[Any], reference: NDArray[Any]) -> float:
+    """Return the root mean square of the difference / standard deviation of the reference; infinite as above."""
+    difference = float(np.sqrt(np.square(value.astype(np.float64) - reference.astype(np.float64)).mean()))
+    if not np.isfinite(difference):
+        return float("inf")
+    return difference / max(float(reference.astype(np.float64).std()), 1e-12)
 
 
 def tensor_error(value: NDArray[Any], reference: NDArray[Any]) -> float:

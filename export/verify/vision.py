@@ -11,15 +11,15 @@ import torch
 from promprune.export.families import VisionModule, VisionReference
 from promprune.export.verify.checks import Limits, check
 from promprune.export.verify.subject import Array, Subject, run_graph
-from promprune.export.verify.tensors import relative_error
+from promprune.export.verify.tensors import relative_error, rms_error
 from promprune.package.manifest import CheckRecord
 
 __all__ = ["VisionRun", "check_vision", "run_vision"]
 
 BATCH_SIZE: Final = 8
-# Saliency with activations in int8: torch quantizes the hidden states of all tokens with one scale, the graph those of
-# CLS alone, because its attention is all that is needed.
-INT8_SALIENCY_ERROR: Final = 0.15
+# With activations in int8, a difference of 1e-7 can round to the next integer, and grows from layer to layer: on the
+# embedded model, graph and torch differ by 1.3 % (features) and 2.2 % (saliency), as root mean squares.
+INT8_RMS_ERROR: Final = 0.1
 CHOSEN_FROM: Final = ("encoder/image_features", "encoder/saliency")  # the inputs of the selection inside a graph
 
 
@@ -74,13 +74,15 @@ def check_vision(
     if unseen := [name for name, some in runs.items() if not some]:
         yield check("vision graphs without an image", len(unseen), "==", 0, ", ".join(unseen))
     every = [run for some in runs.values() for run in some]
-    error = max(relative_error(run.all_features, run.features) for run in every)
-    yield check("image features, relative error", error, "<=", limits.relative_error)
+    name, measure, limit = "relative error", relative_error, limits.relative_error
+    if int8_activations:
+        name, measure, limit = "rms error", rms_error, INT8_RMS_ERROR
+    error = max(measure(run.all_features, run.features) for run in every)
+    yield check(f"image features, {name}", error, "<=", limit)
     if pruned := [run for run in every if run.is_pruned]:
-        error = max(relative_error(run.outputs["encoder/saliency"], run.saliency) for run in pruned)
+        error = max(measure(run.outputs["encoder/saliency"], run.saliency) for run in pruned)
         detail = "" if all(run.is_independent for run in pruned) else "against the exported module, not transformers"
-        limit = INT8_SALIENCY_ERROR if int8_activations else limits.relative_error
-        yield check("saliency, relative error", error, "<=", limit, detail)
+        yield check(f"saliency, {name}", error, "<=", limit, detail)
 
 
 def _runs(subject: Subject, vision: VisionModule, references: Sequence[VisionReference]) -> Iterator[VisionRun]:
@@ -89,8 +91,7 @@ def _runs(subject: Subject, vision: VisionModule, references: Sequence[VisionRef
     session = subject.open(vision.name, CHOSEN_FROM if counts.is_pruned else ())
     if subject.out_of_core and vision.is_batched:
         references = [row for reference in references for row in _rows(reference)]
-    one_by_one = subject.out_of_core or subject.has_int8_activations  # a batch has one scale
-    size = BATCH_SIZE if vision.is_batched and not one_by_one else 1
+    size = BATCH_SIZE if vision.is_batched and not subject.out_of_core else 1
     for begin in range(0, len(references), size):
         group = references[begin : begin + size]
         feeds = {name: torch.cat([reference.feeds[name] for reference in group]) for name in group[0].feeds}

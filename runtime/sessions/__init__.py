@@ -27,10 +27,6 @@ def open_session(package: Package, graph: str, config: RuntimeConfig) -> Session
     session: Session = importlib.import_module(BACKENDS[config.backend]).open_session(package, graph, config)
     record = package.manifest.graphs[graph]
     check_graph(package.graph_file(graph), session.inputs.values(), session.outputs.values(), record)
-    weights = package.manifest.weights
-    if config.backend == "onnxruntime" and weights is not None and weights.is_quantized:
-        exact = "exactly" if config.accuracy_level == 0 else f"at accuracy level {config.accuracy_level}"
-        session.notes += (f"quantized weights are multiplied {exact}",)
     return session
 
 

@@ -19,7 +19,7 @@ from promprune.dtypes import BY_NAME, BY_ONNXRUNTIME
 from promprune.errors import BackendError, first_line
 from promprune.package.agree import check_graph
 from promprune.package.lowered import LOWERED_FILE, read_lowered
-from promprune.package.manifest import DECODER, TensorRecord
+from promprune.package.manifest import DECODER, TensorRecord, WeightsRecord
 from promprune.package.package import Package
 from promprune.runtime.sessions.base import Array, BoundRun, DeviceTensor, Session, Value
 from promprune.runtime.sessions.config import RuntimeConfig
@@ -47,6 +47,7 @@ def open_lowered_decoder(package: Package, config: RuntimeConfig) -> OnnxRuntime
     file = package.folder / lowered.graph.file
     session = OnnxRuntimeSession(file, replace(config, provider=CPU), weights=package.graph_file(DECODER).parent)
     check_graph(file, session.inputs.values(), session.outputs.values(), lowered.graph, source=LOWERED_FILE)
+    session.notes += _notes_on_weights(package.manifest.weights, DECODER, config)
     return session
 
 
@@ -56,7 +57,15 @@ def open_session(package: Package, graph: str, config: RuntimeConfig) -> OnnxRun
     Raises:
         BackendError: ORT cannot run the file, or the requested provider cannot be loaded.
     """
-    return OnnxRuntimeSession(package.graph_file(graph), config, engines=package.folder / "engines")
+    weights = package.manifest.weights
+    session = OnnxRuntimeSession(
+        package.graph_file(graph),
+        config,
+        engines=package.folder / "engines",
+        expand_weights=weights is not None and weights.expands_on_cpu(graph),
+    )
+    session.notes += _notes_on_weights(weights, graph, config)
+    return session
 
 
 class OnnxRuntimeSession(Session):
@@ -67,17 +76,26 @@ class OnnxRuntimeSession(Session):
         config: provider and threads. With ``"auto"``, ``device`` tells which provider was loaded.
         engines: folder where a provider may store engines; None to store none.
         weights: folder of the external weights; None if they are in the folder of the file.
+        expand_weights: as in :func:`inference_session`.
 
     Raises:
         BackendError: the graph, or the requested provider, cannot be loaded.
     """
 
     def __init__(
-        self, path: Path, config: RuntimeConfig, *, engines: Path | None = None, weights: Path | None = None
+        self,
+        path: Path,
+        config: RuntimeConfig,
+        *,
+        engines: Path | None = None,
+        weights: Path | None = None,
+        expand_weights: bool = False,
     ) -> None:
         self.name = path.name
         model = path if weights is None else path.read_bytes()  # given a file, ORT looks for weights in its folder only
-        loaded = inference_session(model, config, name=str(path), engines=engines, weights=weights)
+        loaded = inference_session(
+            model, config, name=str(path), engines=engines, weights=weights, expand_weights=expand_weights
+        )
         self._session: ort.InferenceSession | None = loaded.session
         self.device, self.notes = PROVIDERS[loaded.provider].device, loaded.notes
         self.inputs = {node.name: tensor_record(node, path) for node in self._session.get_inputs()}
@@ -184,6 +202,7 @@ def inference_session(
     weights: Path | None = None,
     engines: Path | None = None,
     low_memory: bool = False,
+    expand_weights: bool = False,
 ) -> Loaded:
     """Load a graph with the requested provider, or with the first one that loads.
 
@@ -194,6 +213,7 @@ def inference_session(
         weights: folder of the external weights, if ``model`` is not a file.
         engines: folder where a provider may store engines; None to store none.
         low_memory: make no copies of weights in advance and keep no freed memory, which is slower.
+        expand_weights: on the CPU, convert quantized weights to floating point once, when the graph is loaded.
 
     Raises:
         BackendError: the graph, or the requested provider, cannot be loaded.
@@ -205,6 +225,8 @@ def inference_session(
     settings = _settings(config, weights, low_memory=low_memory)
     obstacles: dict[str, str] = {}
     for provider in _candidates(config.provider):
+        if expand_weights and provider == CPU:
+            settings.add_session_config_entry("session.disable_quant_qdq", "1")
         try:
             session, obstacle = _load(model, settings, provider, engines)
         except Exception as error:  # as above: no common tree
@@ -316,3 +338,15 @@ def _hint(text: str) -> str:
     if "memory" in lowered or "bad_alloc" in lowered or "bad allocation" in lowered:
         return "use fewer images or tokens at a time, or free memory"
     return "check the package with --check-weights, or export it again"
+
+
+def _notes_on_weights(weights: WeightsRecord | None, graph: str, config: RuntimeConfig) -> tuple[str, ...]:
+    """Explain how ONNX Runtime multiplies by the quantized weights of a graph, in one line."""
+    if weights is None or not weights.of(graph).is_quantized:
+        return ()
+    if weights.of(graph).int8_activations:
+        return (f"{graph}: activations are rounded to int8",)
+    if weights.expands_on_cpu(graph):
+        return (f"{graph}: on a CPU, quantized weights are converted to floating point when the graph is loaded",)
+    exact = "exactly" if config.accuracy_level == 0 else f"at accuracy level {config.accuracy_level}"
+    return (f"{graph}: quantized weights are multiplied {exact}",)
