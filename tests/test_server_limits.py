@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -12,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.applications import Starlette
 
 from promprune.errors import BackendError, ConfigError
+from promprune.runtime import RuntimeConfig
 from promprune.runtime.engine.engine import Engine
+from promprune.runtime.server.app import make_app
 from promprune.runtime.server.config import ServerConfig
+from promprune.runtime.server.models import ModelCatalog
 from tests.support.fake_package import write_fake_package
 from tests.support.server import RunningServer, data_url, encoded, image_part, picture, running_server, text_part
 
@@ -137,6 +142,34 @@ def test_clients_that_go_away_leave_no_slot(package: Path, stream: bool) -> None
             server.wait_until_idle()
         assert 'outcome="cancelled"' in server.client.get("/metrics").text
         assert server.chat(MODEL, text_part("a"), max_tokens=2).status_code == 200
+
+
+def test_a_client_that_does_not_read_is_given_up(package: Path) -> None:
+    """The application is called without a server, with a connection that never takes anything."""
+    sent: list[str] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message["type"])
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    async def call(app: Starlette) -> None:
+        messages = [{"type": "http.request", "body": json.dumps(body_of(stream=True)).encode(), "more_body": False}]
+
+        async def receive() -> Any:
+            return messages.pop() if messages else await asyncio.Event().wait()
+
+        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+        target = {"path": "/v1/chat/completions", "raw_path": b"", "query_string": b"", "http_version": "1.1"}
+        scope = {"type": "http", "method": "POST", "headers": headers, "asgi": {"spec_version": "2.3"}, **target}
+        async with app.router.lifespan_context(app):
+            await asyncio.wait_for(app(scope, receive, send), 10)
+            assert all(lane.accepted == 0 for lane in app.state.service._lanes.values())
+
+    config = ServerConfig(request_timeout_s=0.3)
+    with ModelCatalog.load([str(package)], RuntimeConfig(provider="cpu")) as catalog:
+        asyncio.run(call(make_app(catalog, config)))
+    assert sent == ["http.response.start", "http.response.body"]
 
 
 def test_a_client_that_goes_away_while_its_image_is_encoded(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -84,6 +83,9 @@ def serve(
         ),
     ] = RuntimeConfig.prefill_chunk,
     cuda_graphs: CudaGraphs = RuntimeConfig.cuda_graphs,
+    max_image_pixels: Annotated[
+        int, integer_option("Largest image that is decoded, in pixels; half of it for WebP and AVIF.")
+    ] = RuntimeConfig.max_image_pixels,
     check_weights: Annotated[
         bool, typer.Option("--check-weights", help="Also check the SHA-256 of the weights.")
     ] = RuntimeConfig.check_weights,
@@ -100,7 +102,6 @@ def serve(
 
       promprune-serve llava-0.12 llava-1.0 --host 0.0.0.0 --api-keys keys.txt
     """
-    warnings.filterwarnings("ignore", module="PIL")  # warnings about damaged metadata; damaged pixels are errors
     settings = ServerConfig(
         host=host,
         port=port,
@@ -122,6 +123,7 @@ def serve(
         num_threads=num_threads,
         prefill_chunk=prefill_chunk,
         cuda_graphs=cuda_graphs,
+        max_image_pixels=max_image_pixels,
         check_weights=check_weights,
     )
     _serve(packages, settings, loading)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
@@ -21,6 +21,8 @@ from promprune.runtime.server.service import Answer, ChatService
 __all__ = ["complete_chat"]
 
 T = TypeVar("T")
+
+_GRACE_S: Final = 1.0  # for sending the error that the time is over
 
 
 async def complete_chat(http: HttpRequest) -> Response:
@@ -49,16 +51,21 @@ async def complete_chat(http: HttpRequest) -> Response:
 
 
 class _EventStream(StreamingResponse):
-    """The answer as server-sent events; closes it in the end, also if the client goes away."""
+    """The answer as server-sent events; closes it in the end, also if the client goes away or does not read."""
 
     def __init__(self, answer: Answer, chat: ChatRequest, deadline: float) -> None:
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
         super().__init__(_events(answer, chat, deadline), 200, headers, "text/event-stream")
         self._answer = answer
+        self._end = deadline + _GRACE_S
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events; a response that is not read in time stays incomplete."""
         try:
-            await super().__call__(scope, receive, send)
+            async with asyncio.timeout_at(self._end):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:
+            self._answer.close("timeout")
         finally:
             self._answer.close()
 

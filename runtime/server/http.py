@@ -27,6 +27,7 @@ __all__ = ["bind", "make_server", "serve"]
 
 _MAX_HEADER_BYTES: Final = 64 * 1024
 _BACKLOG: Final = 2048
+_STALLED_S: Final = 30  # after which a connection is reset whose peer does not receive what was sent
 
 
 def bind(config: ServerConfig) -> socket.socket:
@@ -118,6 +119,7 @@ def _protocol(config: ServerConfig) -> type[H11Protocol]:
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
+            _give_up_on_stalled_peers(transport.get_extra_info("socket"))
             self._wait_for_headers()
 
         def connection_lost(self, exc: Exception | None) -> None:
@@ -154,3 +156,10 @@ def _protocol(config: ServerConfig) -> type[H11Protocol]:
                 self._waiting_for_headers = None
 
     return Protocol
+
+
+def _give_up_on_stalled_peers(connection: socket.socket | None) -> None:
+    """Let the kernel reset a connection whose peer receives nothing, which would keep its buffers for ever."""
+    option = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux
+    if connection is not None and option is not None:
+        connection.setsockopt(socket.IPPROTO_TCP, option, _STALLED_S * 1000)
