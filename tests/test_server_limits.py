@@ -189,11 +189,14 @@ def test_a_client_that_goes_away_while_its_image_is_encoded(package: Path, monke
         connection = raw_request(server.port, {"model": MODEL, "messages": [{"role": "user", "content": content}]})
         assert begun.wait(10)
         connection.close()
-        # The thread still works on it, so its place is taken.
+        # The thread still works on it, so its place and its memory are taken.
         wait_for(lambda: 'outcome="cancelled"' in server.client.get("/metrics").text)
         assert server.chat(MODEL, text_part("a")).status_code == 429
+        whole = 8 * ServerConfig.max_body_bytes
+        assert server.app.state.bodies.free_bytes < whole
         goes_on.set()
         server.wait_until_idle()
+        assert server.app.state.bodies.free_bytes == whole
         assert server.chat(MODEL, text_part("a"), max_tokens=2).status_code == 200
 
 
@@ -317,12 +320,16 @@ def test_all_bodies_together_are_limited(package: Path) -> None:
         slow = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(8)]
         for connection in slow:
             connection.sendall(head + b"content-length: 20000\r\n\r\n" + b" " * 19_999)
-        wait_for(lambda: server.app.state.bodies._free_bytes == 8)
+        wait_for(lambda: server.app.state.bodies.free_bytes == 8)
         got = server.chat(MODEL, text_part("x"))
         assert (got.status_code, got.json()["error"]["code"]) == (429, "too_many_bodies")
         for connection in slow:
             connection.close()
-        wait_for(lambda: server.app.state.bodies._free_bytes == 160_000)
+        wait_for(lambda: server.app.state.bodies.free_bytes == 160_000)
+        server.chat(MODEL, image_part(picture(1)), text_part("x"), max_tokens=2)
+        server.chat(MODEL, text_part("<image>"))
+        server.chat("none", text_part("x"))
+        wait_for(lambda: server.app.state.bodies.free_bytes == 160_000)
         assert server.chat(MODEL, text_part("x"), max_tokens=2).status_code == 200
 
 

@@ -13,10 +13,40 @@ from promprune.runtime.server.config import ServerConfig
 from promprune.runtime.server.errors import ApiError
 from promprune.runtime.server.schema import ChatRequest
 
-__all__ = ["BodyReader", "client_went_away", "decode_chat"]
+__all__ = ["Body", "BodyReader", "client_went_away", "decode_chat"]
 
 _BODIES_IN_MEMORY: Final = 8  # of the largest size; smaller ones are as many as fit into the same memory
 _DECODER: Final = msgspec.json.Decoder(ChatRequest)
+
+
+class Body:
+    """The body of a request, and its share of the memory for bodies, which it holds until it is released.
+
+    Args:
+        reader: the reader whose memory it uses.
+    """
+
+    def __init__(self, reader: BodyReader) -> None:
+        self._reader = reader
+        self._content = bytearray()
+        self._size_bytes = 0
+
+    def append(self, chunk: bytes) -> int:
+        """Add a chunk; return the size of the body so far, in bytes."""
+        self._content += chunk
+        self._size_bytes += len(chunk)
+        self._reader.free_bytes -= len(chunk)
+        return self._size_bytes
+
+    def take(self) -> bytearray:
+        """Return the content, and forget it; its share of the memory stays taken, for what is made of it."""
+        content, self._content = self._content, bytearray()
+        return content
+
+    def release(self) -> None:
+        """Return its share of the memory."""
+        self._reader.free_bytes += self._size_bytes
+        self._size_bytes = 0
 
 
 class BodyReader:
@@ -24,40 +54,42 @@ class BodyReader:
 
     Args:
         config: the limits.
+
+    Attributes:
+        free_bytes: memory for bodies that is not in use.
     """
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
-        self._free_bytes = _BODIES_IN_MEMORY * config.max_body_bytes
+        self.free_bytes = _BODIES_IN_MEMORY * config.max_body_bytes
 
-    async def read(self, http: HttpRequest) -> bytearray:
-        """Return the body of a request.
+    async def read(self, http: HttpRequest) -> Body:
+        """Return the body of a request; release it when nothing that was made of it is needed any more.
 
         Raises:
             ApiError: it is not JSON, too large, or too slow, or the client went away.
         """
         _check_content(http)
-        body = bytearray()
+        body = Body(self)
         try:
             async with asyncio.timeout(self._config.body_timeout_s):
                 async for chunk in http.stream():
-                    self._free_bytes -= len(chunk)
-                    body += chunk
-                    self._check_size(len(body))
-        except TimeoutError as error:
-            text = f"the body of the request did not arrive within {self._config.body_timeout_s:g} s"
-            raise ApiError(408, text, code="body_timeout", headers=_CLOSE) from error
-        except ClientDisconnect as error:
-            raise client_went_away() from error
-        finally:
-            self._free_bytes += len(body)
+                    self._check_size(body.append(chunk))
+        except BaseException as error:
+            body.release()
+            if isinstance(error, TimeoutError):
+                text = f"the body of the request did not arrive within {self._config.body_timeout_s:g} s"
+                raise ApiError(408, text, code="body_timeout", headers=_CLOSE) from error
+            if isinstance(error, ClientDisconnect):
+                raise client_went_away() from error
+            raise
         return body
 
     def _check_size(self, size_bytes: int) -> None:
         if size_bytes > self._config.max_body_bytes:
             text = f"the body of the request is larger than {self._config.max_body_bytes} bytes"
             raise ApiError(413, text, code="body_too_large", headers=_CLOSE)
-        if self._free_bytes < 0:
+        if self.free_bytes < 0:
             text = "too many large requests arrive at the same time; try again later"
             headers = {**_CLOSE, "retry-after": "1"}
             raise ApiError(429, text, kind="rate_limit_error", code="too_many_bodies", headers=headers)

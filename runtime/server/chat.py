@@ -33,8 +33,13 @@ async def complete_chat(http: HttpRequest) -> Response:
     """
     service: ChatService = http.app.state.service
     bodies: BodyReader = http.app.state.bodies
-    chat = decode_chat(await bodies.read(http))
-    answer = service.accept(chat)
+    body = await bodies.read(http)
+    try:
+        chat = decode_chat(body.take())
+        answer = service.accept(chat, body.release)
+    except BaseException:
+        body.release()
+        raise
     http.scope["state"]["answer"] = answer  # for the log
     deadline = asyncio.get_running_loop().time() + service.config.request_timeout_s
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from promprune.runtime.engine.language_model import LanguageModel
@@ -51,6 +51,7 @@ class Answer:
         metrics: told about the end.
 
     Attributes:
+        preparing: the task that prepares it.
         views: the images as the model sees them, if the request asked for them; see :class:`Prepared`.
     """
 
@@ -70,8 +71,8 @@ class Answer:
         self._error: Exception | None = None
         self._outcome = "running"
         lane.accepted += 1
-        self._preparing = asyncio.create_task(self._prepare(chat, preparation))
-        self._preparing.add_done_callback(lambda _: self._leave())
+        self.preparing = asyncio.create_task(self._prepare(chat, preparation))
+        self.preparing.add_done_callback(lambda _: self._leave())
 
     @property
     def request(self) -> Request:
@@ -86,7 +87,7 @@ class Answer:
         Raises:
             ApiError: the request is refused, or its preparation failed.
         """
-        await asyncio.shield(self._preparing)
+        await asyncio.shield(self.preparing)
         self._raise_error()
         return self.request
 
@@ -164,7 +165,7 @@ class Answer:
 
     def _leave(self) -> None:
         """Free the place in the queue, once neither a thread nor the engine works on the request."""
-        if self._done and self._preparing.done() and self._in_lane:
+        if self._done and self.preparing.done() and self._in_lane:
             self._in_lane = False
             self._lane.accepted -= 1
 
@@ -194,8 +195,8 @@ class ChatService:
                 self._lanes[language_model] = self._open_lane(model)
         metrics.watch(self._lanes.values(), config.max_batch)
 
-    def accept(self, chat: ChatRequest) -> Answer:
-        """Accept a request.
+    def accept(self, chat: ChatRequest, on_prepared: Callable[[], None]) -> Answer:
+        """Accept a request; ``on_prepared`` is called when nothing needs its body any more.
 
         Raises:
             ApiError: there is no such model, or the queue is full.
@@ -207,7 +208,9 @@ class ChatService:
         if lane.accepted >= lane.limit:
             self.metrics.note_end(model.name, "rejected", None)
             raise too_many_requests(lane.accepted)
-        return Answer(model, chat, lane, self._preparation, self.metrics)
+        answer = Answer(model, chat, lane, self._preparation, self.metrics)
+        answer.preparing.add_done_callback(lambda _: on_prepared())
+        return answer
 
     @property
     def is_alive(self) -> bool:
