@@ -11,6 +11,7 @@ use::
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from promprune._version import __version__
@@ -20,6 +21,10 @@ from promprune.method.config import SelectionConfig
 if TYPE_CHECKING:
     from promprune.method.batched import PrunedTokens, prune_tokens
     from promprune.method.reference import Selection, select_tokens
+
+# ONNX Runtime reads this when it is imported; otherwise it stores an identifier of the machine in the user's home
+# folder, and sends events about the models that it runs to its vendor.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = [
     "PrompruneError",
