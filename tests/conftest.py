@@ -80,6 +80,18 @@ def tiny_full_export(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
+def tiny_fp16_export(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+    """The same model in fp16, exported and verified: 4 of 16 visual tokens."""
+    return exported(tmp_path_factory, "tiny-fp16", model=str(tiny_llava), ratio=0.25, dtype="fp16")
+
+
+@pytest.fixture(scope="session")
+def tiny_bf16_export(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+    """The same model in bf16, exported and verified: 4 of 16 visual tokens."""
+    return exported(tmp_path_factory, "tiny-bf16", model=str(tiny_llava), ratio=0.25, dtype="bf16")
+
+
+@pytest.fixture(scope="session")
 def tiny_siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random LLaVA whose vision tower is SigLIP: 16 visual tokens per image, no CLS token."""
     return save_tiny_siglip_llava(tmp_path_factory.mktemp("checkpoints") / "tiny-siglip")

@@ -17,8 +17,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from promprune.errors import BackendError
-from promprune.export import ExportResult, export_package
-from promprune.export.config import ExportConfig
+from promprune.export import ExportResult
 from promprune.package.manifest import GraphRecord, TensorRecord, read_manifest
 from promprune.runtime import VisionLanguagePipeline, image_embeds_part
 from promprune.runtime.sessions import open_file
@@ -140,12 +139,11 @@ def test_features_that_are_no_numbers_are_noticed(pipeline: VisionLanguagePipeli
         pipeline.encoder.processor.postprocess(outputs, image)  # type: ignore[arg-type]
 
 
-def test_a_package_in_bf16_has_these_edges(tiny_llava: Path, tmp_path: Path) -> None:
+def test_a_package_in_bf16_has_these_edges(tiny_bf16_export: ExportResult) -> None:
     """And computes in bfloat16 in between, which the CPU refuses in one line that says what to do."""
-    config = ExportConfig(model=str(tiny_llava), ratio=0.25, dtype="bf16", output=tmp_path / "out", verify=False)
-    manifest = export_package(config).manifest
+    manifest = tiny_bf16_export.manifest
     tensors = {t.name: t.dtype for graph in manifest.graphs.values() for t in (*graph.inputs, *graph.outputs)}
     for name, dtype in tensors.items():
         assert (dtype == "bfloat16") == is_edge(name), name
     with pytest.raises(BackendError, match="use a GPU for it, or export with --dtype fp32"):
-        VisionLanguagePipeline.from_package(tmp_path / "out", provider="cpu")
+        VisionLanguagePipeline.from_package(tiny_bf16_export.output, provider="cpu")

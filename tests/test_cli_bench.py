@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from promprune.errors import ConfigError
 from promprune.export import ExportResult
 from promprune.export.baselines.export_cache import packages_of
 from promprune.export.baselines.pytorch import PytorchContender, PytorchModel, PytorchSettings
+from promprune.export.config import ExportConfig
 from promprune.method.config import POLICIES
 from promprune.runtime.bench.contenders import Question
 from promprune.runtime.bench.report import FIRST_TOKEN_STAGES, Report, read_report
@@ -207,7 +209,14 @@ def test_a_baseline_of_another_model_is_refused(tiny_export: ExportResult, tiny_
     assert "expected packages and baselines of the same model" in outcome.error_lines[0]
 
 
-def test_packages_are_exported_once(tiny_llava: Path, tmp_path: Path) -> None:
+def test_packages_are_exported_once(
+    tiny_llava: Path, tiny_export: ExportResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def export_package(config: ExportConfig) -> None:
+        assert config.output is not None
+        shutil.copytree(tiny_export.output, config.output)
+
+    monkeypatch.setattr("promprune.export.pipeline.export_package", export_package)
     progress = RecordedProgress()
     made = packages_of(str(tiny_llava), (1.0, 0.25), "fp32", ("random",), tmp_path, progress)
     assert list(made) == ["1", "0.25", "0.25, random"]

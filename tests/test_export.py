@@ -29,6 +29,7 @@ from promprune.export.families.llava import Llava
 from promprune.export.verify.checks import Limits
 from promprune.method.config import SelectionConfig
 from promprune.runtime import ImageEncoder, VisionLanguagePipeline
+from tests.support.progress import RecordedProgress
 from tests.support.tiny_models import IMAGE_SIZE, NUM_TOKENS, save_tiny_llava, tiny_language_model
 
 
@@ -184,7 +185,7 @@ def test_a_failed_verification_leaves_nothing(
     limits = {"fp32": Limits(relative_error=0.0, identical_sets=1.0, overlap=1.0, equal_answers=1.0)}
     monkeypatch.setattr("promprune.export.verify.verification.LIMITS", limits)
     with pytest.raises(VerificationError) as caught:
-        export_package(ExportConfig(model=str(tiny_llava), ratio=0.25, output=tmp_path / "out"))
+        export_package(ExportConfig(model=str(tiny_llava), ratio=0.25, vision_only=True, output=tmp_path / "out"))
     assert any(not check.passed for check in caught.value.checks)
     assert list(tmp_path.iterdir()) == []
 
@@ -264,7 +265,15 @@ def test_a_models_own_constants_are_used_unless_overridden(tiny_llava: Path, tmp
 
 def test_a_vision_only_package_encodes_and_does_not_answer(tiny_llava: Path, tmp_path: Path) -> None:
     config = ExportConfig(model=str(tiny_llava), ratio=0.25, vision_only=True, output=tmp_path / "out")
-    result = export_package(config)
+    progress = RecordedProgress()
+    result = export_package(config, progress=progress)
+    assert progress.steps == [
+        "read the checkpoint",
+        "export vision_encoder",
+        "write tokenizer and configuration",
+        "verify against the model",
+    ]
+    assert progress.announced == progress.finished == 4
     assert result.manifest.verification is not None
     assert result.manifest.verification.passed
     assert set(result.manifest.graphs) == {"vision_encoder"}

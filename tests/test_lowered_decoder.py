@@ -77,15 +77,20 @@ def test_sliding_windows_are_lowered(tmp_path: Path) -> None:
     assert all(check.measured < 1e-5 for check in lowered.checks)
 
 
+@pytest.fixture
+def opset_23_export(tiny_llava: Path, tmp_path: Path) -> ExportResult:
+    return export_package(
+        ExportConfig(model=str(tiny_llava), output=tmp_path / "out", ratio=0.25, verify=False, opset=23)
+    )
+
+
 @pytest.mark.parametrize(
-    ("options", "reason"), [({"dtype": "fp16"}, ""), ({"dtype": "bf16"}, "BFLOAT16"), ({"opset": 23}, "")]
+    ("package", "reason"), [("tiny_fp16_export", ""), ("tiny_bf16_export", "BFLOAT16"), ("opset_23_export", "")]
 )
 def test_other_forms_are_lowered_or_left_with_a_reason(
-    options: dict[str, Any], reason: str, tiny_llava: Path, tmp_path: Path
+    package: str, reason: str, request: pytest.FixtureRequest
 ) -> None:
-    result = export_package(
-        ExportConfig(model=str(tiny_llava), output=tmp_path / "out", ratio=0.25, verify=False, **options)
-    )
+    result: ExportResult = request.getfixturevalue(package)
     assert reason in result.not_lowered
     assert bool(reason) == bool(result.not_lowered)
     assert lowered_folder(result.output).exists() == (not reason)

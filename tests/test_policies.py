@@ -19,7 +19,7 @@ from promprune.method.batched import prune_tokens
 from promprune.method.config import LOOP_FORMS, POLICIES, SelectionConfig, SelectionPolicy
 from promprune.method.reference import random_order, select_tokens
 from promprune.package.manifest import CheckRecord
-from promprune.runtime import VisionLanguagePipeline, draw_kept_tokens
+from promprune.runtime import ImageEncoder, draw_kept_tokens
 from tests.support.feature_sets import feature_set
 from tests.support.tiny_models import NUM_TOKENS
 
@@ -98,16 +98,22 @@ def test_graph_and_torch_agree_with_the_method(policy: SelectionPolicy, loop: st
 
 @pytest.mark.parametrize("policy", ["coverage", "random"])
 def test_a_package_of_a_baseline_verifies_and_says_so(policy: str, tiny_llava: Path, tmp_path: Path) -> None:
-    config = ExportConfig(model=str(tiny_llava), output=tmp_path / "out", ratio=0.5, policy=policy)  # type: ignore[arg-type]
+    config = ExportConfig(
+        model=str(tiny_llava),
+        output=tmp_path / "out",
+        ratio=0.5,
+        policy=policy,  # type: ignore[arg-type]
+        vision_only=True,
+    )
     manifest = export_package(config).manifest
     assert manifest.selection.config.policy == policy
     assert manifest.verification is not None
     checks: dict[str, CheckRecord] = {check.name: check for check in manifest.verification.checks}
     assert checks["kept sets equal to the float64 method's"].measured == 1
-    with VisionLanguagePipeline.from_package(tmp_path / "out", provider="cpu") as pipeline:
+    with ImageEncoder.from_package(tmp_path / "out", provider="cpu") as encoder:
         image = render_scene(0).image
-        selection = pipeline.encode_image(image).selection
-        draw_kept_tokens(pipeline.encoder.view(image), selection)
+        selection = encoder.encode_image(image).selection
+        draw_kept_tokens(encoder.view(image), selection)
     assert selection.to_dict()["policy"] == policy
     assert selection.saliency_count == 0
     if policy == "random":

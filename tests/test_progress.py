@@ -1,29 +1,11 @@
-"""Progress as the operations report it, and as the terminal shows it."""
+"""Progress as the terminal shows it."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from promprune.export import ExportConfig, export_package
 from promprune.progress import NO_PROGRESS, Progress
 from promprune.terminal import show_progress
-from tests.support.progress import RecordedProgress
-
-
-def test_an_export_announces_the_steps_that_it_runs(tiny_llava: Path, tmp_path: Path) -> None:
-    progress = RecordedProgress()
-    config = ExportConfig(model=str(tiny_llava), output=tmp_path / "out", vision_only=True, split_selector=True)
-    export_package(config, progress=progress)
-    assert progress.steps == [
-        "read the checkpoint",
-        "export vision_encoder",
-        "export token_selector",
-        "write tokenizer and configuration",
-        "verify against the model",
-    ]
-    assert progress.announced == progress.finished == 5
 
 
 def use(progress: Progress) -> None:

@@ -209,9 +209,8 @@ def test_a_checkpoint_in_half_precision(
     assert (result.output / "onnx/decoder_model_merged.onnx_data").exists() != linked
 
 
-def test_a_bf16_package_is_verified_and_refused_on_the_cpu(tiny_llava: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    result = export_package(ExportConfig(model=str(tiny_llava), ratio=0.25, dtype="bf16", output=output))
+def test_a_bf16_package_is_verified_and_refused_on_the_cpu(tiny_bf16_export: ExportResult) -> None:
+    result, output = tiny_bf16_export, tiny_bf16_export.output
     verification = result.manifest.verification
     assert verification is not None
     assert verification.passed

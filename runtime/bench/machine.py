@@ -13,6 +13,7 @@ from typing import Final
 
 from promprune._version import __version__
 from promprune.runtime.bench.report import Machine
+from promprune.runtime.sessions.config import usable_cpus
 
 __all__ = [
     "OtherLoad",
@@ -63,12 +64,6 @@ def describe_machine(
         load_after=load_after,
         other_cpu_fraction=other_cpu_fraction,
     )
-
-
-def usable_cpus() -> int:
-    """Return the number of CPUs that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def load_average() -> float | None:

@@ -34,7 +34,7 @@ from promprune.runtime.bench.contenders import (
     open_packages,
     source_name,
 )
-from promprune.runtime.bench.machine import OtherLoad, describe_machine, load_average, usable_cpus
+from promprune.runtime.bench.machine import OtherLoad, describe_machine, load_average
 from promprune.runtime.bench.plugins import plugin
 from promprune.runtime.bench.report import (
     REPORT_VERSION,
@@ -49,7 +49,7 @@ from promprune.runtime.bench.report import (
     RunRecord,
     StageWork,
 )
-from promprune.runtime.sessions.config import RuntimeConfig
+from promprune.runtime.sessions.config import RuntimeConfig, usable_cpus
 
 __all__ = ["run_benchmark"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -9,7 +10,7 @@ from typing import Final, Literal, get_args
 
 from promprune.checks import check_integer, check_name, require
 
-__all__ = ["BACKENDS", "Provider", "RuntimeConfig"]
+__all__ = ["BACKENDS", "Provider", "RuntimeConfig", "usable_cpus"]
 
 Provider = Literal["auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx"]
 
@@ -68,3 +69,9 @@ class RuntimeConfig:
         check_integer(self, "accuracy_level", least=0, most=4)
         engines = self.backend == "tensorrt"
         require(engines or not self.cuda_graphs, "cuda_graphs", self.cuda_graphs, "the backend 'tensorrt' with it")
+
+
+def usable_cpus() -> int:
+    """Return the number of CPUs that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

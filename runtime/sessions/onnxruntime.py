@@ -22,7 +22,7 @@ from promprune.package.lowered import LOWERED_FILE, read_lowered
 from promprune.package.manifest import DECODER, TensorRecord, WeightsRecord
 from promprune.package.package import Package
 from promprune.runtime.sessions.base import Array, BoundRun, DeviceTensor, Session, Value
-from promprune.runtime.sessions.config import RuntimeConfig
+from promprune.runtime.sessions.config import RuntimeConfig, usable_cpus
 from promprune.runtime.sessions.interrupt import stoppable
 from promprune.runtime.sessions.providers import AUTO, CPU, PROVIDERS, refused, why_not
 
@@ -242,7 +242,7 @@ def inference_session(
 
 def _settings(config: RuntimeConfig, weights: Path | None, *, low_memory: bool) -> ort.SessionOptions:
     settings = ort.SessionOptions()
-    settings.intra_op_num_threads = config.num_threads or _usable_cpus()
+    settings.intra_op_num_threads = config.num_threads or usable_cpus()
     # Threads that spin between operators slow down other processes, and other sessions of this one.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(config.accuracy_level))
@@ -302,11 +302,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         ort.set_default_logger_severity(_WARNING)
-
-
-def _usable_cpus() -> int:
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def tensor_record(node: Any, path: Path) -> TensorRecord:
