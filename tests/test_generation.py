@@ -46,6 +46,35 @@ def test_distribution_is_hugging_faces(seed: int, temperature: float, top_k: int
     np.testing.assert_allclose(found[~tied], expected[~tied], atol=1e-9)
 
 
+def nucleus_of_full_sort(probabilities: np.ndarray, top_p: float) -> list[int]:
+    """The ids that top-p keeps, from all tokens sorted one by one: most likely first, ties by id."""
+    kept, total = [], 0.0
+    for token in sorted(range(probabilities.size), key=lambda token: (-probabilities[token], token)):
+        if total >= top_p:
+            break
+        kept.append(token)
+        total += probabilities[token]
+    return sorted(kept)
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    vocabulary=st.sampled_from([1, 255, 256, 257, 2048, 2049, 5000]),
+    levels=st.sampled_from([1, 2, 3, 300, 10**9]),  # distinct logits: few levels make many ties
+    spread=st.floats(0.01, 20),
+    top_p=st.floats(0.01, 0.999),
+)
+@settings(max_examples=100, deadline=None)
+def test_nucleus_is_that_of_a_full_sort(seed: int, vocabulary: int, levels: int, spread: float, top_p: float) -> None:
+    random = np.random.default_rng(seed)
+    logits = (random.integers(levels, size=vocabulary) * (spread / levels)).astype(np.float32)
+    probabilities = probabilities_of(logits, GenerationConfig(temperature=1.0))
+    found = probabilities_of(logits, GenerationConfig(temperature=1.0, top_p=top_p))
+    kept = nucleus_of_full_sort(probabilities, top_p)
+    assert np.flatnonzero(found).tolist() == kept
+    np.testing.assert_allclose(found[kept], probabilities[kept] / probabilities[kept].sum(), rtol=1e-12)
+
+
 @pytest.mark.parametrize("penalty", [0.5, 1.3, 4.0])
 def test_repetition_penalty_is_hugging_faces(penalty: float) -> None:
     import torch
