@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TypeAlias
 
 from promprune.checks import config_from_options
+from promprune.closing import Closing
 from promprune.errors import PackageError
 from promprune.package.manifest import DECODER, EMBED_TOKENS
 from promprune.package.package import read_package
@@ -39,7 +39,7 @@ __all__ = ["Prompt", "VisionLanguagePipeline"]
 Prompt: TypeAlias = "str | Sequence[Message]"
 
 
-class VisionLanguagePipeline:
+class VisionLanguagePipeline(Closing):
     """An exported vision-language model, ready to answer. Make one with :meth:`from_package`.
 
     Thread-safe: every call uses its own engine, and the cache of encoded images is locked. A :class:`Chat` is not
@@ -266,11 +266,3 @@ class VisionLanguagePipeline:
         """Free the graphs; using the pipeline afterwards raises a BackendError."""
         self.encoder.close()
         self.language_model.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()

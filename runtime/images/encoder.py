@@ -7,13 +7,13 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from promprune.checks import config_from_options
+from promprune.closing import Closing
 from promprune.errors import ConfigError
 from promprune.package.agree import check_graph
 from promprune.package.manifest import Manifest
@@ -37,7 +37,7 @@ PreparedImage: TypeAlias = "EncodedImage | PreprocessedImage"
 Images: TypeAlias = "ImageSource | Sequence[ImageSource]"
 
 
-class ImageEncoder:
+class ImageEncoder(Closing):
     """The vision half of a package, for :class:`VisionLanguagePipeline` and for language models that run elsewhere.
 
     Thread-safe.
@@ -159,14 +159,6 @@ class ImageEncoder:
         """Free the graphs; encoding afterwards raises a BackendError."""
         for session in self.sessions.values():
             session.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def as_image_list(images: Images) -> list[ImageSource]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType, TracebackType
-from typing import Any, Protocol, Self, TypeAlias
+from types import MappingProxyType
+from typing import Any, Protocol, TypeAlias
 
 import ml_dtypes  # noqa: F401 - gives numpy its "bfloat16"
 import numpy as np
 import numpy.typing as npt
 
+from promprune.closing import Closing
 from promprune.errors import BackendError
 from promprune.package.manifest import TensorRecord
 
@@ -64,7 +65,7 @@ class RowCopy:
     at: int
 
 
-class Session(ABC):
+class Session(Closing):
     """One graph, loaded on one device. Safe to run from several threads at once.
 
     Attributes:
@@ -183,14 +184,6 @@ class Session(ABC):
     @abstractmethod
     def close(self) -> None:
         """Free the graph; running it afterwards raises a BackendError."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _check_rows(self, size: int, copies: Sequence[RowCopy]) -> None:
         """Refuse rows of another size, which would otherwise be copied as a different number of rows."""
