@@ -25,7 +25,7 @@ from promprune.export.checkpoint.prompts import chat_template
 from promprune.export.checkpoint.weights import read_linked, torch_dtype
 from promprune.export.config import ExportConfig, default_output
 from promprune.export.families import Family
-from promprune.export.graphs.decoder import decoder_graph, embed_tokens_graph
+from promprune.export.graphs.decoder import check_rotary_frequencies, decoder_graph, embed_tokens_graph
 from promprune.export.graphs.external_data import ExternalData
 from promprune.export.graphs.selector import build_selector
 from promprune.export.graphs.trace import save_graph
@@ -92,6 +92,8 @@ def export_package(config: ExportConfig, *, progress: Progress = NO_PROGRESS) ->
             config = config.for_weights(weights)
             make_fake(checkpoint.meta_model)
             family = checkpoint.family(checkpoint.meta_model, checkpoint.processor, config.image_grids)
+            if not config.vision_only:
+                check_rotary_frequencies(family.text_config)
             tokens = {vision.name: config.token_counts(vision.num_tokens) for vision in family.vision_modules}
             selection = selection_record(config, read_constants(checkpoint.folder))
         data = ExternalData.create(folder / "onnx", checkpoint.digests, copy=config.copy_weights)

@@ -15,7 +15,7 @@ from promprune.export.families.base import Family
 from promprune.export.graphs.passes.layers import Repetition, alike, with_layers
 from promprune.export.graphs.trace import graph_from_module
 
-__all__ = ["DecoderWithCache", "decoder_graph", "embed_tokens_graph"]
+__all__ = ["DecoderWithCache", "check_rotary_frequencies", "decoder_graph", "embed_tokens_graph"]
 
 PAST: Final = "past_key_values"
 PRESENT: Final = "present"
@@ -71,13 +71,8 @@ def embed_tokens_graph(family: Family, *, opset: int) -> ir.Model:
 
 
 def decoder_graph(family: Family, *, opset: int) -> ir.Model:
-    """Export the decoder; see :meth:`DecoderWithCache.forward` for its inputs and outputs.
-
-    Raises:
-        UnsupportedModelError: the decoder cannot be one graph for every sequence length.
-    """
+    """Export the decoder; see :meth:`DecoderWithCache.forward` for its inputs and outputs."""
     text = family.text_config
-    _refuse_unsupported(text)
     stack, repetition = _shallow(family.language_model)
     layers = len(stack.layers)
     batch, length, past = 2, 3, 4
@@ -103,8 +98,12 @@ def decoder_graph(family: Family, *, opset: int) -> ir.Model:
     )
 
 
-def _refuse_unsupported(text_config: Any) -> None:
-    """Refuse rotary frequencies that depend on the length of the text: the graph and the KV cache have one set."""
+def check_rotary_frequencies(text_config: Any) -> None:
+    """Refuse rotary frequencies that depend on the length of the text: the graph and the KV cache have one set.
+
+    Raises:
+        UnsupportedModelError: the decoder cannot be one graph for every sequence length.
+    """
     rope = getattr(text_config, "rope_parameters", None) or {}
     kind, original = rope.get("rope_type"), rope.get("original_max_position_embeddings")
     if kind == "dynamic" or (kind == "longrope" and (original or 0) < text_config.max_position_embeddings):
