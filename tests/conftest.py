@@ -1,4 +1,4 @@
-"""Checkpoints and packages that many tests share; made once per run, and never changed by a test."""
+"""Checkpoints and packages that many tests share; made once per run of the tests, and never changed by a test."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import os
 import signal
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
 
 # Nothing in the tests may look for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 
-from promprune.export import ExportResult, export_package
-from promprune.export.config import ExportConfig
+from promprune.export import ExportResult
+from tests.support.shared import Shared
 from tests.support.skips import fail_wrong_skip
 from tests.support.tiny_models import (
     save_tiny_llava,
     save_tiny_llava_next,
     save_tiny_qwen,
     save_tiny_siglip_llava,
+    tiny_language_model,
     tiny_qwen2_5_vl,
     tiny_qwen2_vl,
 )
@@ -57,95 +57,117 @@ def sigint_handled() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-def exported(folders: pytest.TempPathFactory, name: str, **options: Any) -> ExportResult:
-    return export_package(ExportConfig(output=folders.mktemp("packages") / name, **options))
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """What is made once per run; with pytest-xdist, all processes share it."""
+    folder = tmp_path_factory.getbasetemp()
+    return Shared((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "shared")
 
 
 @pytest.fixture(scope="session")
-def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_llava(shared: Shared) -> Path:
     """A random LLaVA of 16 visual tokens per image."""
-    return save_tiny_llava(tmp_path_factory.mktemp("checkpoints") / "tiny-llava")
+    return shared.make("tiny-llava", save_tiny_llava)
 
 
 @pytest.fixture(scope="session")
-def tiny_export(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+def tiny_export(tiny_llava: Path, shared: Shared) -> ExportResult:
     """It, exported and verified: 4 of 16 visual tokens."""
-    return exported(tmp_path_factory, "tiny", model=str(tiny_llava), ratio=0.25, split_selector=True)
+    return shared.export("tiny", tiny_llava, ratio=0.25, split_selector=True)
 
 
 @pytest.fixture(scope="session")
-def tiny_full_export(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+def tiny_full_export(tiny_llava: Path, shared: Shared) -> ExportResult:
     """The unpruned baseline of the same model."""
-    return exported(tmp_path_factory, "tiny-full", model=str(tiny_llava), ratio=1.0)
+    return shared.export("tiny-full", tiny_llava, ratio=1.0)
 
 
 @pytest.fixture(scope="session")
-def tiny_fp16_export(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+def tiny_linked_export(tiny_llava: Path, shared: Shared) -> ExportResult:
+    """The package of ``tiny_export``, not verified, with weights that are linked from the checkpoint."""
+    return shared.export("tiny-linked", tiny_llava, ratio=0.25, split_selector=True, copy_weights=False, verify=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_fp16_export(tiny_llava: Path, shared: Shared) -> ExportResult:
     """The same model in fp16, exported and verified: 4 of 16 visual tokens."""
-    return exported(tmp_path_factory, "tiny-fp16", model=str(tiny_llava), ratio=0.25, dtype="fp16")
+    return shared.export("tiny-fp16", tiny_llava, ratio=0.25, dtype="fp16")
 
 
 @pytest.fixture(scope="session")
-def tiny_bf16_export(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+def tiny_bf16_export(tiny_llava: Path, shared: Shared) -> ExportResult:
     """The same model in bf16, exported and verified: 4 of 16 visual tokens."""
-    return exported(tmp_path_factory, "tiny-bf16", model=str(tiny_llava), ratio=0.25, dtype="bf16")
+    return shared.export("tiny-bf16", tiny_llava, ratio=0.25, dtype="bf16")
 
 
 @pytest.fixture(scope="session")
-def tiny_siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_siglip(shared: Shared) -> Path:
     """A random LLaVA whose vision tower is SigLIP: 16 visual tokens per image, no CLS token."""
-    return save_tiny_siglip_llava(tmp_path_factory.mktemp("checkpoints") / "tiny-siglip")
+    return shared.make("tiny-siglip", save_tiny_siglip_llava)
 
 
 @pytest.fixture(scope="session")
-def siglip_export(tiny_siglip: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+def siglip_export(tiny_siglip: Path, shared: Shared) -> ExportResult:
     """It, exported and verified: 4 of 16 visual tokens."""
-    return exported(tmp_path_factory, "siglip", model=str(tiny_siglip), ratio=0.25)
+    return shared.export("siglip", tiny_siglip, ratio=0.25)
 
 
 @pytest.fixture(scope="session")
-def tiny_llava_next(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_llava_next(shared: Shared) -> Path:
     """A random LLaVA-NeXT of 16 visual tokens per crop."""
-    return save_tiny_llava_next(tmp_path_factory.mktemp("checkpoints") / "tiny-llava-next")
+    return shared.make("tiny-llava-next", save_tiny_llava_next)
 
 
 @pytest.fixture(scope="session")
-def next_export(tiny_llava_next: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+def next_export(tiny_llava_next: Path, shared: Shared) -> ExportResult:
     """It, exported and verified: 2 of 16 visual tokens per crop."""
-    return exported(tmp_path_factory, "next", model=str(tiny_llava_next), ratio=0.12)
+    return shared.export("next", tiny_llava_next, ratio=0.12)
 
 
 @pytest.fixture(scope="session")
-def next_full_export(tiny_llava_next: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+def next_full_export(tiny_llava_next: Path, shared: Shared) -> ExportResult:
     """The unpruned baseline of the same model."""
-    return exported(tmp_path_factory, "next-full", model=str(tiny_llava_next), ratio=1.0)
+    return shared.export("next-full", tiny_llava_next, ratio=1.0)
 
 
 @pytest.fixture(scope="session")
-def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_mistral(shared: Shared) -> Path:
+    """A random LLaVA-NeXT whose language model attends to the last 24 tokens."""
+    text = tiny_language_model("mistral", sliding_window=24)
+    return shared.make("tiny-mistral", lambda folder: save_tiny_llava_next(folder, text=text))
+
+
+@pytest.fixture(scope="session")
+def mistral_export(tiny_mistral: Path, shared: Shared) -> ExportResult:
+    """It, exported and verified: 2 of 16 visual tokens per crop."""
+    return shared.export("mistral", tiny_mistral, ratio=0.12)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen(shared: Shared) -> Path:
     """A random Qwen2.5-VL."""
-    return save_tiny_qwen(tmp_path_factory.mktemp("checkpoints") / "tiny-qwen", tiny_qwen2_5_vl())
+    return shared.make("tiny-qwen", lambda folder: save_tiny_qwen(folder, tiny_qwen2_5_vl()))
 
 
 @pytest.fixture(scope="session")
-def tiny_qwen_export(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+def tiny_qwen_export(tiny_qwen: Path, shared: Shared) -> ExportResult:
     """It, exported and verified for images of 6 x 6 and of 4 x 7 tokens; the default ratio."""
-    return exported(tmp_path_factory, "tiny-qwen", model=str(tiny_qwen), image_grids=((6, 6), (4, 7)))
+    return shared.export("tiny-qwen-pruned", tiny_qwen, image_grids=((6, 6), (4, 7)))
 
 
 @pytest.fixture(scope="session")
-def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_qwen2(shared: Shared) -> Path:
     """A random Qwen2-VL."""
-    return save_tiny_qwen(tmp_path_factory.mktemp("checkpoints") / "tiny-qwen2", tiny_qwen2_vl())
+    return shared.make("tiny-qwen2", lambda folder: save_tiny_qwen(folder, tiny_qwen2_vl()))
 
 
 @pytest.fixture(scope="session")
-def tiny_qwen2_export(tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+def tiny_qwen2_export(tiny_qwen2: Path, shared: Shared) -> ExportResult:
     """It, exported and verified for images of 4 x 6 tokens; the default ratio."""
-    return exported(tmp_path_factory, "tiny-qwen2", model=str(tiny_qwen2), image_grids=((4, 6),))
+    return shared.export("tiny-qwen2-pruned", tiny_qwen2, image_grids=((4, 6),))
 
 
 @pytest.fixture(scope="session")
-def embedded_export(tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+def embedded_export(shared: Shared) -> ExportResult:
     """The embedded model at the default ratio, exported and verified."""
-    return exported(tmp_path_factory, "embedded")
+    return shared.export("embedded")

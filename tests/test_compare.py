@@ -13,9 +13,8 @@ from onnx import helper, numpy_helper
 from onnx.external_data_helper import load_external_data_for_model
 
 from promprune.errors import BackendError, ConfigError, PackageError
-from promprune.export import ExportResult, export_package
+from promprune.export import ExportResult
 from promprune.export.commands.verify import BACKENDS, main
-from promprune.export.config import ExportConfig
 from promprune.export.engine import toolkit
 from promprune.export.graphs.selector import build_selector
 from promprune.export.verify.config import CompareConfig
@@ -48,16 +47,6 @@ def fake(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compared") / "package"
     write_fake_package(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def linked(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package of ``tiny_export``, with weights that are linked from the checkpoint."""
-    output = tmp_path_factory.mktemp("compared") / "linked"
-    config = ExportConfig(
-        model=str(tiny_llava), ratio=0.25, output=output, split_selector=True, copy_weights=False, verify=False
-    )
-    return export_package(config).output
 
 
 def with_graph(folder: Path, name: str, graph: onnx.ModelProto) -> Path:
@@ -117,8 +106,8 @@ def test_the_inputs_are_those_of_real_answers(fake: Path) -> None:
     assert len(feeds["vision_encoder"]) == 1
 
 
-def test_linked_weights_are_found(linked: Path) -> None:
-    manifest = read_manifest(linked)
+def test_linked_weights_are_found(tiny_linked_export: ExportResult) -> None:
+    linked, manifest = tiny_linked_export.output, tiny_linked_export.manifest
     assert manifest.graphs[DECODER].weights == ("onnx/model.safetensors",)
     for result in compare_package(linked, CompareConfig()):
         assert result.passed, result.first
@@ -187,22 +176,18 @@ def test_an_injected_fault_is_traced_to_the_node_that_has_the_weight(
 
 @pytest.mark.slow
 def test_half_precision_is_close_to_single_in_every_tensor_they_share(
-    tiny_llava: Path, tiny_export: ExportResult, tmp_path: Path
+    tiny_fp16_export: ExportResult, tiny_export: ExportResult
 ) -> None:
-    config = ExportConfig(
-        model=str(tiny_llava), ratio=0.25, output=tmp_path / "half", dtype="fp16", verify=False, split_selector=True
-    )
-    half = export_package(config).output
     compare = CompareConfig(reference=tiny_export.output, graphs=(DECODER,), layers=True, tolerance=2e-2)
-    (result,) = compare_package(half, compare)
+    (result,) = compare_package(tiny_fp16_export.output, compare)
     assert result.passed, result.first
     assert result.compared > 100
     assert 1e-5 < max(output.error for output in result.outputs) < 1e-2
 
 
-@pytest.mark.parametrize("weights", ["copied", "linked"])
+@pytest.mark.parametrize("package", [pytest.param("tiny_export", marks=pytest.mark.slow), "tiny_linked_export"])
 def test_tensorrt_builds_every_graph_with_every_tensor_as_an_output(
-    weights: str, request: pytest.FixtureRequest, tiny_export: ExportResult, monkeypatch: pytest.MonkeyPatch
+    package: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The real parser and builder, as the backend calls them; only to run an engine takes a GPU."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed (Linux x86-64 only)")
@@ -218,12 +203,12 @@ def test_tensorrt_builds_every_graph_with_every_tensor_as_an_output(
         return RUNNERS["onnxruntime"](name, subject)
 
     monkeypatch.setattr(pipeline, "RUNNERS", {**RUNNERS, "tensorrt-rtx": build})
-    package = tiny_export.output if weights == "copied" else request.getfixturevalue("linked")
-    results = compare_package(package, CompareConfig(backend="tensorrt-rtx", layers=True))
-    assert [result.graph for result in results] == list(tiny_export.manifest.graphs)
+    export: ExportResult = request.getfixturevalue(package)
+    results = compare_package(export.output, CompareConfig(backend="tensorrt-rtx", layers=True))
+    assert [result.graph for result in results] == list(export.manifest.graphs)
     for result in results:
         marked = [outputs for graph, outputs in built if graph == result.graph]
-        assert marked[0] == [output.name for output in tiny_export.manifest.graphs[result.graph].outputs]
+        assert marked[0] == [output.name for output in export.manifest.graphs[result.graph].outputs]
         assert result.passed
         assert result.compared == sum(map(len, marked))
     assert sum(result.compared for result in results) > 500

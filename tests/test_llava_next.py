@@ -305,17 +305,18 @@ def test_the_picture_shows_the_whole_and_the_crops(pruned: Any, full: Any) -> No
 # Other language models, precisions, and what is refused
 
 
-@pytest.mark.parametrize(
-    ("text", "dtype"),
-    [
-        (tiny_language_model("qwen2", tie_word_embeddings=True), "fp16"),
-        (tiny_language_model("mistral", sliding_window=24), "fp32"),
-    ],
-    ids=["qwen2-tied-fp16", "mistral-fp32"],
-)
-def test_language_models_and_precisions(text: Any, dtype: Any, tmp_path: Path) -> None:
-    folder = save_tiny_llava_next(tmp_path / "checkpoint", text=text, tie_word_embeddings=text.tie_word_embeddings)
-    result = export_package(ExportConfig(model=str(folder), ratio=0.12, dtype=dtype, output=tmp_path / "out"))
+def test_a_sliding_window(tiny_mistral: Path, mistral_export: ExportResult) -> None:
+    check_against_transformers(mistral_export, tiny_mistral, "fp32")
+
+
+def test_tied_embeddings_in_half_precision(tmp_path: Path) -> None:
+    text = tiny_language_model("qwen2", tie_word_embeddings=True)
+    folder = save_tiny_llava_next(tmp_path / "checkpoint", text=text, tie_word_embeddings=True)
+    result = export_package(ExportConfig(model=str(folder), ratio=0.12, dtype="fp16", output=tmp_path / "out"))
+    check_against_transformers(result, folder, "fp16")
+
+
+def check_against_transformers(result: ExportResult, folder: Path, dtype: Any) -> None:
     assert result.manifest.verification is not None
     assert result.manifest.verification.passed
     reference = Reference(folder)

@@ -23,7 +23,6 @@ from promprune.package.manifest import DECODER
 from promprune.package.package import Package, read_package
 from promprune.runtime import VisionLanguagePipeline
 from tests.support.command_line import run
-from tests.support.tiny_models import save_tiny_llava_next, tiny_language_model
 
 VERSION = "1.31.0"
 
@@ -66,14 +65,12 @@ def test_its_weights_are_those_of_the_package(tiny_export: ExportResult) -> None
     assert not any(path.startswith("engines/") for path in listed)
 
 
-def test_sliding_windows_are_lowered(tmp_path: Path) -> None:
-    text = tiny_language_model("mistral", sliding_window=16)
-    model = save_tiny_llava_next(tmp_path / "model", text=text)
-    result = export_package(ExportConfig(model=str(model), output=tmp_path / "out", ratio=0.12, verify=False))
+def test_sliding_windows_are_lowered(mistral_export: ExportResult) -> None:
+    result = mistral_export
     lowered = read_lowered(Package(result.output, result.manifest), tool_version=VERSION)
     assert lowered is not None
     nodes = [node for node in ir.load(result.output / lowered.graph.file).graph if "Attention" in node.op_type]
-    assert all(node.attributes["local_window_size"].as_int() == 16 for node in nodes)
+    assert all(node.attributes["local_window_size"].as_int() == 24 for node in nodes)
     assert all(check.measured < 1e-5 for check in lowered.checks)
 
 

@@ -26,16 +26,16 @@ from promprune.package.manifest import (
     write_manifest,
 )
 from promprune.runtime import VisionLanguagePipeline
-from tests.conftest import exported
+from tests.support.shared import Shared
 
 INT4 = WeightRecord(format="int4", block_size=32)
 INT8 = WeightRecord(format="int8")
 
 
 @pytest.fixture(scope="module")
-def int4_export(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+def int4_export(tiny_llava: Path, shared: Shared) -> ExportResult:
     """The tiny LLaVA with a language model in int4 and a vision encoder in int8, verified."""
-    return exported(tmp_path_factory, "tiny-int4", model=str(tiny_llava), ratio=0.25, weight_format="int4")
+    return shared.export("tiny-int4", tiny_llava, ratio=0.25, weight_format="int4")
 
 
 def test_the_manifest_names_the_formats_and_a_higher_opset(int4_export: ExportResult) -> None:

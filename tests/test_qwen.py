@@ -250,7 +250,12 @@ def test_bf16_is_verified(tiny_qwen: Path, tmp_path: Path) -> None:
 def test_an_out_of_core_verification_runs_every_vision_graph(tiny_qwen: Path, tmp_path: Path) -> None:
     """bf16 is always verified out of core, on two images unless there are more grids; the third graph is wrong here."""
     config = ExportConfig(
-        model=str(tiny_qwen), image_grids=((2, 2), (2, 3), (3, 2)), dtype="bf16", output=tmp_path / "p", verify=False
+        model=str(tiny_qwen),
+        image_grids=((2, 2), (2, 3), (3, 2)),
+        dtype="bf16",
+        vision_only=True,
+        verify=False,
+        output=tmp_path / "package",
     )
     package, source = export_package(config), load_checkpoint(str(tiny_qwen))
     record = verify_package(package.output, package.manifest, source)

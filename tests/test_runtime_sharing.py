@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,8 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from promprune.errors import PackageError
-from promprune.export import ExportResult, export_package
-from promprune.export.config import ExportConfig
-from promprune.package.manifest import read_manifest
+from promprune.export import ExportResult
+from promprune.package.manifest import DECODER, read_manifest
 from promprune.runtime import VisionLanguagePipeline
 from tests.support.fake_package import EOS, HIDDEN, FakeModel, replaced_graph, rewrite_manifest, write_fake_package
 from tests.support.tiny_models import save_tiny_llava
@@ -44,20 +44,21 @@ def test_another_language_model_is_refused(tiny_full_export: ExportResult, tmp_p
         pipeline.with_vision_of(tmp_path / "other", provider="cpu")
 
 
-def test_other_linked_weights_are_another_language_model(tmp_path: Path) -> None:
+def test_other_linked_weights_are_another_language_model(
+    tiny_linked_export: ExportResult, tiny_llava: Path, tmp_path: Path
+) -> None:
     """Weights that a package shares with its checkpoint are in files that are not named after the graphs."""
-    packages = []
-    for seed in (0, 1):
-        checkpoint = save_tiny_llava(tmp_path / f"checkpoint-{seed}", seed=seed)
-        config = ExportConfig(
-            model=str(checkpoint), ratio=0.25, copy_weights=False, verify=False, output=tmp_path / f"package-{seed}"
-        )
-        packages.append(export_package(config).output)
+    (weights,) = tiny_linked_export.manifest.graphs[DECODER].weights
+    package = Path(shutil.copytree(tiny_linked_export.output, tmp_path / "other"))
+    save_tiny_llava(tmp_path / "checkpoint", seed=1)
+    (package / weights).unlink()
+    shutil.copy(tmp_path / "checkpoint/model.safetensors", package / weights)
+    rewrite_manifest(package, tiny_linked_export.manifest)
     with (
-        VisionLanguagePipeline.from_package(packages[0], provider="cpu") as pipeline,
+        VisionLanguagePipeline.from_package(tiny_linked_export.output, provider="cpu") as pipeline,
         pytest.raises(PackageError, match="another language model"),
     ):
-        pipeline.with_vision_of(packages[1], provider="cpu")
+        pipeline.with_vision_of(package, provider="cpu")
 
 
 def replace_vision(package: Path, model: onnx.ModelProto) -> None:

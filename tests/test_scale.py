@@ -196,17 +196,17 @@ def test_layers_that_differ_in_a_setting_are_not_alike() -> None:
 def test_a_checkpoint_in_half_precision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: str, dtype: Dtype
 ) -> None:
-    """Half precision on disk: linked if it is the package's dtype, else converted."""
+    """Half precision on disk: linked if it is the package's dtype, else converted; all graphs get weights alike."""
     monkeypatch.setattr("promprune.export.graphs.external_data.LINK_MIN_BYTES", 0)
     torch_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[stored]
     checkpoint = save_tiny_llava(tmp_path / "checkpoint", dtype=torch_dtype)
-    config = ExportConfig(model=str(checkpoint), ratio=0.25, dtype=dtype, output=tmp_path / "out")
+    config = ExportConfig(model=str(checkpoint), ratio=0.25, dtype=dtype, vision_only=True, output=tmp_path / "out")
     result = export_package(config)
     assert result.manifest.verification is not None
     assert result.manifest.verification.passed
     linked = (result.output / "onnx/model.safetensors").exists()
     assert linked == (stored == dtype)
-    assert (result.output / "onnx/decoder_model_merged.onnx_data").exists() != linked
+    assert (result.output / "onnx/vision_encoder.onnx_data").exists() != linked
 
 
 def test_a_bf16_package_is_verified_and_refused_on_the_cpu(tiny_bf16_export: ExportResult) -> None:

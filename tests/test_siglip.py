@@ -19,14 +19,14 @@ from promprune.method.reference import select_tokens
 from promprune.runtime import VisionLanguagePipeline, draw_kept_tokens
 from promprune.runtime.images.crop import CropPreprocessor
 from tests.support.hugging_face import PHOTOGRAPHS, QUESTIONS, Reference, messages_of
+from tests.support.shared import Shared
 from tests.support.tiny_models import PATCH_SIZE, SIGLIP_IMAGE_SIZE, save_tiny_siglip_llava
 
 
 @pytest.fixture(scope="module")
-def full(tiny_siglip: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+def full(tiny_siglip: Path, shared: Shared) -> ExportResult:
     """The unpruned baseline."""
-    output = tmp_path_factory.mktemp("siglip") / "full"
-    return export_package(ExportConfig(model=str(tiny_siglip), ratio=1.0, output=output))
+    return shared.export("siglip-full", tiny_siglip, ratio=1.0, verify=False)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,8 @@ def test_the_picture_leaves_out_what_fills_no_patch(siglip_export: ExportResult)
 
 
 def test_half_precision_is_verified(tiny_siglip: Path, tmp_path: Path) -> None:
-    config = ExportConfig(model=str(tiny_siglip), ratio=0.25, dtype="fp16", output=tmp_path / "out")
+    """The language model in fp16 is that of LLaVA-NeXT's tests."""
+    config = ExportConfig(model=str(tiny_siglip), ratio=0.25, dtype="fp16", vision_only=True, output=tmp_path / "out")
     verification = export_package(config).manifest.verification
     assert verification is not None
     assert verification.passed
