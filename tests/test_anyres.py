@@ -20,11 +20,10 @@ from promprune.errors import ImageError, PackageError
 from promprune.package.image import AnyresLayout
 from promprune.runtime.images.anyres import AnyresPreprocessor, fit_to_canvas, image_token_indices
 from promprune.runtime.images.preprocess import load_image
-from tests.test_preprocess import MODES, synthetic
+from tests.support.pictures import MODES, PHOTOGRAPHS, synthetic
 
 REAL = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 ODD = ((28, 28), (28, 140), (84, 56), (56, 84), (112, 28))
-PHOTOGRAPHS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "camera.png", "retina.jpg", "logo.png")
 
 
 def make_pair(folder: Path, layout: AnyresLayout, **changes: Any) -> tuple[AnyresPreprocessor, Any]:

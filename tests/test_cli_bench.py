@@ -25,8 +25,8 @@ from promprune.runtime.bench.tables import grids
 from promprune.runtime.commands import bench as command
 from tests.support.command_line import run
 from tests.support.progress import RecordedProgress
-from tests.test_qwen import NEW_TOKENS
-from tests.test_qwen import Reference as QwenReference
+from tests.support.qwen import NEW_TOKENS
+from tests.support.qwen import Reference as QwenReference
 
 PROMPT = "What is this?"
 

@@ -108,11 +108,11 @@ def test_no_folders_import_each_other() -> None:
         pytest.fail(f"a cycle of folders: {' -> '.join(error.args[1])}")
 
 
-def test_tests_run_scripts_as_commands_only() -> None:
-    """But for ``scripts/gpu``, a package that is tested like any other; scripts import of the tests what they share."""
+def test_tests_import_no_scripts_and_no_other_tests() -> None:
+    """But for ``scripts/gpu``, a package that is tested like any other. What tests share is in ``tests/support``."""
     for path in sorted((ROOT / "tests").rglob("*.py")):
         scripts = [module for module in imports_of(path) if module.startswith("scripts")]
         assert all(module.startswith("scripts.gpu") for module in scripts), f"{path.name} imports {scripts}"
-    for path in [*(ROOT / "scripts").rglob("*.py"), *(ROOT / "tests/support").glob("*.py")]:
+    for path in [*(ROOT / "scripts").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
         shared = [module for module in imports_of(path) if module.startswith("tests")]
         assert all(module.startswith("tests.support") for module in shared), f"{path.name} imports {shared}"

@@ -17,8 +17,8 @@ from PIL import Image
 from promprune.errors import ImageError, PackageError
 from promprune.runtime.images.crop import CropPreprocessor
 from promprune.runtime.images.preprocess import load_image
+from tests.support.pictures import MODES, PHOTOGRAPHS, synthetic
 
-PHOTOGRAPHS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "camera.png", "retina.jpg", "logo.png")
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)[:, None, None]
 
 
@@ -48,27 +48,7 @@ def test_photographs_agree_with_hugging_face(tmp_path: Path, name: str, side: in
     np.testing.assert_array_equal(ours(load_image(path)), expected)
 
 
-MODES = ("1", "L", "LA", "La", "P", "RGB", "RGBA", "RGBa", "PA", "CMYK", "YCbCr", "HSV", "LAB", "I", "F", "I;16")
 SIZES = ((1, 1), (7, 300), (300, 7), (31, 29), (56, 56), (400, 401))
-
-
-def synthetic(mode: str, size: tuple[int, int]) -> Image.Image:
-    rng = np.random.default_rng(size[0] * 1000 + size[1])
-    if mode in ("I", "F", "I;16"):
-        dtype = {"I": np.int32, "F": np.float32, "I;16": np.uint16}[mode]
-        return Image.fromarray(rng.integers(0, 300, (size[1], size[0])).astype(dtype))
-    rgba = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 4), dtype=np.uint8))
-    if mode == "PA":
-        return rgba.convert("P").convert("PA")
-    if mode == "LAB":
-        return Image.frombytes("LAB", size, rgba.convert("RGB").tobytes())
-    return (
-        rgba.convert("LA").convert("La")
-        if mode == "La"
-        else rgba.convert(mode)
-        if mode != "HSV"
-        else (rgba.convert("RGB").convert("HSV"))
-    )
 
 
 @pytest.mark.parametrize("size", SIZES)
