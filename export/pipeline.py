@@ -75,6 +75,11 @@ class ExportResult:
     seconds: float
     not_lowered: str = ""
 
+    @property
+    def package(self) -> Package:
+        """The folder and the manifest as one object."""
+        return Package(self.output, self.manifest)
+
 
 def export_package(config: ExportConfig, *, progress: Progress = NO_PROGRESS) -> ExportResult:
     """Export a model with its selection, verify the package, and move it into place by one rename.
@@ -168,7 +173,7 @@ def verified(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> Manife
     Raises:
         VerificationError: they disagree.
     """
-    verification = verify_package(folder, manifest, checkpoint)
+    verification = verify_package(Package(folder, manifest), checkpoint)
     if not verification.passed:
         raise VerificationError("the package disagrees with the model", checks=verification.checks)
     return msgspec.structs.replace(manifest, verification=verification)

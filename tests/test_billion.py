@@ -42,7 +42,7 @@ def test_a_billion_parameters_answer_as_in_torch(billion: Path, tmp_path: Path, 
         answers = {tuple(pipeline.generate([s.image], s.question, max_new_tokens=16).token_ids) for s in samples}
     assert len(answers) > 1
     assert min(len(set(answer)) for answer in answers) > 1
-    record = verify_package(result.output, result.manifest, load_checkpoint(str(billion)), num_images=IMAGES)
+    record = verify_package(result.package, load_checkpoint(str(billion)), num_images=IMAGES)
     measured = {check.name: check.measured for check in record.checks}
     for check in record.checks:
         print(f"{dtype}  {check.name:<50} {check.measured:<10.3g} {check.comparison} {check.limit:g}  {check.detail}")

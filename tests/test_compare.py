@@ -20,6 +20,7 @@ from promprune.export.graphs.selector import build_selector
 from promprune.export.verify.config import CompareConfig
 from promprune.package.engines import current_target
 from promprune.package.manifest import DECODER, read_manifest
+from promprune.package.package import read_package
 from tests.support.command_line import run
 from tests.support.fake_package import (
     NUM_TOKENS,
@@ -99,7 +100,7 @@ def test_half_precision_is_compared_in_double_precision() -> None:
 
 
 def test_the_inputs_are_those_of_real_answers(fake: Path) -> None:
-    feeds = sample_feeds(fake, read_manifest(fake))
+    feeds = sample_feeds(read_package(fake))
     prompt, token = feeds[DECODER]
     assert (prompt["past_key_values.0.key"].shape[2], token["inputs_embeds"].shape[1]) == (0, 1)
     assert token["attention_mask"].shape[1] == prompt["attention_mask"].shape[1] + 1
@@ -222,7 +223,7 @@ def test_a_package_with_other_graphs_is_refused(fake: Path, tiny_export: ExportR
 def test_a_graph_with_boolean_inputs_is_compared(tmp_path: Path) -> None:
     """The selector of LLaVA-NeXT has a boolean input, the mask of padding; answering does not run it."""
     package = with_graph(tmp_path / "package", "token_selector", build_selector(16, 8, 4, token_mask=True))
-    (feed,) = sample_feeds(package, read_manifest(package))["token_selector"]
+    (feed,) = sample_feeds(read_package(package))["token_selector"]
     assert (feed["token_mask"].dtype, feed["token_mask"].tolist()) == (np.bool_, [[True] * 16])
     config = CompareConfig(graphs=("token_selector",))
     (result,) = compare_package(package, config)

@@ -174,7 +174,7 @@ def test_a_fp16_export_verifies(tiny_llava: Path, tmp_path: Path) -> None:
 
 def test_verification_notices_other_weights(tiny_export: ExportResult, tmp_path: Path) -> None:
     other = load_checkpoint(str(save_tiny_llava(tmp_path / "other", seed=1)))
-    record = verify_package(tiny_export.output, tiny_export.manifest, other, num_images=2)
+    record = verify_package(tiny_export.package, other, num_images=2)
     failed = {check.name for check in record.checks if not check.passed}
     assert not record.passed
     assert {"image features, relative error", "prefill logits, relative error"} <= failed

@@ -20,7 +20,7 @@ from promprune.export.lower import onnxruntime as lowering
 from promprune.export.lower.build import lower_package
 from promprune.package.lowered import LOWERED_FILE, lowered_folder, read_lowered
 from promprune.package.manifest import DECODER
-from promprune.package.package import Package, read_package
+from promprune.package.package import read_package
 from promprune.runtime import VisionLanguagePipeline
 from tests.support.command_line import run
 
@@ -40,7 +40,7 @@ def package(tiny_export: ExportResult, tmp_path: Path) -> Path:
 def test_every_family_is_lowered_at_the_end_of_an_export(family: str, request: pytest.FixtureRequest) -> None:
     result: ExportResult = request.getfixturevalue(family)
     assert result.not_lowered == ""
-    lowered = read_lowered(Package(result.output, result.manifest), tool_version=VERSION)
+    lowered = read_lowered(result.package, tool_version=VERSION)
     assert lowered is not None
     assert [check.name for check in lowered.checks] == [
         "lowered decoder: prefill",
@@ -57,7 +57,7 @@ def test_every_family_is_lowered_at_the_end_of_an_export(family: str, request: p
 
 
 def test_its_weights_are_those_of_the_package(tiny_export: ExportResult) -> None:
-    lowered = read_lowered(Package(tiny_export.output, tiny_export.manifest), tool_version=VERSION)
+    lowered = read_lowered(tiny_export.package, tool_version=VERSION)
     assert lowered is not None
     assert lowered.graph.weights == tiny_export.manifest.graphs[DECODER].weights
     assert {path.name for path in lowered_folder(tiny_export.output).iterdir()} == {LOWERED_FILE, f"{DECODER}.onnx"}
@@ -67,7 +67,7 @@ def test_its_weights_are_those_of_the_package(tiny_export: ExportResult) -> None
 
 def test_sliding_windows_are_lowered(mistral_export: ExportResult) -> None:
     result = mistral_export
-    lowered = read_lowered(Package(result.output, result.manifest), tool_version=VERSION)
+    lowered = read_lowered(result.package, tool_version=VERSION)
     assert lowered is not None
     nodes = [node for node in ir.load(result.output / lowered.graph.file).graph if "Attention" in node.op_type]
     assert all(node.attributes["local_window_size"].as_int() == 24 for node in nodes)

@@ -25,6 +25,7 @@ from promprune.package.manifest import (
     read_manifest,
     write_manifest,
 )
+from promprune.package.package import Package
 from promprune.runtime import VisionLanguagePipeline
 from tests.support.shared import Shared
 
@@ -96,7 +97,7 @@ def test_a_planted_fault_fails(int4_export: ExportResult, tiny_llava: Path, tmp_
     graphs[DECODER] = msgspec.structs.replace(graphs[DECODER], weights=())
     manifest = msgspec.structs.replace(int4_export.manifest, graphs=graphs, files=file_records(folder))
     write_manifest(folder, manifest)
-    verification = verify_package(folder, manifest, load_checkpoint(str(tiny_llava)), num_images=1)
+    verification = verify_package(Package(folder, manifest), load_checkpoint(str(tiny_llava)), num_images=1)
     assert not verification.passed
     assert [check.name for check in verification.checks if not check.passed and "logits" in check.name]
 
@@ -156,7 +157,6 @@ def test_the_graphs_are_verified_out_of_core_too(
     int4_export: ExportResult, tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("promprune.export.verify.verification.available_memory", lambda: 0)
-    manifest = read_manifest(int4_export.output)
-    verification = verify_package(int4_export.output, manifest, load_checkpoint(str(tiny_llava)))
+    verification = verify_package(int4_export.package, load_checkpoint(str(tiny_llava)))
     assert verification.passed
     assert "what quantization costs" in verification.not_verified

@@ -26,6 +26,7 @@ from promprune.export.verify.samples import check_samples
 from promprune.export.verify.verification import verify_package
 from promprune.package.image import GridLayout
 from promprune.package.manifest import read_manifest
+from promprune.package.package import Package
 from promprune.runtime import EncodedImage, ImageEncoder, VisionLanguagePipeline
 from promprune.runtime.images.overlay import draw_kept_tokens
 from tests.support.fake_package import rewrite_manifest
@@ -172,13 +173,13 @@ def test_an_out_of_core_verification_runs_every_vision_graph(tiny_qwen: Path, tm
         output=tmp_path / "package",
     )
     package, source = export_package(config), load_checkpoint(str(tiny_qwen))
-    record = verify_package(package.output, package.manifest, source)
+    record = verify_package(package.package, source)
     assert record.passed
     assert "more than 3 images" in record.not_verified
     weights = package.output / "onnx/vision_encoder_3x2.onnx_data"
     values = np.random.default_rng(0).standard_normal(weights.stat().st_size // 2).astype(ml_dtypes.bfloat16)
     weights.write_bytes(values.tobytes())
-    record = verify_package(package.output, package.manifest, source)
+    record = verify_package(package.package, source)
     assert "image features, relative error" in {check.name for check in record.checks if not check.passed}
 
 
@@ -189,7 +190,7 @@ def test_a_vision_graph_that_no_image_is_for_is_noticed(
     monkeypatch.setattr(
         "promprune.export.verify.verification.check_samples", lambda count, *, sizes: check_samples(2, sizes=sizes[:1])
     )
-    record = verify_package(tiny_qwen_export.output, tiny_qwen_export.manifest, load_checkpoint(str(tiny_qwen)))
+    record = verify_package(tiny_qwen_export.package, load_checkpoint(str(tiny_qwen)))
     (check,) = (check for check in record.checks if check.name == "vision graphs without an image")
     assert (check.passed, check.detail) == (False, "vision_encoder_4x7")
 
@@ -208,7 +209,7 @@ def test_exchanged_axes_are_noticed_without_an_answer(
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(axes), "axes"))
     model.graph.node.insert(0, onnx.helper.make_node("Gather", ["position_ids", "axes"], ["exchanged"]))
     path.write_bytes(model.SerializeToString())
-    record = verify_package(package, tiny_qwen_export.manifest, load_checkpoint(str(tiny_qwen)))
+    record = verify_package(Package(package, tiny_qwen_export.manifest), load_checkpoint(str(tiny_qwen)))
     failed = {check.name for check in record.checks if not check.passed and not check.advisory}
     assert failed == {"prefill logits, relative error", "decode logits, relative error"}
 

@@ -121,7 +121,7 @@ def out_of_core(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("out_of_core")
 def test_an_out_of_core_verification_agrees(deep_export: ExportResult, deep_llava: Path) -> None:
-    record = verify_package(deep_export.output, deep_export.manifest, load_checkpoint(str(deep_llava)))
+    record = verify_package(deep_export.package, load_checkpoint(str(deep_llava)))
     assert record.passed
     assert "answers, token for token" in record.not_verified
     assert deep_export.manifest.verification is not None
@@ -143,7 +143,7 @@ def test_every_tower_runs_out_of_core(checkpoint: str, package: str, request: py
     export: ExportResult = request.getfixturevalue(package)
     source = load_checkpoint(str(request.getfixturevalue(checkpoint)))
     request.getfixturevalue("out_of_core")  # not before the package is there, which other tests use as well
-    assert verify_package(export.output, export.manifest, source).passed
+    assert verify_package(export.package, source).passed
 
 
 @pytest.mark.usefixtures("out_of_core")
@@ -157,7 +157,7 @@ def test_an_out_of_core_verification_notices_one_wrong_layer(
         wrong = {k: v * 1.5 for k, v in tensors.items() if k.endswith("model.layers.3.self_attn.o_proj.weight")}
         if wrong:
             save_file({**tensors, **wrong}, shard)
-    record = verify_package(deep_export.output, deep_export.manifest, load_checkpoint(str(other)))
+    record = verify_package(deep_export.package, load_checkpoint(str(other)))
     failed = {check.name for check in record.checks if not check.passed}
     assert {"prefill logits, relative error", "decode logits, relative error"} <= failed
     assert "image features, relative error" not in failed

@@ -14,7 +14,7 @@ from promprune.checks import require
 from promprune.package.engines import ENGINE_BACKENDS, EngineConfig
 from promprune.package.lowered import LOWERED_BACKEND
 from promprune.package.package import read_package
-from promprune.runtime.commands.options import Version, integer_option
+from promprune.runtime.commands.options import PackageFolder, Version, integer_option, json_option
 from promprune.terminal import console, missing_extra, print_json, run_command, show_progress
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ DEFAULTS: Final = EngineConfig()
 
 
 def build(
-    package: Annotated[Path, typer.Argument(help="Folder written by promprune-export.", metavar="PACKAGE")],
+    package: PackageFolder,
     backend: Annotated[
         str, typer.Option(help=f"TensorRT that builds the engines: {' or '.join(ENGINE_BACKENDS)}.", metavar="BACKEND")
     ] = DEFAULTS.backend,
@@ -64,7 +64,7 @@ def build(
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Replace existing engines, even if they are up to date.")
     ] = DEFAULTS.rebuild,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the engines as one line of JSON on stdout.")] = False,
+    as_json: Annotated[bool, json_option("the engines")] = False,
     version: Version = False,
 ) -> None:
     """Build TensorRT engines of a package, in PACKAGE/engines. Engines that are up to date are kept.

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from promprune.export.commands.export import parse_grids
+from promprune.export.commands.options import Model, parse_grids
 from promprune.export.config import CalibrateConfig, check_calibration_images
 from promprune.package.sources import folder_images, local_folder
-from promprune.runtime.commands.options import Version, integer_option
+from promprune.runtime.commands.options import Version, integer_option, json_option
 from promprune.terminal import (
     console,
     missing_extra,
@@ -32,10 +32,7 @@ _BAR_WIDTH: Final = 40
 
 
 def calibrate(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="Folder in Hugging Face format, or hub id. Default: the embedded model.", metavar="MODEL"),
-    ] = None,
+    model: Model = None,
     images: Annotated[
         Path | None,
         typer.Option(
@@ -65,7 +62,7 @@ def calibrate(
         Path | None,
         typer.Option(help="Also draw the histogram, as a .png or .svg file.", metavar="FILE", show_default=False),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON on stdout.")] = False,
+    as_json: Annotated[bool, json_option("the result")] = False,
     version: Version = False,
 ) -> None:
     """Fit mu and tau, the constants of the budget split, to the vision tower of a model. Needs no labels.

@@ -21,7 +21,7 @@ from promprune.files import replace_file
 from promprune.package.manifest import MANIFEST_FILE, read_manifest
 from promprune.package.sources import EMBEDDED_MODEL, local_folder
 from promprune.progress import Progress
-from promprune.runtime.commands.options import Version, integer_option
+from promprune.runtime.commands.options import Version, integer_option, json_option
 from promprune.terminal import console, missing_extra, plain, print_json, run_command, show_progress
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def evaluate(
     gallery_limit: Annotated[
         int, integer_option("Maximum number of images on that page.", expected="a whole number, at least 1")
     ] = DEFAULTS.gallery_limit,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as one line of JSON on stdout.")] = False,
+    as_json: Annotated[bool, json_option("the results")] = False,
     version: Version = False,
 ) -> None:
     """Ask the same questions with all visual tokens and with fewer, and compare the answers.

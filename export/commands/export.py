@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -11,7 +10,8 @@ import msgspec
 import typer
 
 from promprune.dtypes import DTYPES, WEIGHT_FORMATS
-from promprune.errors import ConfigError, VerificationError
+from promprune.errors import VerificationError
+from promprune.export.commands.options import Model, parse_grids
 from promprune.export.commands.tables import checks_table, print_verification
 from promprune.export.config import BLOCK_SIZES, DEFAULT_INT4_BLOCK, ExportConfig, default_output
 from promprune.export.graphs.opset import QUANTIZED_OPSET
@@ -19,7 +19,7 @@ from promprune.method.config import POLICIES, SelectionConfig
 from promprune.package.describe import describe_selection, describe_weights
 from promprune.package.manifest import check_package_output
 from promprune.package.sources import local_folder
-from promprune.runtime.commands.options import Version, integer_option, number_option
+from promprune.runtime.commands.options import Version, integer_option, json_option, number_option
 from promprune.terminal import (
     console,
     missing_extra,
@@ -39,10 +39,7 @@ COST: Final = "cost of quantization"  # how the names of these checks begin
 
 
 def export(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="Folder in Hugging Face format, or hub id. Default: the embedded model.", metavar="MODEL"),
-    ] = None,
+    model: Model = None,
     ratio: Annotated[
         float | None,
         number_option(
@@ -165,7 +162,7 @@ def export(
         bool, typer.Option(help="Compare the package with the model before OUT appears.")
     ] = DEFAULTS.verify,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it already is a package.")] = DEFAULTS.force,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as one line of JSON on stdout.")] = False,
+    as_json: Annotated[bool, json_option("the manifest")] = False,
     version: Version = False,
 ) -> None:
     """Export a vision-language model to ONNX, with PromPrune's token selection inside the vision graph.
@@ -217,21 +214,6 @@ def export(
 def main() -> None:
     """Entry point of ``promprune-export``."""
     run_command(export)
-
-
-def parse_grids(text: str) -> tuple[tuple[int, int], ...]:
-    """Parse a list of grids such as ``24x24,18x32`` into pairs of rows and columns.
-
-    Raises:
-        ConfigError: it is not such a list.
-    """
-    matches = [re.fullmatch(r"\s*(\d{1,4})\s*[xX]\s*(\d{1,4})\s*", part) for part in text.split(",")]
-    grids = tuple((int(match[1]), int(match[2])) for match in matches if match)
-    if len(grids) != len(matches):
-        raise ConfigError(
-            f"received --image-grid {text!r}", expected="rows x columns of visual tokens, such as 24x24 or 24x24,18x32"
-        )
-    return grids
 
 
 def _run(config: ExportConfig) -> ExportResult:

@@ -17,8 +17,9 @@ from promprune.export.commands.tables import print_verification
 from promprune.export.verify.config import DEFAULT_CHECK_IMAGES, CompareConfig
 from promprune.package.describe import describe_selection
 from promprune.package.manifest import Manifest, read_manifest
+from promprune.package.package import read_package
 from promprune.package.sources import EMBEDDED_MODEL, local_folder, source_of_package
-from promprune.runtime.commands.options import Version, integer_option, number_option
+from promprune.runtime.commands.options import PackageFolder, Version, integer_option, json_option, number_option
 from promprune.terminal import (
     EXIT_REFUSED,
     console,
@@ -41,7 +42,7 @@ BACKENDS: Final = ("onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"
 
 
 def verify(
-    package: Annotated[Path, typer.Argument(help="Folder written by promprune-export.", metavar="PACKAGE")],
+    package: PackageFolder,
     model: Annotated[
         str | None,
         typer.Option(
@@ -93,7 +94,7 @@ def verify(
         ),
     ] = None,
     inspect: Annotated[bool, typer.Option("--inspect", help="Only print the layers of the graphs on stdout.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the checks as one line of JSON on stdout.")] = False,
+    as_json: Annotated[bool, json_option("the checks")] = False,
     version: Version = False,
 ) -> None:
     """Compare a package with the model that it was made from. Exits with 1 if a check fails.
@@ -159,14 +160,14 @@ def _verify(package: Path, model: str | None, images: int, *, as_json: bool) -> 
         local_folder(model)
     manifest = read_manifest(package)
     source = source_of_package(package, manifest.source.model) if model is None else model
-    read_manifest(package, check_weights=True)  # takes minutes for a large package, so only after the source was found
+    checked = read_package(package, check_weights=True)  # takes minutes if it is large: after the source was found
     with missing_extra("export"):
         from promprune.export.checkpoint.loading import load_checkpoint
         from promprune.export.verify.verification import verify_package
     with console.status(f"comparing {plain(str(package))} with {plain(source or EMBEDDED_MODEL)} on {images} images"):
         checkpoint = load_checkpoint(source)
         _check_source(package, manifest, source or EMBEDDED_MODEL, checkpoint.source.weights_sha256)
-        record = verify_package(package, manifest, checkpoint, num_images=images)
+        record = verify_package(checked, checkpoint, num_images=images)
     if as_json:
         print_json({"package": str(package), **msgspec.to_builtins(record)})
     else:

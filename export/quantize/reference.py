@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -20,7 +19,7 @@ from promprune.dtypes import BY_NAME
 from promprune.export.checkpoint.weights import LinkedWeight, StoredTensor, link, linked, torch_dtype
 from promprune.export.quantize.graph import LARGEST, LEAST_STEP, QUANTIZED_SUFFIX
 from promprune.export.quantize.weights import QuantizedWeight, WeightQuantization
-from promprune.package.manifest import Manifest
+from promprune.package.package import Package
 
 __all__ = ["PackageWeights", "PackagedTensor", "fake_quantize", "package_weights"]
 
@@ -105,20 +104,21 @@ class PackageWeights:
         return module.register_forward_pre_hook(lambda module, args: (fake_quantize(args[0]), *args[1:])).remove
 
 
-def package_weights(folder: Path, manifest: Manifest) -> PackageWeights | None:
+def package_weights(package: Package) -> PackageWeights | None:
     """Return the weights of a package that are stored in another format than its dtype; None if there are none.
 
     The names are those of the graphs' initializers; the manifest tells how they are quantized.
     """
+    manifest = package.manifest
     if manifest.weights is None:
         return None
     formats: dict[str, WeightQuantization | torch.dtype] = {}
     int8_activations: set[str] = set()
-    for graph, graph_record in manifest.graphs.items():
+    for graph in manifest.graphs:
         record = manifest.weights.of(graph)
         if record.format == manifest.dtype:
             continue
-        initializers = onnx.load(folder / graph_record.file, load_external_data=False).graph.initializer
+        initializers = onnx.load(package.graph_file(graph), load_external_data=False).graph.initializer
         if not record.is_quantized:
             element = BY_NAME[record.format]
             names = [tensor.name for tensor in initializers if tensor.data_type == element.onnx]

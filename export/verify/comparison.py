@@ -25,7 +25,8 @@ from promprune.export.verify.config import CompareConfig
 from promprune.export.verify.samples import check_samples
 from promprune.export.verify.tensors import TensorError, compare_results, same_tensors, tensors_of
 from promprune.package.engines import ProfileRecord, ShapeRange
-from promprune.package.manifest import Manifest, TensorRecord, read_manifest
+from promprune.package.manifest import Manifest, TensorRecord
+from promprune.package.package import Package, read_package
 from promprune.progress import NO_PROGRESS, Progress
 from promprune.runtime import ImageEncoder, VisionLanguagePipeline
 
@@ -97,19 +98,19 @@ def compare_package(
     for name in (config.backend, config.against):
         if name not in RUNNERS:
             raise ConfigError(f"received backend {name!r}", expected=f"one of {', '.join(RUNNERS)}")
-    manifest, reference = read_manifest(package), config.reference or package
-    reference_manifest = read_manifest(reference)
-    names = _names(manifest, config.graphs)
-    _check_alike(package, manifest, reference, reference_manifest)
+    compared = read_package(package)
+    reference = compared if config.reference is None else read_package(config.reference)
+    names = _names(compared.manifest, config.graphs)
+    _check_alike(compared, reference)
     G_LOGGER.module_severity = G_LOGGER.CRITICAL + 1  # it logs to stdout; errors are raised as exceptions
     progress.announce(1 + len(names))
     with progress.step("sample inputs"):
-        feeds = sample_feeds(reference, manifest)
+        feeds = sample_feeds(reference)
     _check_fed(names, feeds)
     comparisons = []
     for name in names:
         with progress.step(f"compare {name}"):
-            graphs = (_read_graph(package, manifest, name), _read_graph(reference, reference_manifest, name))
+            graphs = (_read_graph(compared, name), _read_graph(reference, name))
             comparisons.append(_compare_graph(name, graphs, feeds[name], config))
     return tuple(comparisons)
 
@@ -121,10 +122,10 @@ def describe_graphs(package: Path, graphs: Sequence[str] = ()) -> str:
         ConfigError: there is no such graph.
         PackageError: it is not a package.
     """
-    manifest = read_manifest(package)
+    subject = read_package(package)
     texts = []
-    for name in _names(manifest, graphs):
-        model = onnx.load(package / manifest.graphs[name].file, load_external_data=False)
+    for name in _names(subject.manifest, graphs):
+        model = onnx.load(subject.graph_file(name), load_external_data=False)
         texts.append(f"{name}\n{str_from_onnx(model, show_layers=True)}")
     return "\n\n".join(texts)
 
@@ -138,12 +139,12 @@ def _names(manifest: Manifest, graphs: Sequence[str]) -> list[str]:
     return list(graphs) or known
 
 
-def _check_alike(package: Path, manifest: Manifest, reference: Path, reference_manifest: Manifest) -> None:
-    missing = set(manifest.graphs) - set(reference_manifest.graphs)
+def _check_alike(package: Package, reference: Package) -> None:
+    missing = set(package.manifest.graphs) - set(reference.manifest.graphs)
     if missing:
         raise PackageError(
-            f"{reference} has no {', '.join(sorted(missing))}",
-            expected=f"the graphs of {package}",
+            f"{reference.folder} has no {', '.join(sorted(missing))}",
+            expected=f"the graphs of {package.folder}",
             fix="compare packages of the same model that were exported with the same options",
         )
 
@@ -158,23 +159,23 @@ def _check_fed(names: Sequence[str], feeds: Mapping[str, Sequence[Feed]]) -> Non
         )
 
 
-def _read_graph(package: Path, manifest: Manifest, name: str) -> _Graph:
-    record = manifest.graphs[name]
-    path = package / record.file
+def _read_graph(package: Package, name: str) -> _Graph:
+    record, path = package.manifest.graphs[name], package.graph_file(name)
     # TensorRT needs the types of outputs; exporters write those of some inner tensors only.
     model = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False))
     # Only files that the manifest lists: those are known to be inside the package.
-    weights = tuple(package / file.path for file in manifest.files if file.path in record.weights)
+    weights = tuple(package.folder / file.path for file in package.manifest.files if file.path in record.weights)
     return _Graph(path=path, weights=weights, model=model)
 
 
-def sample_feeds(package: Path, manifest: Manifest) -> dict[str, list[Feed]]:
+def sample_feeds(package: Package) -> dict[str, list[Feed]]:
     """Return inputs of every graph, by its name: those it receives while the package answers about rendered images.
 
     A graph that answering does not use, such as ``token_selector``, gets random numbers, and ``True`` for booleans; if
     it has other inputs, it is omitted.
     """
     feeds: dict[str, list[Feed]] = {}
+    manifest = package.manifest
 
     def note(graph: str, inputs: Any) -> None:
         feed = {
@@ -186,7 +187,7 @@ def sample_feeds(package: Path, manifest: Manifest) -> dict[str, list[Feed]]:
             known.append(feed)
 
     loader = VisionLanguagePipeline if manifest.has_language_model else ImageEncoder
-    with loader.from_package(package, provider="cpu", image_cache_size=0, lowered=False) as running:
+    with loader.from_package(package.folder, provider="cpu", image_cache_size=0, lowered=False) as running:
         for graph, session in running.sessions.items():
             session.on_run = partial(note, graph)
         for sample in check_samples(len(_SIZES), sizes=_SIZES):

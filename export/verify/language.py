@@ -52,7 +52,7 @@ def check_language(subject: Subject, samples: Sequence[Sample], limits: Limits) 
 
     split = input_ids.shape[1] - (1 if subject.out_of_core else 3)  # the last positions are decoded one by one
     strides = _strides(family, input_ids.shape[1])
-    decoder = _Decoder(subject.open(DECODER), subject.manifest.graphs[DECODER], strides)
+    decoder = _Decoder(subject.open(DECODER), subject.package.manifest.graphs[DECODER], strides)
     hidden = family.language_model(
         inputs_embeds=reference,
         attention_mask=attention_mask,
@@ -71,7 +71,7 @@ def check_language(subject: Subject, samples: Sequence[Sample], limits: Limits) 
 def package_answers(subject: Subject, samples: Sequence[Sample]) -> list[Result | PrompruneError]:
     """Answer with the runtime; an error if it refuses what the graphs gave."""
     answers: list[Result | PrompruneError] = []
-    with VisionLanguagePipeline.from_package(subject.folder, provider="cpu", accuracy_level=0) as pipeline:
+    with VisionLanguagePipeline.from_package(subject.package.folder, provider="cpu", accuracy_level=0) as pipeline:
         for sample in samples:
             try:
                 answers.append(pipeline.generate([sample.image], sample.question, max_new_tokens=MAX_NEW_TOKENS))

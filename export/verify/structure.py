@@ -16,8 +16,8 @@ __all__ = ["check_structure"]
 def check_structure(subject: Subject) -> Iterator[CheckRecord]:
     """Compare the names, dtypes and shapes that ONNX Runtime reports for every graph with the manifest."""
     different = []
-    for name, record in subject.manifest.graphs.items():
-        session, path = subject.open(name), subject.folder / record.file
+    for name, record in subject.package.manifest.graphs.items():
+        session, path = subject.open(name), subject.package.graph_file(name)
         inputs, outputs = (
             [tensor_record(node, path) for node in nodes] for nodes in (session.get_inputs(), session.get_outputs())
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +16,7 @@ from promprune.export.checkpoint.loading import Checkpoint
 from promprune.export.checkpoint.out_of_core import PiecewiseSession
 from promprune.export.families import Family
 from promprune.export.quantize.reference import PackageWeights, package_weights
-from promprune.package.manifest import Manifest
+from promprune.package.package import Package
 from promprune.runtime.sessions.config import RuntimeConfig
 from promprune.runtime.sessions.onnxruntime import inference_session
 
@@ -44,35 +43,33 @@ class Subject:
     """A package and its source model, opened for verification.
 
     Attributes:
-        folder, manifest: the package.
+        package: the package.
         family: its source, the transformers model in fp32.
         out_of_core: whether both run one part at a time.
         meta_model: the source without its weights, linked to the checkpoint.
         weights: the weights that the package stores in another format than its dtype; None if there are none.
     """
 
-    folder: Path
-    manifest: Manifest
+    package: Package
     family: Family
     out_of_core: bool
     meta_model: Any
     weights: PackageWeights | None
 
     @classmethod
-    def of(cls, folder: Path, manifest: Manifest, checkpoint: Checkpoint, *, out_of_core: bool) -> Subject:
+    def of(cls, package: Package, checkpoint: Checkpoint, *, out_of_core: bool) -> Subject:
         """Load the source model; with ``out_of_core``, let it load one part at a time."""
         # ONNX Runtime runs a bf16 package in fp32, so torch has to compute in fp32 with the same weights.
-        rounded_to = torch.bfloat16 if manifest.dtype == "bf16" else torch.float32
-        weights = package_weights(folder, manifest)
+        rounded_to = torch.bfloat16 if package.manifest.dtype == "bf16" else torch.float32
+        weights = package_weights(package)
         if out_of_core:
             relink = weights.link_to if weights else None
             source = checkpoint.out_of_core_model(rounded_to=rounded_to, relink=relink)
         else:
             source = checkpoint.model
         return cls(
-            folder=folder,
-            manifest=manifest,
-            family=checkpoint.family(source, checkpoint.processor, manifest.image.layout.grid_sizes),
+            package=package,
+            family=checkpoint.family(source, checkpoint.processor, package.manifest.image.layout.grid_sizes),
             out_of_core=out_of_core,
             meta_model=checkpoint.meta_model,
             weights=weights,
@@ -81,7 +78,8 @@ class Subject:
     @property
     def has_int8_activations(self) -> bool:
         """Whether the vision graphs quantize their activations."""
-        return self.manifest.weights is not None and self.manifest.weights.vision.int8_activations
+        formats = self.package.manifest.weights
+        return formats is not None and formats.vision.int8_activations
 
     @contextlib.contextmanager
     def package_weights(self) -> Iterator[None]:
@@ -94,7 +92,7 @@ class Subject:
 
     def open(self, graph: str, outputs: Sequence[str] = ()) -> Runnable:
         """Open a graph of the package; ``outputs`` are inner values to return besides its outputs."""
-        path = self.folder / self.manifest.graphs[graph].file
+        path = self.package.graph_file(graph)
         if self.out_of_core:
             return PiecewiseSession(path, outputs)
         model = onnx.load(path, load_external_data=False)

@@ -13,7 +13,6 @@ all weights, but on fewer inputs; the record lists what was not verified.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Final
 
 import torch
@@ -31,6 +30,7 @@ from promprune.export.verify.structure import check_structure
 from promprune.export.verify.subject import Subject
 from promprune.export.verify.vision import check_vision, run_vision
 from promprune.package.manifest import Manifest, VerificationRecord
+from promprune.package.package import Package
 
 __all__ = ["verify_package"]
 
@@ -43,13 +43,12 @@ FP16_WARNING: Final = 0.25  # share of FP16_MAX above which features cause a war
 
 
 def verify_package(
-    folder: Path, manifest: Manifest, checkpoint: Checkpoint, *, num_images: int = DEFAULT_CHECK_IMAGES
+    package: Package, checkpoint: Checkpoint, *, num_images: int = DEFAULT_CHECK_IMAGES
 ) -> VerificationRecord:
     """Compare a package with its source on ``num_images`` rendered images.
 
     Args:
-        folder: the package, finished or before it is moved into place.
-        manifest: its manifest, whose digests were checked or just computed.
+        package: the package, finished or before it is moved into place; its digests were checked or just computed.
         checkpoint: the model it was made from, in fp32.
         num_images: number of images; at least one of each of the model's sample sizes or, out of core, one for each
             of its vision graphs.
@@ -57,8 +56,9 @@ def verify_package(
     Returns:
         All checks with their measured values; ``passed`` if all checks passed that are not advisory.
     """
+    manifest = package.manifest
     out_of_core = manifest.dtype == "bf16" or _bytes_needed(checkpoint) > available_memory()
-    subject = Subject.of(folder, manifest, checkpoint, out_of_core=out_of_core)
+    subject = Subject.of(package, checkpoint, out_of_core=out_of_core)
     family, limits = subject.family, LIMITS[manifest.dtype]
     count = min(num_images, OUT_OF_CORE_IMAGES) if out_of_core else num_images
     least = len(family.vision_modules if out_of_core else family.sample_sizes)

@@ -87,7 +87,7 @@ def check_vision(
 
 def _runs(subject: Subject, vision: VisionModule, references: Sequence[VisionReference]) -> Iterator[VisionRun]:
     """Run a vision graph in ONNX Runtime and in torch, on several images at a time if it is batched."""
-    counts = subject.manifest.tokens_of(vision.name)
+    counts = subject.package.manifest.tokens_of(vision.name)
     session = subject.open(vision.name, CHOSEN_FROM if counts.is_pruned else ())
     if subject.out_of_core and vision.is_batched:
         references = [row for reference in references for row in _rows(reference)]

@@ -28,6 +28,7 @@ from promprune.runtime.commands.options import (
     Provider,
     Version,
     integer_option,
+    json_option,
     number_option,
 )
 from promprune.runtime.sessions.config import RuntimeConfig
@@ -134,7 +135,7 @@ def bench(
         typer.Option("-o", "--output", help="Folder to write report.json, .csv, .md and .html to.", metavar="OUT"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the reports in OUT.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one line of JSON on stdout.")] = False,
+    as_json: Annotated[bool, json_option("the report")] = False,
     version: Version = False,
 ) -> None:
     """Measure packages and baselines in turns, stage by stage, and count their work.

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import typer
 
 from promprune.terminal import option_type, version_callback
 
-__all__ = ["Backend", "CudaGraphs", "NumThreads", "Provider", "Version", "integer_option", "number_option"]
+__all__ = [
+    "Backend",
+    "CudaGraphs",
+    "NumThreads",
+    "PackageFolder",
+    "Provider",
+    "Version",
+    "integer_option",
+    "json_option",
+    "number_option",
+]
 
 
 def integer_option(
@@ -23,6 +34,14 @@ def number_option(text: str, metavar: str = "NUMBER", *, expected: str = "a numb
     return typer.Option(help=text, metavar=metavar, parser=option_type(float, expected), show_default=show_default)
 
 
+def json_option(what: str) -> Any:
+    """Return the option ``--json``, for a command that prints ``what``."""
+    return typer.Option("--json", help=f"Print {what} as one line of JSON on stdout.")
+
+
+PackageFolder: TypeAlias = Annotated[
+    Path, typer.Argument(help="Folder written by promprune-export.", metavar="PACKAGE")
+]
 Backend: TypeAlias = Annotated[
     str, typer.Option(help="Library that runs the graphs: onnxruntime or tensorrt.", metavar="NAME")
 ]

@@ -32,6 +32,7 @@ from promprune.runtime.commands.options import (
     Backend,
     CudaGraphs,
     NumThreads,
+    PackageFolder,
     Provider,
     Version,
     integer_option,
@@ -55,7 +56,7 @@ _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control charac
 
 
 def run(
-    package: Annotated[Path, typer.Argument(help="Folder written by promprune-export.", metavar="PACKAGE")],
+    package: PackageFolder,
     image: Annotated[
         list[Path] | None,
         typer.Option("--image", "-i", help="Image file. Repeat the option for several images.", metavar="FILE"),

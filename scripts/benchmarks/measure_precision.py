@@ -109,7 +109,7 @@ def package_errors(checkpoint: Checkpoint, dtype: Any, folder: Path) -> dict[str
         model=str(checkpoint.folder), dtype=dtype, ratio=0.25, verify=False, output=folder / "package", force=True
     )
     result = export_package(config)
-    record = verify_package(result.output, result.manifest, checkpoint, num_images=IMAGES)
+    record = verify_package(result.package, checkpoint, num_images=IMAGES)
     found = {check.name.split(",")[0]: check.measured for check in record.checks if "relative error" in check.name}
     return {
         "features": found["image features"],
