@@ -186,7 +186,7 @@ class VisionLanguagePipeline(Closing):
         """Return an engine that answers requests made by :meth:`request`; see :class:`Engine`.
 
         Raises:
-            ConfigError: a limit is below 1.
+            ConfigError: a limit is below 1, or above that of the package's engines.
         """
         return Engine(
             self.language_model,

@@ -24,7 +24,7 @@ import onnxruntime as ort
 import pytest
 from PIL import Image
 
-from promprune.errors import BackendError, MissingDependencyError, PackageError
+from promprune.errors import BackendError, ConfigError, MissingDependencyError, PackageError
 from promprune.export.engine import build_engines, profiles_of
 from promprune.package.engines import (
     EngineConfig,
@@ -563,6 +563,18 @@ def test_rows_join_and_leave_a_batch_on_the_device(built: Path, device: FakeDevi
     del pipeline, engine
     gc.collect()
     assert device.memory == {}
+
+
+@pytest.mark.usefixtures("device")
+def test_more_requests_than_the_engines_take_are_answered_in_turn(built: Path) -> None:
+    """The engines take two sequences in one run."""
+    requests = [((), text) for text in ("a", "and a longer one", "bc")]
+    with VisionLanguagePipeline.from_package(built, provider="cpu") as pipeline:
+        expected = [result.token_ids for result in pipeline.generate_batch(requests, max_new_tokens=5)]
+    with VisionLanguagePipeline.from_package(built, backend="tensorrt") as pipeline:
+        assert [result.token_ids for result in pipeline.generate_batch(requests, max_new_tokens=5)] == expected
+        with pytest.raises(ConfigError, match=r"max_batch = 3; expected 1 to 2, for which .*--max-batch"):
+            pipeline.engine(max_batch=3)
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])

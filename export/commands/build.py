@@ -93,8 +93,17 @@ def build(
     if lower:
         require(config == replace(DEFAULTS, rebuild=rebuild), "backend", backend, "no options of engines with it")
         _lower(package, rebuild=rebuild, as_json=as_json)
-        return
-    with missing_extra(backend):
+    else:
+        _build(package, config, as_json=as_json)
+
+
+def main() -> None:
+    """Entry point of ``promprune-build``."""
+    run_command(build)
+
+
+def _build(package: Path, config: EngineConfig, *, as_json: bool) -> None:
+    with missing_extra(config.backend):
         from promprune.export.engine import build_engines
     with show_progress() as progress:
         results = build_engines(package, config, progress=progress)
@@ -102,11 +111,6 @@ def build(
         print_json({"package": str(package), "engines": [_as_json(result) for result in results]})
     else:
         _print_summary(results)
-
-
-def main() -> None:
-    """Entry point of ``promprune-build``."""
-    run_command(build)
 
 
 def _lower(package: Path, *, rebuild: bool, as_json: bool) -> None:

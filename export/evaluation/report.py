@@ -10,6 +10,7 @@ from rich.table import Table
 from promprune.export.evaluation.data import Picture
 from promprune.export.evaluation.runs import ALL, NONE, Condition
 from promprune.export.evaluation.scores import Estimate, Score, difference, group_names
+from promprune.markdown import markdown_table
 
 __all__ = ["by_group", "comparisons", "markdown", "overview", "to_dict"]
 
@@ -67,9 +68,8 @@ def comparisons(scores: Sequence[Score], pictures: Sequence[Picture], groups: Se
 
 def markdown(rows: Rows) -> str:
     """Format rows as a Markdown table."""
-    head, *body = rows
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    header, *body = rows
+    return markdown_table(header, body, text_columns=len(header)) + "\n"
 
 
 def table_of(rows: Rows, title: str) -> Table:

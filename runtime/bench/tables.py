@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
+from promprune.markdown import markdown_table
 from promprune.runtime.bench.report import STAGES, Case, Ceilings, Contender, Report, StageWork, gains
 from promprune.runtime.bench.statistics import Interval, least_rounds
 
@@ -44,10 +45,8 @@ def to_markdown(report: Report) -> str:
     """Return the report as Markdown."""
     parts = [f"# Benchmark of {report.created}", *(f"- {line}" for line in machine_lines(report))]
     for grid in grids(report):
-        align = ["---", *["---:"] * (len(grid.header) - 1)]
-        rows = [grid.header, align, *grid.rows]
         parts += ["", f"## {grid.title}", "", grid.note, ""] if grid.note else ["", f"## {grid.title}", ""]
-        parts += [f"| {' | '.join(row)} |" for row in rows]
+        parts.append(markdown_table(grid.header, grid.rows))
     return "\n".join(parts) + "\n"
 
 

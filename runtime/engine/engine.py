@@ -43,8 +43,8 @@ class Engine:
     Args:
         model: the language model.
         encode: encodes the images of requests; see ``ImageEncoder.encode``.
-        max_batch, max_cache_tokens, max_prefill_tokens: see :class:`Scheduler`. During a step, the KV cache is in
-            memory twice.
+        max_batch: see :class:`Scheduler`; never more than the graphs take in one run.
+        max_cache_tokens, max_prefill_tokens: see :class:`Scheduler`. During a step, the KV cache is in memory twice.
     """
 
     def __init__(
@@ -58,7 +58,8 @@ class Engine:
     ) -> None:
         self._model = model
         self._encode = encode
-        self._scheduler = Scheduler(max_batch, max_cache_tokens, max_prefill_tokens)
+        limits = [limit for limit in (max_batch, model.max_batch) if limit is not None]
+        self._scheduler = Scheduler(min(limits, default=None), max_cache_tokens, max_prefill_tokens)
         self._stepping = threading.Lock()
 
     def add(self, request: Request) -> Request:

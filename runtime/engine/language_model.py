@@ -61,6 +61,17 @@ class LanguageModel:
         self.embed = embed
         self.decoder = decoder
 
+    @property
+    def max_batch(self) -> int | None:
+        """Most rows in one run of its graphs; None if there is no limit."""
+        sizes = [
+            session.limits[str(record.shape[0])]
+            for session in (self.embed, self.decoder.session)
+            for record in session.inputs.values()
+            if str(record.shape[0]) in session.limits
+        ]
+        return min(sizes, default=None)
+
     def splice(self, prompts: Sequence[PromptTokens], begin: int = 0) -> SplicedPrompts:
         """Embed the tokens of some prompts from position ``begin`` on, with image features at the placeholders.
 

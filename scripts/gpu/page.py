@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from promprune.markdown import markdown_table
 from scripts.gpu.goals import goal_lines, median_ms, rows_of
 from scripts.gpu.shares import bound_ms, ceilings_of
 
@@ -44,12 +45,6 @@ def _heading(report: dict[str, Any]) -> str:
     )
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table; all columns but the first are aligned to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
@@ -76,7 +71,7 @@ def _agreement(rows: Sequence[Row]) -> str:
         for row in found
     ]
     header = ("kept sets against the float64 method", "identical", "equal T_sal", "largest entropy error")
-    return table(header, lines) if lines else ""
+    return markdown_table(header, lines) if lines else ""
 
 
 def _times(rows: Sequence[Row], title: str, keys: Sequence[str]) -> str:
@@ -84,7 +79,7 @@ def _times(rows: Sequence[Row], title: str, keys: Sequence[str]) -> str:
         [_label(labels), *(_figure(median_ms(rows, mode=mode, **labels)) for mode in MODES)]
         for labels in _distinct(rows, keys)
     ]
-    return table((title, "eager", "CUDA graph", "compiled", "compiled, CUDA graph"), lines) if lines else ""
+    return markdown_table((title, "eager", "CUDA graph", "compiled", "compiled, CUDA graph"), lines) if lines else ""
 
 
 def _label(labels: Row) -> str:
@@ -104,7 +99,7 @@ def _first_token(rows: Sequence[Row], name: str) -> str:
             cells += [_figure(found), f"{100 * (found / full - 1):+.0f} %" if found and full else ""]
         lines.append([labels["contender"], str(labels["prompt_tokens"]), *cells])
     header = (f"First token of {name}", "prompt tokens", "eager", "change", "CUDA graph", "change")
-    return table(header, lines) if lines else ""
+    return markdown_table(header, lines) if lines else ""
 
 
 def _roofline(report: dict[str, Any]) -> str:
@@ -121,14 +116,14 @@ def _roofline(report: dict[str, Any]) -> str:
             bound, best = bound_ms(work, ceilings), median_ms(rows, **labels)
             if bound and best:
                 lines.append([_label(labels), _figure(bound), _figure(best), f"{100 * bound / best:.0f} %"])
-    return "\n\n".join([text, table(("at best", "bound", "measured", "share"), lines)]) if lines else text
+    return "\n\n".join([text, markdown_table(("at best", "bound", "measured", "share"), lines)]) if lines else text
 
 
 def _packages(rows: Sequence[Row]) -> str:
     lines = [
         [row["package"], row["what"], str(row.get("result", row.get("error", "")))] for row in rows if "package" in row
     ]
-    return table(("Exported packages on CUDA", "what", "result"), lines) if lines else ""
+    return markdown_table(("Exported packages on CUDA", "what", "result"), lines) if lines else ""
 
 
 def _tests(rows: Sequence[Row]) -> str:
