@@ -16,11 +16,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from promprune.errors import ConfigError
 from promprune.method.config import SelectionConfig
 from promprune.method.entropy import NORM_FLOOR, saliency_count, saliency_ratio
 from promprune.method.entropy_table import ENTROPY_TABLE
-from promprune.method.reference import BLANK_NORM, RESIDUAL_FLOOR, TAKEN, random_order
+from promprune.method.reference import BLANK_NORM, RESIDUAL_FLOOR, TAKEN, check_tokens, random_order
 
 __all__ = ["PrunedTokens", "coverage_picks", "prune_tokens"]
 
@@ -73,7 +72,7 @@ def prune_tokens(
     Raises:
         ConfigError: shapes or dtypes do not match, or T is not in 1..N.
     """
-    _check(image_features, saliency, keep_tokens, token_mask)
+    check_tokens(image_features, saliency, keep_tokens, token_mask, axes=("B", "N"))
     with _full_precision(image_features.device):
         kernel = _cosine_kernel(image_features.float(), token_mask)
         entropy = _spectral_entropy(kernel, token_mask, image_features.shape[2])
@@ -109,22 +108,6 @@ def coverage_picks(kernel: Tensor, loss: Tensor, count: Tensor, keep_tokens: int
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
-
-
-def _check(image_features: Tensor, saliency: Tensor, keep_tokens: int, token_mask: Tensor | None) -> None:
-    if image_features.ndim != 3 or saliency.shape != image_features.shape[:2]:
-        raise ConfigError(
-            f"received image_features {list(image_features.shape)} and saliency {list(saliency.shape)}",
-            expected="[B, N, D] and [B, N]",
-        )
-    n = image_features.shape[1]
-    if not 1 <= keep_tokens <= n:
-        raise ConfigError(f"received keep_tokens = {keep_tokens}", expected=f"1 to {n}, the number of tokens")
-    if token_mask is not None and (token_mask.shape != saliency.shape or token_mask.dtype != torch.bool):
-        raise ConfigError(
-            f"received token_mask {list(token_mask.shape)} of {token_mask.dtype}",
-            expected=f"{list(saliency.shape)} of torch.bool",
-        )
 
 
 @contextmanager

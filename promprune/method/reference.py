@@ -16,7 +16,15 @@ from promprune.errors import ConfigError
 from promprune.method.config import SelectionConfig
 from promprune.method.entropy import saliency_count, saliency_ratio, spectral_entropy, unit_tokens
 
-__all__ = ["BLANK_NORM", "RESIDUAL_FLOOR", "TAKEN", "Selection", "random_order", "select_tokens"]
+__all__ = [
+    "BLANK_NORM",
+    "RESIDUAL_FLOOR",
+    "TAKEN",
+    "Selection",
+    "check_tokens",
+    "random_order",
+    "select_tokens",
+]
 
 # If less than this fraction of a token's squared length is outside the span of the picked tokens, it adds nothing:
 # the coverage stage treats all such tokens as tied. The value is ten times the rounding error of float32 after the
@@ -73,7 +81,7 @@ def select_tokens(
     Raises:
         ConfigError: shapes do not match, or T is not in 1..N.
     """
-    _check(image_features, saliency, keep_tokens, token_mask)
+    check_tokens(image_features, saliency, keep_tokens, token_mask, axes=("N",))
     valid = torch.ones_like(saliency, dtype=torch.bool) if token_mask is None else token_mask
     entropy = spectral_entropy(image_features[valid])
     entropy = torch.where(saliency[valid].isfinite().all(), entropy, torch.nan)
@@ -102,18 +110,27 @@ def random_order(num_tokens: int) -> Tensor:
     return torch.from_numpy(np.random.RandomState(0).permutation(num_tokens).astype(np.int64))
 
 
-def _check(image_features: Tensor, saliency: Tensor, keep_tokens: int, token_mask: Tensor | None) -> None:
-    if image_features.ndim != 2 or saliency.shape != image_features.shape[:1]:
+def check_tokens(
+    image_features: Tensor, saliency: Tensor, keep_tokens: int, token_mask: Tensor | None, *, axes: tuple[str, ...]
+) -> None:
+    """Refuse tensors that do not describe the same tokens; ``axes`` names those of ``saliency``, the last one N.
+
+    Raises:
+        ConfigError: a shape, a dtype or ``keep_tokens`` is wrong.
+    """
+    if image_features.ndim != len(axes) + 1 or saliency.shape != image_features.shape[:-1]:
+        names = ", ".join(axes)
         raise ConfigError(
             f"received image_features {list(image_features.shape)} and saliency {list(saliency.shape)}",
-            expected="[N, D] and [N]",
+            expected=f"[{names}, D] and [{names}]",
         )
-    n = image_features.shape[0]
+    n = saliency.shape[-1]
     if not 1 <= keep_tokens <= n:
         raise ConfigError(f"received keep_tokens = {keep_tokens}", expected=f"1 to {n}, the number of tokens")
     if token_mask is not None and (token_mask.shape != saliency.shape or token_mask.dtype != torch.bool):
         raise ConfigError(
-            f"received token_mask {list(token_mask.shape)} of {token_mask.dtype}", expected=f"[{n}] of torch.bool"
+            f"received token_mask {list(token_mask.shape)} of {token_mask.dtype}",
+            expected=f"{list(saliency.shape)} of torch.bool",
         )
 
 
