@@ -9,6 +9,8 @@ from pathlib import Path
 
 # Nothing in the tests may look for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # two processes whose threads wait for each other are slower than one
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
@@ -58,10 +60,10 @@ def sigint_handled() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Shared:
     """What is made once per run; with pytest-xdist, all processes share it."""
     folder = tmp_path_factory.getbasetemp()
-    return Shared((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "shared")
+    return Shared((folder.parent if hasattr(request.config, "workerinput") else folder) / "shared")
 
 
 @pytest.fixture(scope="session")

@@ -43,8 +43,9 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_test_command_is_the_one_that_ci_runs() -> None:
-    assert "scripts/run pytest" in README
-    assert "scripts/run pytest\n" in (ROOT / ".ci/run").read_text()
+    command = "scripts/run pytest -n 2 --dist loadfile\n"
+    assert command in README
+    assert command in (ROOT / ".ci/run").read_text()
 
 
 def test_the_readme_shows_the_main_job() -> None:
