@@ -28,12 +28,7 @@ from promprune.package.engines import EngineConfig
 from promprune.package.image import IMAGE_NEWLINE_FILE
 from promprune.package.manifest import read_manifest, write_manifest
 from promprune.package.package import Package
-from promprune.runtime import (
-    EncodedImage,
-    VisionLanguagePipeline,
-    draw_kept_tokens,
-    image_embeds_part,
-)
+from promprune.runtime import EncodedImage, VisionLanguagePipeline, draw_kept_tokens, image_embeds_part
 from promprune.runtime.images import open_processor
 from tests.support.tiny_models import IMAGE_SIZE, save_tiny_llava_next, tiny_language_model
 

@@ -12,14 +12,7 @@ from promprune.export.commands.options import Model, parse_grids
 from promprune.export.config import CalibrateConfig, check_calibration_images
 from promprune.package.sources import folder_images, local_folder
 from promprune.runtime.commands.options import Version, integer_option, json_option
-from promprune.terminal import (
-    console,
-    missing_extra,
-    plain,
-    print_json,
-    run_command,
-    show_progress,
-)
+from promprune.terminal import console, missing_extra, plain, print_json, run_command, show_progress
 
 if TYPE_CHECKING:
     from promprune.export.evaluation.calibration import Calibration

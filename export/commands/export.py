@@ -20,14 +20,7 @@ from promprune.package.describe import describe_selection, describe_weights
 from promprune.package.manifest import check_package_output
 from promprune.package.sources import local_folder
 from promprune.runtime.commands.options import Version, integer_option, json_option, number_option
-from promprune.terminal import (
-    console,
-    missing_extra,
-    plain,
-    print_json,
-    run_command,
-    show_progress,
-)
+from promprune.terminal import console, missing_extra, plain, print_json, run_command, show_progress
 
 if TYPE_CHECKING:
     from promprune.export.pipeline import ExportResult

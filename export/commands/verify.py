@@ -20,15 +20,7 @@ from promprune.package.manifest import Manifest, read_manifest
 from promprune.package.package import read_package
 from promprune.package.sources import EMBEDDED_MODEL, local_folder, source_of_package
 from promprune.runtime.commands.options import PackageFolder, Version, integer_option, json_option, number_option
-from promprune.terminal import (
-    EXIT_REFUSED,
-    console,
-    missing_extra,
-    plain,
-    print_json,
-    run_command,
-    show_progress,
-)
+from promprune.terminal import EXIT_REFUSED, console, missing_extra, plain, print_json, run_command, show_progress
 
 if TYPE_CHECKING:
     from promprune.export.verify.comparison import GraphComparison

@@ -38,13 +38,7 @@ from promprune.runtime.commands.options import (
     integer_option,
     number_option,
 )
-from promprune.terminal import (
-    EXIT_REFUSED,
-    console,
-    plain,
-    print_json,
-    run_command,
-)
+from promprune.terminal import EXIT_REFUSED, console, plain, print_json, run_command
 
 if TYPE_CHECKING:
     from PIL.Image import Image

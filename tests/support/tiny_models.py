@@ -129,20 +129,25 @@ def randomised(model_class: Any, config: Any, seed: int) -> Any:
     return model
 
 
+def _processor(kind: Any, image_processor: Any, *, cls_tokens: int = 1) -> Any:
+    """The processor of a LLaVA whose tower has so many tokens that are no patches; they are left out."""
+    return kind(
+        image_processor=image_processor,
+        tokenizer=byte_tokenizer(),
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="default" if cls_tokens else "full",
+        chat_template=CHAT_TEMPLATE,
+        num_additional_image_tokens=cls_tokens,
+    )
+
+
 def save_tiny_llava(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """Write a random LLaVA of about 60 thousand parameters; 16 visual tokens per image."""
     randomised(LlavaForConditionalGeneration, llava_config(**changes), seed).to(dtype).save_pretrained(folder)
     image_processor = CLIPImageProcessor(
         size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     )
-    LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=byte_tokenizer(),
-        patch_size=PATCH_SIZE,
-        vision_feature_select_strategy="default",
-        chat_template=CHAT_TEMPLATE,
-        num_additional_image_tokens=1,
-    ).save_pretrained(folder)
+    _processor(LlavaProcessor, image_processor).save_pretrained(folder)
     return folder
 
 
@@ -164,13 +169,10 @@ def save_tiny_siglip_llava(folder: Path, *, seed: int = 0, **changes: Any) -> Pa
     text = tiny_language_model("qwen2", tie_word_embeddings=True)
     config = LlavaConfig(vision_config=vision, text_config=text, tie_word_embeddings=True, **settings)
     randomised(LlavaForConditionalGeneration, config, seed).save_pretrained(folder)
-    LlavaProcessor(
-        image_processor=SiglipImageProcessorPil(size={"height": SIGLIP_IMAGE_SIZE, "width": SIGLIP_IMAGE_SIZE}),
-        tokenizer=byte_tokenizer(),
-        patch_size=PATCH_SIZE,
-        vision_feature_select_strategy="full",
-        chat_template=CHAT_TEMPLATE,
-        num_additional_image_tokens=0,
+    _processor(
+        LlavaProcessor,
+        SiglipImageProcessorPil(size={"height": SIGLIP_IMAGE_SIZE, "width": SIGLIP_IMAGE_SIZE}),
+        cls_tokens=0,
     ).save_pretrained(folder)
     return folder
 
@@ -206,14 +208,9 @@ def save_tiny_llava_next(
         "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
         "image_grid_pinpoints": PINPOINTS,
     }
-    LlavaNextProcessor(
-        image_processor=LlavaNextImageProcessorPil(**{**crops, **(preprocessor or {})}),
-        tokenizer=byte_tokenizer(),
-        patch_size=PATCH_SIZE,
-        vision_feature_select_strategy="default",
-        chat_template=CHAT_TEMPLATE,
-        num_additional_image_tokens=1,
-    ).save_pretrained(folder)
+    _processor(LlavaNextProcessor, LlavaNextImageProcessorPil(**{**crops, **(preprocessor or {})})).save_pretrained(
+        folder
+    )
     return folder
 
 
