@@ -186,7 +186,7 @@ class VisionLanguagePipeline(Closing):
         """Return an engine that answers requests made by :meth:`request`; see :class:`Engine`.
 
         Raises:
-            ConfigError: a limit is below 1, or above that of the package's engines.
+            ConfigError: a limit is below 1.
         """
         return Engine(
             self.language_model,

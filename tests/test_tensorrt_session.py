@@ -24,7 +24,7 @@ import onnxruntime as ort
 import pytest
 from PIL import Image
 
-from promprune.errors import BackendError, ConfigError, MissingDependencyError, PackageError
+from promprune.errors import BackendError, MissingDependencyError, PackageError
 from promprune.export.engine import build_engines, profiles_of
 from promprune.package.engines import (
     EngineConfig,
@@ -573,8 +573,10 @@ def test_more_requests_than_the_engines_take_are_answered_in_turn(built: Path) -
         expected = [result.token_ids for result in pipeline.generate_batch(requests, max_new_tokens=5)]
     with VisionLanguagePipeline.from_package(built, backend="tensorrt") as pipeline:
         assert [result.token_ids for result in pipeline.generate_batch(requests, max_new_tokens=5)] == expected
-        with pytest.raises(ConfigError, match=r"max_batch = 3; expected 1 to 2, for which .*--max-batch"):
-            pipeline.engine(max_batch=3)
+        engine = pipeline.engine(max_batch=3)
+        added = [engine.add(pipeline.request((), text)) for _, text in requests]
+        engine.step()
+        assert [len(request.token_ids) for request in added] == [1, 1, 0]
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
