@@ -35,6 +35,6 @@ class Shared:
         """Export a checkpoint, the embedded model by default."""
 
         def make(output: Path) -> ExportResult:
-            return export_package(ExportConfig(model=model and str(model), output=output, **options))
+            return export_package(ExportConfig(model=None if model is None else str(model), output=output, **options))
 
         return self.make(name, make)
