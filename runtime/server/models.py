@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
+from promprune.closing import Closing
 from promprune.errors import ConfigError
 from promprune.package.manifest import Manifest, read_manifest
 from promprune.runtime.engine.loading import same_language_model
@@ -48,7 +48,7 @@ class ServedModel:
         return ModelCard(id=self.name, created=self.created, promprune=detail)
 
 
-class ModelCatalog:
+class ModelCatalog(Closing):
     """The loaded packages, by name; close it to free them.
 
     Args:
@@ -97,12 +97,8 @@ class ModelCatalog:
     def __len__(self) -> int:
         return len(self._models)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Free the packages."""
         for model in self:
             model.pipeline.close()
 
