@@ -111,8 +111,8 @@ def test_the_runtime_says_how_it_multiplies(int4_export: ExportResult) -> None:
 
 
 @pytest.mark.slow
-def test_activations_in_int8_are_verified(tmp_path_factory: pytest.TempPathFactory) -> None:
-    result = exported(tmp_path_factory, "embedded-int8", ratio=0.12, weight_format="int8", vision_int8_activations=True)
+def test_activations_in_int8_are_verified(shared: Shared) -> None:
+    result = shared.export("embedded-int8", weight_format="int8", vision_int8_activations=True)
     assert result.manifest.verification is not None
     assert result.manifest.verification.passed
     measured = {check.name: check.measured for check in result.manifest.verification.checks}
