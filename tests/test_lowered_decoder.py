@@ -122,7 +122,7 @@ def test_a_stale_one_is_refused_with_the_reason(package: Path) -> None:
         file.write_text(json.dumps({**whole, key: value}))
         with pytest.raises(PackageError, match=reason):
             read_lowered(read, tool_version=VERSION)
-    for content, reason in (("{", "is not valid"), ('{"schema_version": 9}', "schema version 9")):
+    for content, reason in (("{", "is not a valid manifest"), ('{"schema_version": 9}', "schema version 9")):
         file.write_text(content)
         with pytest.raises(PackageError, match=reason):
             read_lowered(read, tool_version=VERSION)

@@ -32,7 +32,9 @@ import msgspec
 from promprune.checks import check_integer, check_name
 from promprune.errors import BackendError, ConfigError, PackageError
 from promprune.files import writing_folder
-from promprune.package.manifest import Manifest, TensorRecord, Versioned, sha256_of_file
+from promprune.inputs import read_file
+from promprune.package.contents import read_record
+from promprune.package.manifest import Manifest, TensorRecord, sha256_of_file
 from promprune.package.record import Count, Digest, Record, Size
 
 __all__ = [
@@ -71,7 +73,6 @@ CURRENT: Final = "current"  # target: the GPU of this machine
 # Increased when the same settings would give another engine; engines of an older recipe are stale.
 RECIPE: Final = 1
 
-_MAX_BYTES: Final = 16 * 1024 * 1024
 _BUILD_AGAIN: Final = "run promprune-build with --rebuild"
 _CUDA_MAJOR, _CUDA_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 
@@ -278,7 +279,7 @@ def read_plan(folder: Path, record: EngineRecord) -> bytes:
         PackageError: the engine cannot be read, or was changed.
     """
     try:
-        plan = (folder / record.file).read_bytes()
+        plan = read_file(folder / record.file, most_bytes=record.size_bytes)
     except OSError as error:
         raise PackageError(f"{record.file} in {folder} cannot be read ({error.strerror})", fix=_BUILD_AGAIN) from error
     if hashlib.sha256(plan).hexdigest() != record.sha256:
@@ -312,21 +313,13 @@ def _matches_inputs(profile: ProfileRecord, record: EngineRecord) -> bool:
 
 def _parse(path: Path) -> EngineManifest:
     try:
-        with path.open("rb") as stream:
-            content = stream.read(_MAX_BYTES)
+        return read_record(
+            path, EngineManifest, version=ENGINE_SCHEMA_VERSION, fix=_BUILD_AGAIN, what="engine manifest"
+        )
     except OSError as error:
         raise PackageError(
             f"{path.parent} contains no engines ({error.strerror})", expected="a folder that promprune-build wrote"
         ) from error
-    try:
-        version = msgspec.json.decode(content, type=Versioned).schema_version
-        if version != ENGINE_SCHEMA_VERSION:
-            raise PackageError(
-                f"{path} has schema version {version}", expected=f"version {ENGINE_SCHEMA_VERSION}", fix=_BUILD_AGAIN
-            )
-        return msgspec.json.decode(content, type=EngineManifest)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise PackageError(f"{path} is not a valid engine manifest ({error})", fix=_BUILD_AGAIN) from error
 
 
 def write_engine_manifest(folder: Path, identity: EngineIdentity, engines: dict[str, EngineRecord]) -> EngineManifest:

@@ -18,8 +18,9 @@ from typing import Final, Literal
 import msgspec
 
 from promprune.errors import PackageError
+from promprune.package.contents import read_record
 from promprune.package.engines import engine_folder, graph_digests
-from promprune.package.manifest import DECODER, CheckRecord, GraphRecord, Manifest, Versioned, sha256_of_file
+from promprune.package.manifest import DECODER, CheckRecord, GraphRecord, Manifest, sha256_of_file
 from promprune.package.package import Package
 from promprune.package.record import Count, Digest, Record
 
@@ -105,30 +106,17 @@ def read_lowered(package: Package, *, tool_version: str) -> LoweredManifest | No
     """
     folder = lowered_folder(package.folder)
     try:
-        content = (folder / LOWERED_FILE).read_bytes()
+        lowered = read_record(
+            folder / LOWERED_FILE, LoweredManifest, version=LOWERED_SCHEMA_VERSION, fix=_BUILD_AGAIN, what="manifest"
+        )
     except FileNotFoundError:
         return None
     except OSError as error:
         raise PackageError(f"{folder / LOWERED_FILE} cannot be read ({error.strerror})", fix=_BUILD_AGAIN) from error
-    lowered = _parse(folder, content)
     reason = _staleness(package, lowered, tool_version)
     if reason is not None:
         raise PackageError(f"the lowered decoder in {folder} is stale: {reason}", fix=_BUILD_AGAIN)
     return lowered
-
-
-def _parse(folder: Path, content: bytes) -> LoweredManifest:
-    try:
-        version = msgspec.json.decode(content, type=Versioned).schema_version
-        if version != LOWERED_SCHEMA_VERSION:
-            raise PackageError(
-                f"{folder / LOWERED_FILE} has schema version {version}",
-                expected=f"version {LOWERED_SCHEMA_VERSION}",
-                fix=_BUILD_AGAIN,
-            )
-        return msgspec.json.decode(content, type=LoweredManifest)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise PackageError(f"{folder / LOWERED_FILE} is not valid ({error})", fix=_BUILD_AGAIN) from error
 
 
 def _staleness(package: Package, lowered: LoweredManifest, tool_version: str) -> str | None:

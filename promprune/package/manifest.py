@@ -17,6 +17,7 @@ Weights are stored next to each graph as ``<graph>.onnx_data``, or in the checkp
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
@@ -28,9 +29,11 @@ from typing import Final, Literal
 import msgspec
 
 from promprune.dtypes import Dtype, WeightFormat, is_quantized
-from promprune.errors import ConfigError, PackageError
+from promprune.errors import PackageError
 from promprune.files import check_output_folder, writing_folder
+from promprune.inputs import open_file
 from promprune.method.config import LoopForm, SelectionConfig
+from promprune.package.contents import check_contents, is_inside, read_record
 from promprune.package.image import VISION_ENCODER, ImageRecord
 from promprune.package.record import Count, Digest, Fraction, Record, Size
 from promprune.package.schema1 import export_command
@@ -52,7 +55,6 @@ __all__ = [
     "TensorRecord",
     "TokenCounts",
     "VerificationRecord",
-    "Versioned",
     "WeightRecord",
     "WeightsRecord",
     "file_records",
@@ -73,15 +75,11 @@ TOKEN_SELECTOR: Final = "token_selector"
 _LANGUAGE_GRAPHS: Final = (EMBED_TOKENS, DECODER)  # both, or neither in a package with only the vision encoder
 
 _WEIGHTS: Final = (".onnx_data", ".safetensors")
-_MAX_MANIFEST_BYTES: Final = 16 * 1024 * 1024
+# Most bytes of a file that is compared with its digest, or read entirely: graphs, which ONNX limits, and others.
+_MAX_GRAPH_BYTES: Final = 2**31
+_MAX_FILE_BYTES: Final = 64 * 1024 * 1024
 _AGAIN: Final = "copy the package again, or export it again"
 _OTHER_VERSION: Final = "export the package again, or install the promprune version that wrote it"
-
-
-class Versioned(msgspec.Struct):
-    """The key of a manifest that is read first, before its version is known."""
-
-    schema_version: int
 
 
 class SourceRecord(Record, frozen=True):
@@ -256,7 +254,7 @@ class Manifest(Record, frozen=True):
 
 def sha256_of_file(path: Path) -> str:
     """Return the SHA-256 of a file as 64 hexadecimal digits."""
-    with path.open("rb") as stream:
+    with open_file(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -299,6 +297,7 @@ def read_manifest(folder: Path, *, check_weights: bool = False) -> Manifest:
             folder.
     """
     manifest = _parse_manifest(folder)
+    check_contents(folder)
     listed = {record.path for record in manifest.files}
     present = [name for name in _LANGUAGE_GRAPHS if name in manifest.graphs]
     vision = manifest.image.layout.vision_graphs
@@ -321,27 +320,21 @@ def read_manifest(folder: Path, *, check_weights: bool = False) -> Manifest:
 def _parse_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_FILE
     try:
-        if path.stat().st_size > _MAX_MANIFEST_BYTES:
-            raise PackageError(f"{path} is larger than {_MAX_MANIFEST_BYTES} bytes", fix=_AGAIN)
-        content = path.read_bytes()
+        return read_record(
+            path, Manifest, version=SCHEMA_VERSION, fix=_AGAIN, what="manifest", upgrade=_how_to_export_again
+        )
     except OSError as error:
-        found = "no such folder" if not folder.exists() else "no readable promprune.json in it"
+        reason = "no readable promprune.json in it" if error.errno == errno.ENOENT else f"{path}: {error.strerror}"
+        found = "no such folder" if not folder.exists() else reason
         raise PackageError(
             f"{folder} is not an exported package ({found})",
             expected="a folder written by promprune-export",
             fix="run promprune-export first",
         ) from error
-    try:
-        version = msgspec.json.decode(content, type=Versioned).schema_version
-        if version != SCHEMA_VERSION:
-            raise PackageError(
-                f"{path} has schema version {version}",
-                expected=f"version {SCHEMA_VERSION}",
-                fix=f"export the package again: {export_command(content)}" if version == 1 else _OTHER_VERSION,
-            )
-        return msgspec.json.decode(content, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ConfigError) as error:
-        raise PackageError(f"{path} is not a valid manifest ({error})", fix=_AGAIN) from error
+
+
+def _how_to_export_again(version: int, content: bytes) -> str:
+    return f"export the package again: {export_command(content)}" if version == 1 else _OTHER_VERSION
 
 
 def _check_file(folder: Path, record: FileRecord, *, check_digest: bool) -> None:
@@ -355,6 +348,11 @@ def _check_file(folder: Path, record: FileRecord, *, check_digest: bool) -> None
                 f"{record.path} in {folder} has {size_bytes} bytes",
                 expected=f"{record.size_bytes}",
                 fix=_AGAIN,
+            )
+        most_bytes = _MAX_GRAPH_BYTES if record.path.endswith(".onnx") else _MAX_FILE_BYTES
+        if check_digest and size_bytes > most_bytes and not record.path.endswith(_WEIGHTS):
+            raise PackageError(
+                f"{record.path} in {folder} has {size_bytes} bytes", expected=f"at most {most_bytes}", fix=_AGAIN
             )
         if check_digest and sha256_of_file(path) != record.sha256:
             raise PackageError(f"{record.path} in {folder} was changed (SHA-256 differs)", fix=_AGAIN)
@@ -372,20 +370,13 @@ def _path_inside(folder: Path, relative: str) -> Path:
         and re.search(r"[\\:\x00]", relative) is None
     )
     path = folder / relative
-    if not clean or not _leads_inside(folder, path):
+    if not clean or not is_inside(folder, path):
         raise PackageError(
             f"{MANIFEST_FILE} in {folder} lists {relative!r}",
             expected="a path inside the package",
             fix="do not use this package; export it again",
         )
     return path
-
-
-def _leads_inside(folder: Path, path: Path) -> bool:
-    try:
-        return path.resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError):  # a link to itself; the error depends on Python's version
-        return False
 
 
 def check_package_output(output: Path, *, force: bool) -> None:

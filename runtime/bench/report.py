@@ -14,6 +14,7 @@ from typing import Annotated, Final, Literal, NamedTuple
 import msgspec
 
 from promprune.errors import PackageError
+from promprune.package.contents import read_record
 from promprune.package.record import Record
 from promprune.runtime.bench.statistics import Interval, median_interval, paired_ratios, quantile
 
@@ -231,12 +232,6 @@ class Report(Record, frozen=True):
         return " or ".join(dict.fromkeys(case.load for _, case in self.alone()))
 
 
-class _Versioned(msgspec.Struct):
-    """The key of a report that is read first, before its version is known."""
-
-    report_version: int
-
-
 class Gain(NamedTuple):
     """One contender compared with the unpruned contender of its toolchain.
 
@@ -282,20 +277,18 @@ def read_report(path: Path) -> Report:
         PackageError: it is not a report, or has another version.
     """
     try:
-        content = path.read_bytes()
+        return read_record(
+            path,
+            Report,
+            version=REPORT_VERSION,
+            key="report_version",
+            fix="run promprune-bench again",
+            what="benchmark report",
+        )
     except OSError as error:
         raise PackageError(
             f"{path} cannot be read ({error.strerror})", expected="a report.json of promprune-bench"
         ) from error
-    try:
-        version = msgspec.json.decode(content, type=_Versioned).report_version
-        if version == REPORT_VERSION:
-            return msgspec.json.decode(content, type=Report)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise PackageError(f"{path} is not a benchmark report ({error})", fix="run promprune-bench again") from error
-    raise PackageError(
-        f"{path} has report version {version}", expected=f"{REPORT_VERSION}", fix="run promprune-bench again"
-    )
 
 
 def _keeps_all(contender: Contender) -> bool:

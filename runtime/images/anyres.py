@@ -15,6 +15,7 @@ newlines: in the order of the numbering (``order="spatial"``), or crop by crop a
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from promprune.errors import BackendError, PackageError
+from promprune.inputs import read_file
 from promprune.package.image import IMAGE_NEWLINE_FILE, AnyresLayout
 from promprune.package.manifest import GraphRecord
 from promprune.package.package import Package
@@ -48,6 +50,7 @@ __all__ = [
 ]
 
 _PADDING: Final = -1
+_MAX_NEWLINE_BYTES: Final = 1024 * 1024
 _GAP: Final = 16  # pixels between the two grids in a view
 _BACKGROUND: Final = (22, 24, 29)
 
@@ -221,8 +224,9 @@ def _size_of(grids: tuple[TokenGrid, ...]) -> tuple[int, int]:
 
 def _read_newline(path: Path) -> npt.NDArray[np.float32]:
     try:
-        newline: npt.NDArray[np.float32] = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        content = io.BytesIO(read_file(path, most_bytes=_MAX_NEWLINE_BYTES))
+        newline: npt.NDArray[np.float32] = np.load(content, allow_pickle=False)
+    except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:
         raise PackageError(f"{path} is not a usable array ({error})", fix="export again") from error
     if newline.dtype != np.float32 or newline.ndim != 1 or not np.isfinite(newline).all():
         raise PackageError(

@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from promprune.errors import ImageError, PackageError, first_line
 from promprune.inputs import read_file
+from promprune.package.contents import MAX_CONFIG_BYTES
 from promprune.runtime.images.headers import MAX_EXIF_BYTES, MAX_SIDE, READABLE, ImageFormat, identify
 from promprune.runtime.sessions.config import RuntimeConfig
 
@@ -284,7 +285,7 @@ def read_pixel_file(path: Path, config_type: type[ConfigT]) -> ConfigT:
         PackageError: it cannot be read, or has values of other types than ``config_type``.
     """
     try:
-        return msgspec.json.decode(path.read_bytes(), type=config_type)
+        return msgspec.json.decode(read_file(path, most_bytes=MAX_CONFIG_BYTES), type=config_type)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise PackageError(f"{path} is not a usable image processor ({error})", fix="export again") from error
 

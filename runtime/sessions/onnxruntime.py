@@ -17,6 +17,7 @@ import onnxruntime as ort
 
 from promprune.dtypes import BY_NAME, BY_ONNXRUNTIME
 from promprune.errors import BackendError, first_line
+from promprune.inputs import read_file
 from promprune.package.agree import check_graph
 from promprune.package.lowered import LOWERED_FILE, read_lowered
 from promprune.package.manifest import DECODER, TensorRecord, WeightsRecord
@@ -29,6 +30,7 @@ from promprune.runtime.sessions.providers import AUTO, CPU, PROVIDERS, refused, 
 __all__ = ["Loaded", "OnnxRuntimeSession", "inference_session", "open_lowered_decoder", "open_session", "tensor_record"]
 
 _FATAL: Final = 4  # ORT's highest severity: nothing else is logged, because errors are raised as exceptions
+_MAX_GRAPH_BYTES: Final = 2**31  # ONNX's own limit
 _WARNING: Final = 2  # ORT's default
 _NO_LIBRARIES: Final = "its libraries do not load"
 _BFLOAT16: Final = BY_NAME["bf16"].onnx  # ORT has no numpy dtype for it
@@ -92,7 +94,7 @@ class OnnxRuntimeSession(Session):
         expand_weights: bool = False,
     ) -> None:
         self.name = path.name
-        model = path if weights is None else path.read_bytes()  # given a file, ORT looks for weights in its folder only
+        model = path if weights is None else _read_graph(path)  # given a file, ORT looks for weights in its folder only
         loaded = inference_session(
             model, config, name=str(path), engines=engines, weights=weights, expand_weights=expand_weights
         )
@@ -318,6 +320,13 @@ def tensor_record(node: Any, path: Path) -> TensorRecord:
         )
     shape = tuple(size if isinstance(size, int) else str(size) for size in node.shape)
     return TensorRecord(name=node.name, dtype=BY_ONNXRUNTIME[node.type].numpy, shape=shape)
+
+
+def _read_graph(path: Path) -> bytes:
+    try:
+        return read_file(path, most_bytes=_MAX_GRAPH_BYTES)
+    except OSError as error:
+        raise BackendError(f"{path} cannot be read ({error.strerror})") from error
 
 
 def _failure(what: str, error: Exception, before: str = "") -> BackendError:
