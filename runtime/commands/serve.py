@@ -50,6 +50,9 @@ def serve(
     max_new_tokens: Annotated[int, integer_option("Most tokens of one answer.")] = ServerConfig.max_new_tokens,
     max_images: Annotated[int, integer_option("Most images of one request.")] = ServerConfig.max_images,
     max_body_bytes: Annotated[int, integer_option("Most bytes of one request.")] = ServerConfig.max_body_bytes,
+    allow_remote_images: Annotated[
+        bool, typer.Option("--allow-remote-images", help="Fetch images from http: and https: URLs of public addresses.")
+    ] = ServerConfig.allow_remote_images,
     request_timeout: Annotated[
         float, number_option("Most seconds for one answer.", "SECONDS")
     ] = ServerConfig.request_timeout_s,
@@ -111,6 +114,7 @@ def serve(
         max_new_tokens=max_new_tokens,
         max_images=max_images,
         max_body_bytes=max_body_bytes,
+        allow_remote_images=allow_remote_images,
         request_timeout_s=request_timeout,
         drain_timeout_s=drain_timeout,
         api_keys=_read_keys(api_keys),

@@ -34,9 +34,21 @@ class Body:
     def append(self, chunk: bytes) -> int:
         """Add a chunk; return the size of the body so far, in bytes."""
         self._content += chunk
-        self._size_bytes += len(chunk)
-        self._reader.free_bytes -= len(chunk)
-        return self._size_bytes
+        self.reserve(len(chunk))
+        return len(self._content)
+
+    def reserve(self, size_bytes: int) -> None:
+        """Take more of the memory for bodies, for what is made of this one.
+
+        Raises:
+            ApiError: too much of it is in use.
+        """
+        self._size_bytes += size_bytes
+        self._reader.free_bytes -= size_bytes
+        if self._reader.free_bytes < 0:
+            text = "too many large requests arrive at the same time; try again later"
+            headers = {**_CLOSE, "retry-after": "1"}
+            raise ApiError(429, text, kind="rate_limit_error", code="too_many_bodies", headers=headers)
 
     def take(self) -> bytearray:
         """Return the content, and forget it; its share of the memory stays taken, for what is made of it."""
@@ -89,10 +101,6 @@ class BodyReader:
         if size_bytes > self._config.max_body_bytes:
             text = f"the body of the request is larger than {self._config.max_body_bytes} bytes"
             raise ApiError(413, text, code="body_too_large", headers=_CLOSE)
-        if self.free_bytes < 0:
-            text = "too many large requests arrive at the same time; try again later"
-            headers = {**_CLOSE, "retry-after": "1"}
-            raise ApiError(429, text, kind="rate_limit_error", code="too_many_bodies", headers=headers)
 
 
 _CLOSE: Final = {"connection": "close"}  # the rest of the body is not read

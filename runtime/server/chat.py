@@ -36,7 +36,7 @@ async def complete_chat(http: HttpRequest) -> Response:
     body = await bodies.read(http)
     try:
         chat = decode_chat(body.take())
-        answer = service.accept(chat, body.release)
+        answer = service.accept(chat, body)
     except BaseException:
         body.release()
         raise

@@ -26,6 +26,7 @@ class ServerConfig:
         max_new_tokens: most tokens of one answer.
         max_images: most images of one request.
         max_body_bytes: most bytes of one request's body.
+        allow_remote_images: fetch images that are named by http: and https: URLs, from public addresses.
         request_timeout_s: most seconds from the end of a request's body to the end of its answer.
         body_timeout_s: most seconds in which a request's body must arrive.
         header_timeout_s: most seconds in which a request's headers must arrive.
@@ -48,6 +49,7 @@ class ServerConfig:
     max_new_tokens: int = 1024
     max_images: int = 8
     max_body_bytes: int = 32 * 1024 * 1024
+    allow_remote_images: bool = False
     request_timeout_s: float = 120.0
     body_timeout_s: float = 30.0
     header_timeout_s: float = 10.0

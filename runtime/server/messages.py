@@ -9,9 +9,21 @@ from typing import Any, Final, NamedTuple
 from promprune.runtime.server.errors import ApiError
 from promprune.runtime.server.schema import ImagePart, Message
 
-__all__ = ["Conversation", "conversation_of"]
+__all__ = ["Conversation", "RemoteImage", "conversation_of"]
 
 _DATA_URL: Final = re.compile(r"data:image/[\w.+-]{1,64};base64,", re.ASCII | re.IGNORECASE)
+
+
+class RemoteImage(NamedTuple):
+    """An image that has to be fetched.
+
+    Attributes:
+        url: its address.
+        param: the field of the request that names it.
+    """
+
+    url: str
+    param: str
 
 
 class Conversation(NamedTuple):
@@ -19,20 +31,20 @@ class Conversation(NamedTuple):
 
     Attributes:
         messages: messages as :class:`VisionLanguagePipeline` takes them.
-        images: the bytes of the image files, in order.
+        images: the bytes of the image files, or where they are, in order.
     """
 
     messages: list[dict[str, Any]]
-    images: list[bytes]
+    images: list[bytes | RemoteImage]
 
 
-def conversation_of(messages: list[Message], max_images: int) -> Conversation:
+def conversation_of(messages: list[Message], max_images: int, *, allow_remote: bool) -> Conversation:
     """Translate the messages of a request.
 
     Raises:
-        ApiError: there are too many images, or an image is not a data URL in base64.
+        ApiError: there are too many images, or an image is neither a data URL in base64 nor an allowed remote image.
     """
-    images: list[bytes] = []
+    images: list[bytes | RemoteImage] = []
     translated = []
     for number, message in enumerate(messages):
         parts: list[dict[str, str]] = []
@@ -43,7 +55,7 @@ def conversation_of(messages: list[Message], max_images: int) -> Conversation:
                     raise _refuse(
                         f"the request has more than {max_images} images", "too_many_images", number, place, "image_url"
                     )
-                images.append(_image_bytes(part.image_url.url, number, place))
+                images.append(_image(part.image_url.url, number, place, allow_remote=allow_remote))
                 parts.append({"type": "image"})
             else:
                 parts.append({"type": "text", "text": part.text})
@@ -52,15 +64,19 @@ def conversation_of(messages: list[Message], max_images: int) -> Conversation:
     return Conversation(translated, images)
 
 
-def _image_bytes(url: str, message: int, part: int) -> bytes:
-    """Return the content of a data URL; other URLs are refused, since the server fetches nothing."""
+def _image(url: str, message: int, part: int, *, allow_remote: bool) -> bytes | RemoteImage:
+    """Return the content of a data URL, or a remote image if these are allowed."""
     head = _DATA_URL.match(url)
     if head is None:
-        code = "remote_image" if url[:8].lower().startswith(("http:", "https:")) else "invalid_image_url"
+        is_remote = url[:8].lower().startswith(("http:", "https:"))
+        if is_remote and allow_remote:
+            return RemoteImage(url, f"messages[{message}].content[{part}].image_url.url")
         raise _refuse(
             "the image is not a data URL; this server fetches no images; "
-            "send data:image/png;base64,... with the content of the file",
-            code,
+            "send data:image/png;base64,... with the content of the file"
+            if not allow_remote
+            else "the image is neither a data URL in base64 nor an http: or https: URL",
+            "remote_image" if is_remote else "invalid_image_url",
             message,
             part,
             "image_url.url",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
@@ -12,8 +12,9 @@ from promprune.runtime.engine.request import Request, time_stage
 from promprune.runtime.engine.result import Stopwatch
 from promprune.runtime.server.config import ServerConfig
 from promprune.runtime.server.errors import ApiError
-from promprune.runtime.server.messages import conversation_of
+from promprune.runtime.server.messages import Conversation, RemoteImage, conversation_of
 from promprune.runtime.server.models import ServedModel
+from promprune.runtime.server.remote import RemoteImageError, RemoteImages
 from promprune.runtime.server.schema import ChatRequest
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["Preparation", "Prepared"]
 
 T = TypeVar("T")
+
+_FETCHING_THREADS: Final = 8
 
 _PREPROCESSING_THREADS: Final = 2  # reading pictures and tokenizing; a large picture does not hold up a short text
 
@@ -43,27 +46,36 @@ class AbandonedError(Exception):
 
 
 class Preparation:
-    """Preprocesses requests on a few threads, and encodes their images one by one on another.
+    """Fetches images and preprocesses requests on a few threads, and encodes their images one by one on another.
 
     Args:
         config: the limits.
+        remote: fetches images, if the configuration allows it.
     """
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, remote: RemoteImages | None = None) -> None:
         self._config = config
+        self._remote = remote or RemoteImages()
+        self._fetchers = ThreadPoolExecutor(_FETCHING_THREADS, "fetch-images")
         self._preprocessors = ThreadPoolExecutor(_PREPROCESSING_THREADS, "preprocess")
         self._encoder = ThreadPoolExecutor(1, "encode-images")
 
     async def prepare(
-        self, model: ServedModel, chat: ChatRequest, watch: Stopwatch, is_wanted: Callable[[], bool]
+        self,
+        model: ServedModel,
+        chat: ChatRequest,
+        watch: Stopwatch,
+        is_wanted: Callable[[], bool],
+        reserve: Callable[[int], None],
     ) -> Prepared:
-        """Preprocess a request, and encode its images.
+        """Fetch the images of a request if need be, preprocess it, and encode its images.
 
         Args:
             model: the model that answers.
             chat: the body of the request.
             watch: adds the times to these.
             is_wanted: asked before each stage; if not, the preparation ends with an AbandonedError.
+            reserve: called with the bytes of memory that fetched images may need.
 
         Raises:
             AbandonedError: nobody waits for it any more.
@@ -71,8 +83,11 @@ class Preparation:
             BackendError: the vision graph failed.
         """
 
+        def translate() -> Conversation:
+            allow_remote = self._config.allow_remote_images
+            return conversation_of(chat.messages, self._config.max_images, allow_remote=allow_remote)
+
         def preprocess() -> Prepared:
-            messages, images = conversation_of(chat.messages, self._config.max_images)
             options = self._generation_options(chat)
             request = model.pipeline.request(images, messages, watch=watch, **options)
             request.max_new_tokens = min(request.max_new_tokens, self._config.max_new_tokens)
@@ -83,10 +98,30 @@ class Preparation:
             with time_stage("vision", [prepared.request]):
                 prepared.request.encode_images(model.pipeline.encoder.encode)
 
+        messages, sources = await _run(self._preprocessors, translate, is_wanted)
+        if any(isinstance(source, RemoteImage) for source in sources):
+            reserve(self._config.max_body_bytes)
+            images = await _run(self._fetchers, lambda: self._fetch(sources), is_wanted)
+        else:
+            images = self._fetch(sources)
         prepared = await _run(self._preprocessors, preprocess, is_wanted)
         if prepared.request.images:
             await _run(self._encoder, encode, is_wanted)
         return prepared
+
+    def _fetch(self, sources: Sequence[bytes | RemoteImage]) -> list[bytes]:
+        """Return the content of all images, of which the remote ones together have at most the size of a body."""
+        images, left = [], self._config.max_body_bytes
+        for source in sources:
+            if isinstance(source, bytes):
+                images.append(source)
+                continue
+            try:
+                images.append(self._remote.fetch(source.url, left))
+            except RemoteImageError as error:
+                raise ApiError(400, str(error), code="remote_image", param=source.param) from error
+            left -= len(images[-1])
+        return images
 
     def _generation_options(self, chat: ChatRequest) -> dict[str, Any]:
         """Return the settings of the answer; greedy unless the request has a temperature."""
@@ -112,7 +147,7 @@ class Preparation:
 
     def close(self) -> None:
         """Stop the threads, each after its current work."""
-        for pool in (self._preprocessors, self._encoder):
+        for pool in (self._fetchers, self._preprocessors, self._encoder):
             pool.shutdown(cancel_futures=True)
 
 

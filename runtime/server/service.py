@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 from promprune.runtime.engine.language_model import LanguageModel
 from promprune.runtime.engine.request import Request
 from promprune.runtime.engine.result import Result, Stopwatch
+from promprune.runtime.server.body import Body
 from promprune.runtime.server.config import ServerConfig
 from promprune.runtime.server.errors import ApiError, api_error, too_many_requests
 from promprune.runtime.server.logs import log_failure
@@ -46,17 +47,23 @@ class Answer:
     Args:
         model: the model that answers.
         chat: the body of the request.
+        body: the body's share of memory, which is released when the request is prepared.
         lane: the lane of its language model.
         preparation: the threads that prepare it.
         metrics: told about the end.
 
     Attributes:
-        preparing: the task that prepares it.
         views: the images as the model sees them, if the request asked for them; see :class:`Prepared`.
     """
 
     def __init__(
-        self, model: ServedModel, chat: ChatRequest, lane: Lane, preparation: Preparation, metrics: Metrics
+        self,
+        model: ServedModel,
+        chat: ChatRequest,
+        body: Body,
+        lane: Lane,
+        preparation: Preparation,
+        metrics: Metrics,
     ) -> None:
         self.model = model
         self._lane = lane
@@ -71,8 +78,9 @@ class Answer:
         self._error: Exception | None = None
         self._outcome = "running"
         lane.accepted += 1
-        self.preparing = asyncio.create_task(self._prepare(chat, preparation))
-        self.preparing.add_done_callback(lambda _: self._leave())
+        self._preparing = asyncio.create_task(self._prepare(chat, body, preparation))
+        self._preparing.add_done_callback(lambda _: self._leave())
+        self._preparing.add_done_callback(lambda _: body.release())
 
     @property
     def request(self) -> Request:
@@ -87,7 +95,7 @@ class Answer:
         Raises:
             ApiError: the request is refused, or its preparation failed.
         """
-        await asyncio.shield(self.preparing)
+        await asyncio.shield(self._preparing)
         self._raise_error()
         return self.request
 
@@ -131,9 +139,11 @@ class Answer:
             self._finish(outcome)
             self._leave()
 
-    async def _prepare(self, chat: ChatRequest, preparation: Preparation) -> None:
+    async def _prepare(self, chat: ChatRequest, body: Body, preparation: Preparation) -> None:
         try:
-            prepared = await preparation.prepare(self.model, chat, self._watch, lambda: not self._closed)
+            prepared = await preparation.prepare(
+                self.model, chat, self._watch, is_wanted=lambda: not self._closed, reserve=body.reserve
+            )
             if not self._closed:
                 self._lane.worker.add(prepared.request, self._listen)
                 self._request, self.views = prepared
@@ -165,7 +175,7 @@ class Answer:
 
     def _leave(self) -> None:
         """Free the place in the queue, once neither a thread nor the engine works on the request."""
-        if self._done and self.preparing.done() and self._in_lane:
+        if self._done and self._preparing.done() and self._in_lane:
             self._in_lane = False
             self._lane.accepted -= 1
 
@@ -195,8 +205,8 @@ class ChatService:
                 self._lanes[language_model] = self._open_lane(model)
         metrics.watch(self._lanes.values(), config.max_batch)
 
-    def accept(self, chat: ChatRequest, on_prepared: Callable[[], None]) -> Answer:
-        """Accept a request; ``on_prepared`` is called when nothing needs its body any more.
+    def accept(self, chat: ChatRequest, body: Body) -> Answer:
+        """Accept a request, and release its body's share of memory when it is prepared.
 
         Raises:
             ApiError: there is no such model, or the queue is full.
@@ -208,9 +218,7 @@ class ChatService:
         if lane.accepted >= lane.limit:
             self.metrics.note_end(model.name, "rejected", None)
             raise too_many_requests(lane.accepted)
-        answer = Answer(model, chat, lane, self._preparation, self.metrics)
-        answer.preparing.add_done_callback(lambda _: on_prepared())
-        return answer
+        return Answer(model, chat, body, lane, self._preparation, self.metrics)
 
     @property
     def is_alive(self) -> bool:
