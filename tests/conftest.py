@@ -128,8 +128,8 @@ def next_export(tiny_llava_next: Path, shared: Shared) -> ExportResult:
 
 @pytest.fixture(scope="session")
 def next_full_export(tiny_llava_next: Path, shared: Shared) -> ExportResult:
-    """The unpruned baseline of the same model."""
-    return shared.export("next-full", tiny_llava_next, ratio=1.0)
+    """The unpruned baseline of the same model, not verified: its tests compare it with transformers."""
+    return shared.export("next-full", tiny_llava_next, ratio=1.0, verify=False)
 
 
 @pytest.fixture(scope="session")
