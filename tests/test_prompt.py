@@ -327,7 +327,7 @@ def test_what_a_template_makes_of_a_text_is_no_special_token(tmp_path: Path, cut
         ("{% for i in range(9999) %}{{ 'x' * 10000 }}{% endfor %}", "longer than"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
         ("{{ messages|length + 1e999 }}", "NameError"),
-        ("{{ 'x' * (messages|length * 10**17) }}", "MemoryError"),
+        ("{{ 'x' * (messages|length * 10**17) }}", "texts of more than"),
     ],
 )
 def test_templates_that_fail_are_refused_in_one_line(tmp_path: Path, template: str, message: str) -> None:

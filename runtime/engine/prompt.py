@@ -13,12 +13,12 @@ and end in the next, or in the template. Special tokens that a package's tokeniz
 from __future__ import annotations
 
 import json
+import os
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -28,7 +28,11 @@ import numpy as np
 import numpy.typing as npt
 
 from promprune.errors import PackageError, PrompruneError, PromptError, first_line
+from promprune.inputs import read_file
+from promprune.package.contents import MAX_CONFIG_BYTES
 from promprune.package.manifest import CHAT_TEMPLATE_FILE, Manifest
+from promprune.runtime.engine.template import MAX_TEMPLATE_BYTES, compile_template, rendering
+from promprune.runtime.engine.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -143,7 +147,8 @@ class PromptBuilder:
             **self._special_tokens,
         }
         try:
-            return _concatenate(template.generate(values))
+            with rendering():
+                return _concatenate(template.generate(values))
         except PrompruneError:
             raise
         except TemplateError as error:
@@ -182,11 +187,9 @@ class PromptBuilder:
         Raises:
             PackageError: it cannot be read, or does not have the image placeholder.
         """
-        from tokenizers import Tokenizer
-
         path = self.folder / "tokenizer.json"
         with tokenizer_errors(f"{path} is not a usable tokenizer"):
-            tokenizer = Tokenizer.from_file(str(path))
+            tokenizer = read_tokenizer(path)
             tokenizer.no_truncation()
             tokenizer.no_padding()
         if tokenizer.token_to_id(self.image_token) != self.image_token_id:
@@ -201,22 +204,28 @@ class PromptBuilder:
     def _template(self) -> Template:
         source = self._template_source()
         try:
-            return _compile(source)
+            return compile_template(source)
         except Exception as error:  # errors of jinja, and of Python when it compiles jinja's output
             reason = f"{type(error).__name__}: {error}"
             raise PackageError(f"{self.folder} has a broken chat template ({reason})", fix=_EXPORT_AGAIN) from error
 
     def _template_source(self) -> str:
         path = self.folder / CHAT_TEMPLATE_FILE
-        if path.is_file():
+        if path.exists():
             try:
-                return path.read_text(encoding="utf-8")
+                return read_file(path, most_bytes=MAX_TEMPLATE_BYTES).decode()
             except (OSError, UnicodeDecodeError) as error:
                 raise PackageError(f"{path} cannot be read ({error})", fix=_EXPORT_AGAIN) from error
         template = self._tokenizer_config.get("chat_template")
         if isinstance(template, list):  # several named templates
             named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
             template = named.get("default")
+        if isinstance(template, str) and len(template) > MAX_TEMPLATE_BYTES:
+            raise PackageError(
+                f"the chat template of {self.folder} has {len(template)} characters",
+                expected=f"at most {MAX_TEMPLATE_BYTES}",
+                fix=_EXPORT_AGAIN,
+            )
         return template if isinstance(template, str) else FALLBACK_TEMPLATE
 
     @cached_property
@@ -377,10 +386,10 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         PackageError: it is not a JSON object.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_file(path, most_bytes=MAX_CONFIG_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise PackageError(f"{path} cannot be read ({error})", fix=_EXPORT_AGAIN) from error
     if not isinstance(content, dict):
@@ -416,50 +425,3 @@ def _concatenate(parts: Iterator[str]) -> str:
 
 def _refuse_message(received: object, expected: str) -> NoReturn:
     raise PromptError(f"received the message {str(received)[:100]!r}", expected=expected)
-
-
-def _compile(source: str) -> Template:
-    """Compile a template in a sandbox, with the functions and extensions of Hugging Face chat templates."""
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _generation_extension()]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment.from_string(source)
-
-
-def _generation_extension() -> Any:
-    """Return a jinja extension that ignores the tags ``{% generation %}`` and ``{% endgeneration %}``."""
-    from jinja2.ext import Extension
-
-    class Generation(Extension):
-        tags: set[str] = {"generation"}  # noqa: RUF012 - jinja's own declaration
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    return Generation
-
-
-def _to_json(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    from jinja2 import TemplateError
-
-    raise TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
