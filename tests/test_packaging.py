@@ -117,6 +117,9 @@ def test_wheel_and_sdist_hold_everything(built: Path) -> None:
     embedded = {path.name for path in (ROOT / "promprune/embedded/model").iterdir()}
     assert "model.safetensors" in embedded
     assert {f"promprune/embedded/model/{name}" for name in embedded} <= names
+    page = {path.name for path in (ROOT / "runtime/server/page").iterdir() if path.is_file()}
+    assert "index.html" in page
+    assert {f"promprune/runtime/server/page/{name}" for name in page} <= names
     assert not any(name.startswith(("export/", "runtime/", "tests/")) for name in names)
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:

@@ -21,6 +21,7 @@ from promprune.runtime.server.guard import AccessLog, Guard
 from promprune.runtime.server.metrics import Metrics
 from promprune.runtime.server.models import ModelCatalog
 from promprune.runtime.server.openapi import openapi_document
+from promprune.runtime.server.page.routes import page_routes
 from promprune.runtime.server.responses import error_response, json_response
 from promprune.runtime.server.schema import ModelList
 from promprune.runtime.server.service import ChatService, unknown_model
@@ -54,7 +55,7 @@ def make_app(catalog: ModelCatalog, config: ServerConfig) -> Starlette:
         Middleware(Guard, config),
     ]
     app = Starlette(
-        routes=ROUTES,
+        routes=[*ROUTES, *page_routes()],
         middleware=middleware,
         exception_handlers={ApiError: _answer_api_error, HTTPException: _answer_http_error},  # type: ignore[dict-item]
         lifespan=lifespan,
