@@ -6,8 +6,8 @@
 Starts a server for the packages, which must be of the embedded model, and asks it from threads of this process, over
 loopback:
 
-1. ``--clients`` clients stream for ``--seconds``. Each asks its own question about its own image, and compares the
-   answer with the one that the runtime gave before, without the server.
+1. ``--clients`` clients stream for ``--seconds``. Each asks about its own images in turns, which are more than the
+   server keeps encoded, and compares every answer with the one that the runtime gave before, without the server.
 2. 1 and 8 clients in turns ask for answers of exactly 64 tokens, ``--rounds`` times for ``--batch-seconds`` each, with
    images that were encoded before. The ratio of their tokens per second says what batching brings.
 3. The server is killed and started again; the time to the first answer is measured.
@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -39,6 +40,7 @@ from promprune.package.manifest import read_manifest
 from promprune.runtime import VisionLanguagePipeline
 from promprune.runtime.server.models import model_name
 
+IMAGES_PER_CLIENT = 3
 NEW_TOKENS = 64
 MANY = 8
 
@@ -60,16 +62,17 @@ class Tally:
     failures: list[str] = field(default_factory=list)
 
 
-def make_asks(packages: list[Path], count: int) -> list[Ask]:
-    """Return questions about different images, with the runtime's own answers."""
-    asks = []
+def make_asks(packages: list[Path], clients: int) -> list[list[Ask]]:
+    """Return each client's questions about different images, with the runtime's own answers."""
+    asks: list[list[Ask]] = [[] for _ in range(clients)]
     pipelines = [VisionLanguagePipeline.from_package(package, provider="cpu") for package in packages]
     names = [model_name(read_manifest(package), package) for package in packages]
-    for number in range(count):
+    for number in range(clients * IMAGES_PER_CLIENT):
         scene = render_scene(TEST_SEEDS[number])
         question = questions(scene)[0].text
         answer = pipelines[number % len(packages)].generate(scene.image, question).text.lstrip()
-        asks.append(Ask(body_of(names[number % len(packages)], scene.image, question, stream=True), answer))
+        body = body_of(names[number % len(packages)], scene.image, question, stream=True)
+        asks[number % clients].append(Ask(body, answer))
     for pipeline in pipelines:
         pipeline.close()
     return asks
@@ -120,15 +123,17 @@ def complete_once(connection: http.client.HTTPConnection, ask: Ask, tally: Tally
 Once = Callable[[http.client.HTTPConnection, Ask, Tally], None]
 
 
-def run_clients(port: int, asks: list[Ask], seconds: float, once: Once) -> Tally:
-    """Run one client per ask, each on its own connection, for some seconds."""
+def run_clients(port: int, asks: list[list[Ask]], seconds: float, once: Once) -> Tally:
+    """Run one client per list of asks, which it repeats on its own connection for some seconds."""
     tallies = [Tally() for _ in asks]
     until = time.perf_counter() + seconds
 
-    def client(ask: Ask, tally: Tally) -> None:
+    def client(own: list[Ask], tally: Tally) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
         try:
-            while time.perf_counter() < until:
+            for ask in cycle(own):
+                if time.perf_counter() >= until:
+                    break
                 once(connection, ask, tally)
         except (OSError, http.client.HTTPException, ValueError) as error:
             tally.failures.append(repr(error))
@@ -181,7 +186,7 @@ def serving(packages: list[Path], threads: int | None) -> Iterator[Server]:
         server.process.wait(60)
 
 
-def measure_load(server: Server, asks: list[Ask], seconds: float) -> dict[str, Any]:
+def measure_load(server: Server, asks: list[list[Ask]], seconds: float) -> dict[str, Any]:
     """Ask from all clients at once, and sample the memory once per second."""
     samples: list[tuple[float, float]] = []
     done = threading.Event()
@@ -216,7 +221,7 @@ def measure_batching(server: Server, packages: list[Path], seconds: float, round
     name = model_name(read_manifest(packages[0]), packages[0])
     fields = {"max_tokens": NEW_TOKENS, "ignore_eos": True}
     scenes = [render_scene(TEST_SEEDS[number]) for number in range(MANY)]
-    asks = [Ask(body_of(name, scene.image, questions(scene)[0].text, **fields), "") for scene in scenes]
+    asks = [[Ask(body_of(name, scene.image, questions(scene)[0].text, **fields), "")] for scene in scenes]
     rates: dict[int, list[float]] = {1: [], MANY: []}
     failures: list[str] = []
     run_clients(server.port, asks, 1, complete_once)  # encodes the images
@@ -263,7 +268,7 @@ def main() -> None:
     with serving(args.packages, args.threads) as server:
         load = measure_load(server, asks, args.seconds)
         batching = measure_batching(server, args.packages, args.batch_seconds, args.rounds)
-    restart = measure_restart(args.packages, args.threads, asks[0])
+    restart = measure_restart(args.packages, args.threads, asks[0][0])
     cpus = len(os.sched_getaffinity(0))
     print(json.dumps({"cpus": cpus, "load": load, "batching": batching, "restart": restart}))
     sys.exit(bool(load["failures"] or batching["failures"] or restart["failures"]))
