@@ -8,7 +8,7 @@ from typing import Any
 
 from promprune.runtime.engine.language_model import LanguageModel
 from promprune.runtime.engine.request import Request
-from promprune.runtime.engine.result import Result, Stopwatch
+from promprune.runtime.engine.result import Stopwatch
 from promprune.runtime.server.body import Body
 from promprune.runtime.server.config import ServerConfig
 from promprune.runtime.server.errors import ApiError, api_error, too_many_requests
@@ -114,11 +114,6 @@ class Answer:
                 yield text
         self._raise_error()
 
-    @property
-    def result(self) -> Result:
-        """The complete answer, once all texts have been read."""
-        return self.request.result()
-
     def describe(self) -> dict[str, Any]:
         """Return what the log says of it: names and numbers only."""
         found: dict[str, Any] = {"model": self.model.name, "outcome": self._outcome}
@@ -150,7 +145,8 @@ class Answer:
         except AbandonedError:
             pass
         except Exception as error:
-            self._fail(error)
+            if not self._closed:
+                self._fail(error)
 
     def _listen(self, piece: Piece) -> None:
         if piece.text:
