@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -68,15 +69,20 @@ class Checkpoint:
     weight_record: WeightRecord | None = None
 
     def out_of_core_model(
-        self, *, rounded_to: torch.dtype = torch.float32, relink: Callable[[nn.Module], None] | None = None
+        self,
+        *,
+        dtype: torch.dtype = torch.float32,
+        rounded_to: torch.dtype = torch.float32,
+        relink: Callable[[nn.Module], None] | None = None,
     ) -> Any:
         """Return the reference with its weights on disk: each module loads its weights when it is called.
 
         Args:
-            rounded_to: dtype that the weights are rounded to when they are loaded; everything is computed in fp32.
+            dtype: dtype that everything is computed in.
+            rounded_to: dtype that the weights are rounded to when they are loaded.
             relink: links parameters to other weights than the checkpoint's.
         """
-        model = build_meta_model(self.folder, self.family.model_class, torch.float32)
+        model = build_meta_model(self.folder, self.family.model_class, dtype)
         if relink is not None:
             relink(model)
         load_weights_on_call(model, rounded_to=rounded_to)
@@ -122,6 +128,7 @@ def load_checkpoint(name: str | None, *, dtype: torch.dtype = torch.float32) -> 
     meta_model = build_meta_model(folder, family.model_class, dtype)
     processor = load_processor(folder)
     _refuse_tokens_without_embedding(meta_model, processor.tokenizer, folder)
+    _refuse_unknown_image_token(meta_model.config.image_token_id, processor, folder)
     files = weight_files(folder)
     with ThreadPoolExecutor(max_workers=HASHED_AT_ONCE) as pool:
         digests = dict(zip(files, pool.map(sha256_of_file, files), strict=True))
@@ -212,7 +219,17 @@ def family_of(folder: Path) -> type[Family]:
         raise UnsupportedModelError(
             f"{folder.name} is of the family {model_type!r}", expected=f"one of the families {', '.join(FAMILIES)}"
         )
-    return FAMILIES[model_type]
+    if "mm_vision_tower" in config:
+        raise UnsupportedModelError(
+            f"{folder.name} has the format of the original LLaVA code (mm_vision_tower in config.json)",
+            expected="the format of transformers",
+            fix="export the converted checkpoint, such as llava-hf/llava-1.5-7b-hf",
+        )
+    family = FAMILIES[model_type]
+    vision = config.get("vision_config")
+    if family.towers and isinstance(vision, dict) and vision.get("model_type"):
+        family.refuse_tower(str(vision["model_type"]))
+    return family
 
 
 def load_model(folder: Path, family: type[Family], *, dtype: torch.dtype = torch.float32) -> Any:
@@ -247,6 +264,8 @@ def load_processor(folder: Path) -> Any:
         ModelError: it has no usable processor.
     """
     local: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+        _require_sentencepiece(folder)
     try:
         try:
             processor = transformers.AutoProcessor.from_pretrained(folder, **local)
@@ -264,6 +283,16 @@ def load_processor(folder: Path) -> Any:
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ModelError(f"{folder} has a {type(processor).__name__}", expected="a tokenizer and an image processor")
     return processor
+
+
+def _require_sentencepiece(folder: Path) -> None:
+    """Refuse a tokenizer that only exists as a SentencePiece model, if the library that converts it is missing."""
+    if importlib.util.find_spec("sentencepiece") is None:
+        raise ModelError(
+            f"{folder} has tokenizer.model, but no tokenizer.json",
+            expected="tokenizer.json, or the library that converts a SentencePiece model",
+            fix="pip install sentencepiece",
+        )
 
 
 def _chat_template(folder: Path) -> str | None:
@@ -284,6 +313,20 @@ def _refuse_tokens_without_embedding(model: Any, tokenizer: Any, folder: Path) -
             expected=f"ids below {rows}, the number of token embeddings",
             fix="save the model again after transformers' resize_token_embeddings, or remove the tokens",
         )
+
+
+def _refuse_unknown_image_token(token_id: int, processor: Any, folder: Path) -> None:
+    """Refuse a model whose image placeholder is not among the tokens of its tokenizer."""
+    vocabulary = processor.tokenizer.get_vocab()
+    if token_id in set(vocabulary.values()):
+        return
+    own = vocabulary.get(getattr(processor, "image_token", "<image>"))
+    raise ModelError(
+        f"config.json of {folder.name} has {token_id} as its image token (image_token_index or image_token_id), "
+        "which its tokenizer lacks",
+        expected="the id of the image placeholder" + ("" if own is None else f": {own}"),
+        fix="correct config.json, or add the placeholder to the tokenizer",
+    )
 
 
 def _digest_of(digests: Mapping[Path, str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -15,6 +16,7 @@ from promprune.export.commands.options import Model, parse_grids
 from promprune.export.commands.tables import checks_table, print_verification
 from promprune.export.config import BLOCK_SIZES, DEFAULT_INT4_BLOCK, ExportConfig, default_output
 from promprune.export.graphs.opset import QUANTIZED_OPSET
+from promprune.export.verify.checks import BUDGET
 from promprune.method.config import POLICIES, SelectionConfig
 from promprune.package.describe import describe_selection, describe_weights
 from promprune.package.manifest import check_package_output
@@ -232,6 +234,8 @@ def _print_warnings(result: ExportResult) -> None:
             continue
         if check.name.startswith(COST):
             text = f"{check.name} is {check.measured:.3g}, usually {check.comparison} {check.limit:g}"
+        elif check.name != BUDGET:
+            continue  # in the table of the verification
         else:
             text = f"{check.detail}; fit them with promprune-calibrate"
         console.print(f"[bold yellow]warning:[/] {text}", soft_wrap=True)
@@ -251,7 +255,9 @@ def _print_summary(result: ExportResult, seconds: float) -> None:
     answers = "promprune-run {} --image FILE --prompt TEXT" if manifest.has_language_model else "see docs/runtime.md"
     if result.not_lowered:
         console.print(f"[yellow]note:[/] no lowered decoder: {plain(result.not_lowered)}", soft_wrap=True)
-    console.print(f"exported in {seconds:.1f} s; next: {answers.format(result.output)}", soft_wrap=True)
+    console.print(
+        f"exported in {seconds:.1f} s; next: {answers.format(shlex.quote(str(result.output)))}", soft_wrap=True
+    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ import numpy as np
 
 from promprune.package.manifest import CheckRecord
 
-__all__ = ["LIMITS", "Limits", "check"]
+__all__ = ["BUDGET", "LIMITS", "Limits", "check"]
+
+BUDGET: Final = "images with the whole budget in one stage"  # name of the check of mu and tau
 
 
 @dataclass(frozen=True, kw_only=True)

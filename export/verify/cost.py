@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from promprune.errors import PrompruneError
-from promprune.export.families import Family, VisionReference
-from promprune.export.verify.language import filled_prompt, kept_position_ids, torch_answer
+from promprune.export.families import Family
+from promprune.export.verify.language import filled_prompt, kept_position_ids, log_probabilities, torch_answer
 from promprune.export.verify.samples import Sample
-from promprune.method.reference import select_tokens
+from promprune.export.verify.selection import choose_tokens
 from promprune.package.manifest import CheckRecord, Manifest
 from promprune.runtime import Result
 
@@ -87,12 +87,12 @@ def run_model(
     kept, logits, own = [], [], []
     for index, case in enumerate(cases):
         reference = family.reference(case.image)
-        kept += _choose_tokens(family, manifest, reference)
+        kept += [frozenset(chosen.token_indices.tolist()) for chosen in choose_tokens(family, manifest, reference)]
         features = family.kept_features(reference, case.token_indices)
         positions = kept_position_ids(family, case.question, reference, case.token_indices)
         own.append(torch_answer(family, case.question, features, positions))
         given = answers[index] if answers is not None else own[-1]
-        logits.append(_log_probabilities(family, filled_prompt(family, case.question, features), positions, given))
+        logits.append(log_probabilities(family, filled_prompt(family, case.question, features), positions, given))
     return ModelRun(kept=tuple(kept), log_probabilities=tuple(logits), answers=tuple(own))
 
 
@@ -122,28 +122,3 @@ def _cost(name: str, measured: float, comparison: Any, limit: float, detail: str
         detail=detail,
         advisory=True,
     )
-
-
-def _choose_tokens(family: Family, manifest: Manifest, reference: VisionReference) -> list[frozenset[int]]:
-    """Return the indices of the tokens that the float64 method keeps of each row, such as a crop."""
-    tokens, saliency = manifest.tokens_of(reference.graph), reference.saliency
-    if saliency is None:
-        vision = next(vision for vision in family.vision_modules if vision.name == reference.graph)
-        saliency = vision.module(*(reference.feeds[name] for name in vision.inputs))[1]
-    mask = reference.feeds.get("token_mask", torch.ones(reference.features.shape[:2], dtype=torch.bool))
-    rows = zip(reference.features.double(), saliency.double(), mask, strict=True)
-    chosen = (select_tokens(x, scores, tokens.keep_tokens, manifest.selection.config, m) for x, scores, m in rows)
-    return [frozenset(selection.token_indices.tolist()) for selection in chosen]
-
-
-def _log_probabilities(family: Family, prompt: Tensor, positions: Tensor | None, answer: list[int]) -> Tensor:
-    """Return the model's log-probabilities of each token of an answer, given a prompt ``[1, S, D]``."""
-    before = torch.tensor([answer[:-1]], dtype=torch.int64)
-    embeds = torch.cat([prompt, family.embed_tokens(before).to(prompt.dtype)], dim=1)
-    placed = {}
-    if positions is not None:
-        following = positions.max() + 1 + torch.arange(before.shape[1])
-        placed["position_ids"] = torch.cat([positions, following.expand(*positions.shape[:-1], -1)], dim=-1)
-    hidden = family.language_model(inputs_embeds=embeds, use_cache=False, **placed).last_hidden_state
-    logits = family.lm_head(hidden[0, prompt.shape[1] - 1 :])
-    return functional.log_softmax(logits.float(), dim=-1)

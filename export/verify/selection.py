@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from promprune.export.verify.checks import Limits, check
+from promprune.export.families import Family, VisionReference
+from promprune.export.verify.checks import BUDGET, Limits, check
 from promprune.export.verify.subject import Array
-from promprune.export.verify.vision import VisionRun
+from promprune.export.verify.vision import VisionRun, saliency_of
 from promprune.method.config import SelectionConfig
-from promprune.method.reference import select_tokens
+from promprune.method.reference import Selection, select_tokens
 from promprune.package.manifest import CheckRecord, Manifest, SelectionRecord, TokenCounts
 
-__all__ = ["check_selection"]
+__all__ = ["check_selection", "choose_tokens"]
 
 MAX_SATURATED: Final = 0.9  # share of the check images
 MIN_TAU_SHARE: Final = 40  # an entropy that is off by tau / 40 moves at most 0.6 % of the budget
@@ -46,9 +47,20 @@ def check_selection(
     yield check("kept tokens in common with it", overlap, ">=", limits.overlap, detail)
     yield check("saliency count differs from it by", max(row.count_difference for row in rows), "<=", 1)
     entropy_difference = max(row.entropy_difference for row in rows)
-    yield check("spectral entropy differs from it by", entropy_difference, "<=", config.tau / MIN_TAU_SHARE)
+    is_half = manifest.dtype != "fp32"  # then only the saliency count that follows from it is judged
+    limit = config.tau / MIN_TAU_SHARE
+    yield check("spectral entropy differs from it by", entropy_difference, "<=", limit, advisory=is_half)
     if config.policy == "promprune":
         yield check_budget(manifest.selection, rows)
+
+
+def choose_tokens(family: Family, manifest: Manifest, reference: VisionReference) -> list[Selection]:
+    """Select by the method in float64 from the features and saliency of a reference, for each row, such as a crop."""
+    features = reference.features
+    mask = reference.feeds.get("token_mask", torch.ones(features.shape[:2], dtype=torch.bool))
+    keep_tokens, config = manifest.tokens_of(reference.graph).keep_tokens, manifest.selection.config
+    rows = zip(features.double(), saliency_of(family, reference).double(), mask, strict=True)
+    return [select_tokens(*row[:2], keep_tokens, config, row[2]) for row in rows]
 
 
 def check_budget(record: SelectionRecord, rows: Sequence[SelectedRow]) -> CheckRecord:
@@ -60,9 +72,7 @@ def check_budget(record: SelectionRecord, rows: Sequence[SelectedRow]) -> CheckR
     stage, most = max(ends.items(), key=lambda item: item[1])
     constants = f"mu = {record.config.mu:g} and tau = {record.config.tau:g} ({record.parameters_from})"
     detail = f"{constants} give all to {stage} in {most} of {len(rows)}"
-    return check(
-        "images with the whole budget in one stage", most / len(rows), "<=", MAX_SATURATED, detail, advisory=True
-    )
+    return check(BUDGET, most / len(rows), "<=", MAX_SATURATED, detail, advisory=True)
 
 
 @dataclass(frozen=True, kw_only=True)

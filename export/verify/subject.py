@@ -81,6 +81,11 @@ class Subject:
         formats = self.package.manifest.weights
         return formats is not None and formats.vision.int8_activations
 
+    @property
+    def judges_saliency(self) -> bool:
+        """Whether the error of the saliency is judged itself; in half precision, the selection is (precision.py)."""
+        return self.manifest.dtype == "fp32" or self.has_int8_activations
+
     @contextlib.contextmanager
     def package_weights(self) -> Iterator[None]:
         """Make the source compute with the package's weights; out of core, it always does."""

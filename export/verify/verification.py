@@ -1,7 +1,8 @@
 """Verification of a package against the model it was exported from.
 
 The checks are, in this order: names, dtypes and shapes (structure.py); features and saliency against torch
-(vision.py); the selection against the method in float64 (selection.py); embeddings, logits and answers (language.py).
+(vision.py); the selection against the method in float64 (selection.py) and, in half precision, against fp32
+(precision.py); embeddings, logits and answers (language.py).
 Errors are relative to the standard deviation of the reference, because that of real features is several units.
 A package with quantized weights is compared with torch on the same weights; the cost of quantization itself is measured
 separately (cost.py).
@@ -24,6 +25,7 @@ from promprune.export.verify.checks import LIMITS
 from promprune.export.verify.config import DEFAULT_CHECK_IMAGES
 from promprune.export.verify.cost import cases_of, cost_of_quantization, run_model
 from promprune.export.verify.language import check_answers, check_language, package_answers
+from promprune.export.verify.precision import check_precision
 from promprune.export.verify.samples import check_samples
 from promprune.export.verify.selection import check_selection
 from promprune.export.verify.structure import check_structure
@@ -73,8 +75,14 @@ def verify_package(
             runs = run_vision(subject, references)
             checks = [
                 *check_structure(subject),
-                *check_vision(runs, limits, int8_activations=subject.has_int8_activations),
+                *check_vision(
+                    runs,
+                    limits,
+                    judge_saliency=subject.judges_saliency,
+                    int8_activations=subject.has_int8_activations,
+                ),
                 *check_selection(manifest, runs, limits),
+                *check_precision(subject, checkpoint, samples, references, runs),
             ]
             if manifest.has_language_model:
                 checks += check_language(subject, samples, limits)

@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
+from torch import Tensor
 
-from promprune.export.families import VisionModule, VisionReference
+from promprune.export.families import Family, VisionModule, VisionReference
 from promprune.export.verify.checks import Limits, check
 from promprune.export.verify.subject import Array, Subject, run_graph
 from promprune.export.verify.tensors import relative_error, rms_error
 from promprune.package.manifest import CheckRecord
 
-__all__ = ["VisionRun", "check_vision", "run_vision"]
+__all__ = ["VisionRun", "check_vision", "run_vision", "saliency_of"]
 
 BATCH_SIZE: Final = 8
 # With activations in int8, a difference of 1e-7 can round to the next integer, and grows from layer to layer: on the
@@ -62,13 +63,14 @@ def run_vision(subject: Subject, references: Sequence[VisionReference]) -> dict[
 
 
 def check_vision(
-    runs: Mapping[str, Sequence[VisionRun]], limits: Limits, *, int8_activations: bool = False
+    runs: Mapping[str, Sequence[VisionRun]], limits: Limits, *, judge_saliency: bool, int8_activations: bool = False
 ) -> Iterator[CheckRecord]:
     """Compare features and saliency with torch.
 
     Args:
         runs: of every vision graph.
         limits: of the package's dtype.
+        judge_saliency: whether the error of the saliency can fail the verification; if not, it is only reported.
         int8_activations: whether the graphs quantize their activations.
     """
     if unseen := [name for name, some in runs.items() if not some]:
@@ -82,7 +84,16 @@ def check_vision(
     if pruned := [run for run in every if run.is_pruned]:
         error = max(measure(run.outputs["encoder/saliency"], run.saliency) for run in pruned)
         detail = "" if all(run.is_independent for run in pruned) else "against the exported module, not transformers"
-        yield check(f"saliency, {name}", error, "<=", limit, detail)
+        yield check(f"saliency, {name}", error, "<=", limit, detail, advisory=not judge_saliency)
+
+
+def saliency_of(family: Family, reference: VisionReference) -> Tensor:
+    """Return the saliency ``[B, N]`` of a reference; from the exported module if transformers does not give it."""
+    if reference.saliency is not None:
+        return reference.saliency
+    vision = next(vision for vision in family.vision_modules if vision.name == reference.graph)
+    saliency: Tensor = vision.module(*(reference.feeds[name] for name in vision.inputs))[1]
+    return saliency
 
 
 def _runs(subject: Subject, vision: VisionModule, references: Sequence[VisionReference]) -> Iterator[VisionRun]:
@@ -98,14 +109,12 @@ def _runs(subject: Subject, vision: VisionModule, references: Sequence[VisionRef
         taken = {value.name for value in session.get_inputs()}
         outputs = run_graph(session, {name: value.numpy() for name, value in feeds.items() if name in taken})
         features = torch.cat([reference.features for reference in group])
-        saliency = [reference.saliency for reference in group if reference.saliency is not None]
-        if not saliency:
-            saliency = [vision.module(*(feeds[name] for name in vision.inputs))[1]]
+        saliency = torch.cat([saliency_of(subject.family, reference) for reference in group])
         mask = feeds.get("token_mask", torch.ones(features.shape[:2], dtype=torch.bool))
         yield VisionRun(
             outputs=outputs,
             features=features.numpy(),
-            saliency=torch.cat(saliency).numpy(),
+            saliency=saliency.numpy(),
             is_independent=group[0].saliency is not None,
             token_mask=mask.numpy(),
         )
