@@ -21,7 +21,7 @@ from promprune.dtypes import BY_NAME
 from promprune.errors import VerificationError
 from promprune.export.checkpoint.loading import Checkpoint, load_checkpoint, read_constants
 from promprune.export.checkpoint.meta_model import make_fake
-from promprune.export.checkpoint.prompts import chat_template
+from promprune.export.checkpoint.prompts import chat_template, refuse_unusable_template
 from promprune.export.checkpoint.weights import read_linked, torch_dtype
 from promprune.export.config import ExportConfig, default_output
 from promprune.export.families import Family
@@ -99,6 +99,7 @@ def export_package(config: ExportConfig, *, progress: Progress = NO_PROGRESS) ->
             family = checkpoint.family(checkpoint.meta_model, checkpoint.processor, config.image_grids)
             if not config.vision_only:
                 check_rotary_frequencies(family.text_config)
+                refuse_unusable_template(checkpoint.processor, family.image_token_id)
             tokens = {vision.name: config.token_counts(vision.num_tokens) for vision in family.vision_modules}
             selection = selection_record(config, read_constants(checkpoint.folder))
         data = ExternalData.create(folder / "onnx", checkpoint.digests, copy=config.copy_weights)

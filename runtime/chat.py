@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from promprune.runtime.engine.cache import CachedPrefix
-from promprune.runtime.engine.prompt import Message, as_messages
+from promprune.runtime.engine.chat_template import Message
+from promprune.runtime.engine.prompt import as_messages
 from promprune.runtime.engine.request import Request
 from promprune.runtime.engine.result import Result
 from promprune.runtime.engine.stream import AnswerStream

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers, processors
 
-from promprune.errors import ImageError, PackageError, PromptError
-from promprune.runtime.engine.prompt import FALLBACK_TEMPLATE, PromptBuilder, tokenizer_errors
+from promprune.errors import ImageError, PackageError, PromptError, UnsupportedModelError
+from promprune.runtime.engine.chat_template import FALLBACK_TEMPLATE, ChatTemplate
+from promprune.runtime.engine.prompt import PromptBuilder, tokenizer_errors
 from tests.support.fake_package import TEMPLATE, make_tokenizer
 
 
@@ -443,3 +444,47 @@ def test_what_does_not_fit_is_refused_with_the_numbers(tmp_path: Path, prompt_to
     builder = dataclasses.replace(builder_of(tmp_path))
     with pytest.raises(PromptError, match=f"{prompt_tokens} tokens.*256"):
         builder.check_fits(prompt_tokens, asked, at_most=100)
+
+
+# Templates that take the content of a message as one text, in the manner of published ones.
+TEXT_TEMPLATES = {
+    "concatenates": "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] + '</s>' }}{% endfor %}",
+    "trims": "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | trim }}\n{% endfor %}",
+    "replaces": "{% for m in messages %}{{ m.role }}>{{ m.content.replace('\r', '').strip() }}\n{% endfor %}",
+}
+TEXT_ENDING = "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+
+
+def as_text(message: dict[str, Any]) -> dict[str, Any]:
+    parts = ["<image>" if part["type"] == "image" else part["text"] for part in message["content"]]
+    return {**message, "content": "\n".join(parts)}
+
+
+@pytest.mark.parametrize("template", TEXT_TEMPLATES)
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_a_template_that_takes_texts_gets_one_with_placeholders(tmp_path: Path, name: str, template: str) -> None:
+    source = TEXT_TEMPLATES[template] + TEXT_ENDING
+    messages = CONVERSATIONS[name]
+    count = sum(part["type"] == "image" for message in messages for part in message["content"])
+    folder = make_folder(tmp_path / "p", source)
+    processor = hugging_face_processor(folder, source)
+    text = processor.apply_chat_template([as_text(message) for message in messages], add_generation_prompt=True)
+    images = [np.zeros((60, 60, 3), np.uint8)] * count or None
+    expected = processor(images=images, text=text, return_tensors="np")["input_ids"][0]
+    np.testing.assert_array_equal(builder_of(folder).build(messages, [16] * count), expected)
+
+
+def test_special_tokens_in_a_text_are_escaped_there_too(tmp_path: Path) -> None:
+    builder = builder_of(make_folder(tmp_path / "p", TEXT_TEMPLATES["concatenates"]))
+    ids = builder.build([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a</s>b"}]}], [2])
+    assert (ids == 2).sum() == 1  # the template's own
+    assert (ids == 3).sum() == 2
+    with pytest.raises(PromptError, match="stands for an image"):
+        builder.build([{"role": "user", "content": "<image>"}], [])
+
+
+def test_a_template_that_ignores_images_is_unusable() -> None:
+    template = ChatTemplate("{% for m in messages %}{{ m.content[-1].text }}{% endfor %}", "<image>", {})
+    with pytest.raises(UnsupportedModelError, match="it writes 0 image placeholders for 1 image"):
+        template.refuse_unusable()
+    ChatTemplate(TEMPLATE, "<image>", {}).refuse_unusable()

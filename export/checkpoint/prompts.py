@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
-__all__ = ["chat_template", "prompt_text"]
+from promprune.runtime.engine.chat_template import FALLBACK_TEMPLATE, ChatTemplate
+
+__all__ = ["chat_template", "prompt_text", "refuse_unusable_template"]
 
 
 def chat_template(processor: Any) -> Any:
@@ -29,7 +32,29 @@ def prompt_text(processor: Any, image_token_id: int, question: str) -> str:
     if not template:
         return f"USER: {tokenizer.convert_ids_to_tokens(image_token_id)}\n{question} ASSISTANT:"
     content = [{"type": "image"}, {"type": "text", "text": question}]
-    messages = [{"role": "user", "content": content}]
+    messages = _template(processor, image_token_id).arrange([{"role": "user", "content": content}])
     return str(
         tokenizer.apply_chat_template(messages, chat_template=template, add_generation_prompt=True, tokenize=False)
     )
+
+
+def refuse_unusable_template(processor: Any, image_token_id: int) -> None:
+    """Refuse a chat template that cannot render a question about one image.
+
+    Raises:
+        UnsupportedModelError: it cannot.
+    """
+    _template(processor, image_token_id).refuse_unusable()
+
+
+def _template(processor: Any, image_token_id: int) -> ChatTemplate:
+    """Return the runtime's view of a chat template: both decide alike which form of messages it takes."""
+    tokenizer = processor.tokenizer
+    special_tokens = tuple((name, text) for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str))
+    source = chat_template(processor) or FALLBACK_TEMPLATE
+    return _cached(source, str(tokenizer.convert_ids_to_tokens(image_token_id)), special_tokens)
+
+
+@lru_cache(maxsize=8)
+def _cached(source: str, image_token: str, special_tokens: tuple[tuple[str, str], ...]) -> ChatTemplate:
+    return ChatTemplate(source, image_token, dict(special_tokens))

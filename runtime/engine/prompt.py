@@ -31,16 +31,14 @@ from promprune.errors import PackageError, PrompruneError, PromptError, first_li
 from promprune.inputs import read_file
 from promprune.package.contents import MAX_CONFIG_BYTES
 from promprune.package.manifest import CHAT_TEMPLATE_FILE, Manifest
-from promprune.runtime.engine.template import MAX_TEMPLATE_BYTES, compile_template, rendering
+from promprune.runtime.engine.chat_template import FALLBACK_TEMPLATE, ChatTemplate, Message
+from promprune.runtime.engine.template import MAX_TEMPLATE_BYTES
 from promprune.runtime.engine.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
-    from jinja2 import Template
     from tokenizers import Tokenizer
 
 __all__ = [
-    "FALLBACK_TEMPLATE",
-    "Message",
     "PromptBuilder",
     "TokenIds",
     "as_messages",
@@ -48,17 +46,8 @@ __all__ = [
     "tokenizer_errors",
 ]
 
-Message = Mapping[str, Any]
 TokenIds = npt.NDArray[np.int64]
 
-# For packages without a chat template: the format that LLaVA-1.5 was trained with.
-FALLBACK_TEMPLATE: Final = """\
-{% for message in messages %}
-{{- message.role.upper() + ': ' }}
-{%- for part in message.content if part.type == 'image' %}{{ image_token + '\n' }}{% endfor %}
-{%- for part in message.content if part.type == 'text' %}{{ part.text + ' ' }}{% endfor %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
 # Marks that are inserted in the texts while the template renders them: code points that Unicode never assigns. The two
 # marks enclose a special token. The second mark is also inserted after a text that ends with the beginning of a special
 # token, and before one that starts with the end of one, because the template may put any text next to it.
@@ -66,7 +55,6 @@ _LITERAL: Final = "\ufdd0"
 _EDGE: Final = "\ufdd1"
 _MARKS: Final = re.compile(f"([{_LITERAL}{_EDGE}])")
 _ROLE: Final = re.compile("[A-Za-z_]+")
-_MAX_RENDERED_CHARACTERS: Final = 8_000_000
 _SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _EXPORT_AGAIN: Final = "copy the package again, or export it again"
 
@@ -137,18 +125,8 @@ class PromptBuilder:
         """
         from jinja2 import TemplateError
 
-        template = self._template
-        values = {
-            "messages": [self._check_message(message) for message in messages],
-            "add_generation_prompt": True,
-            "image_token": self.image_token,
-            "tools": None,
-            "documents": None,
-            **self._special_tokens,
-        }
         try:
-            with rendering():
-                return _concatenate(template.generate(values))
+            return self._template.render([self._check_message(message) for message in messages])
         except PrompruneError:
             raise
         except TemplateError as error:
@@ -201,13 +179,14 @@ class PromptBuilder:
         return tokenizer
 
     @cached_property
-    def _template(self) -> Template:
-        source = self._template_source()
+    def _template(self) -> ChatTemplate:
+        template = ChatTemplate(self._template_source(), self.image_token, self._special_tokens)
         try:
-            return compile_template(source)
+            _ = template.compiled
         except Exception as error:  # errors of jinja, and of Python when it compiles jinja's output
             reason = f"{type(error).__name__}: {error}"
             raise PackageError(f"{self.folder} has a broken chat template ({reason})", fix=_EXPORT_AGAIN) from error
+        return template
 
     def _template_source(self) -> str:
         path = self.folder / CHAT_TEMPLATE_FILE
@@ -409,18 +388,6 @@ def tokenizer_errors(received: str) -> Iterator[None]:
         raise
     except BaseException as error:
         raise PackageError(f"{received} ({first_line(error)})", fix=_EXPORT_AGAIN) from error
-
-
-def _concatenate(parts: Iterator[str]) -> str:
-    """Concatenate the output of a template, and refuse a text that is too long."""
-    taken: list[str] = []
-    length = 0
-    for part in parts:
-        taken.append(part)
-        length += len(part)
-        if length > _MAX_RENDERED_CHARACTERS:
-            raise PromptError(f"the prompt is longer than {_MAX_RENDERED_CHARACTERS} characters", fix="shorten it")
-    return "".join(taken)
 
 
 def _refuse_message(received: object, expected: str) -> NoReturn:

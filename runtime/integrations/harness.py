@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from promprune.errors import ConfigError
-from promprune.runtime.engine.prompt import Message
+from promprune.runtime.engine.chat_template import Message
 from promprune.runtime.images.encoder import ImageSource
 
 __all__ = ["UNDERSTOOD", "generation_options", "images_and_messages"]
