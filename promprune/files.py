@@ -21,6 +21,7 @@ __all__ = ["check_output_file", "check_output_folder", "output_errors", "replace
 
 # The error numbers by which the operating system reports that writing failed.
 _WRITE_ERRORS: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _CAN_ASK: Final = os.name != "nt"  # on Windows, signal 0 is Ctrl-C
 _TAKEN: Final = frozenset({errno.ENOTEMPTY, errno.EEXIST})
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux's numbers
@@ -234,6 +235,8 @@ def _sibling(path: Path, output: Path, kind: str) -> Path:
 
 
 def _unwritable(output: Path, error: OSError, fix: str) -> OutputError:
+    if error.errno in _FULL:
+        fix = "free space there, or choose another place"
     return OutputError(f"{output} cannot be written ({error.strerror or error})", fix=fix)
 
 

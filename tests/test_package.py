@@ -250,7 +250,10 @@ def test_force_never_replaces_what_is_no_package(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path: Path) -> None:
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with pytest.raises(OutputError, match="No space left on device"), writing_package(tmp_path / "out"):
+    with (
+        pytest.raises(OutputError, match=r"No space left on device\); free space there"),
+        writing_package(tmp_path / "out"),
+    ):
         raise full
     assert list(tmp_path.iterdir()) == []
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from promprune.errors import UnsupportedModelError
+from promprune.errors import ModelError, UnsupportedModelError
 from promprune.export import export_package
 from promprune.export.checkpoint.meta_model import build_meta_model
 from promprune.export.checkpoint.packed import PackedTensor
@@ -105,6 +105,18 @@ def save_packed(source: Path, folder: Path, method: str, *, symmetric: bool) -> 
     save_file({key: value.contiguous() for key, value in restored.items()}, plain / "model.safetensors")
     set_quantization(packed, SETTINGS[method])
     return packed, plain
+
+
+def test_packed_weights_without_their_settings_are_named(tiny_llava: Path, tmp_path: Path) -> None:
+    packed, _ = save_packed(tiny_llava, tmp_path, "awq", symmetric=True)
+    config = json.loads((packed / "config.json").read_text())
+    settings = config.pop("quantization_config")
+    (packed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"packed weights, such as .*qweight, and config.json does not say how"):
+        build_meta_model(packed, MODEL_CLASS, torch.float32)
+    config["text_config"]["quantization_config"] = settings
+    (packed / "config.json").write_text(json.dumps(config))
+    assert build_meta_model(packed, MODEL_CLASS, torch.float32).packed_weights.method == "awq"
 
 
 def set_quantization(folder: Path, settings: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from transformers import LlavaForConditionalGeneration
 
 from promprune.errors import ModelError, UnsupportedModelError
 from promprune.export.checkpoint.meta_model import build_meta_model
-from promprune.export.checkpoint.weights import linked, stored_tensors, weight_files
+from promprune.export.checkpoint.weights import linked, read_linked, stored_tensors, weight_files
 from tests.support.tiny_models import HUB_PREFIXES, MODULE_PREFIXES, reshape_checkpoint, save_tiny_llava
 
 MODEL_CLASS = "LlavaForConditionalGeneration"
@@ -75,8 +75,13 @@ def test_tied_weights_are_one(tmp_path: Path) -> None:
     save_file({**tensors, "lm_head.weight": embeddings.clone()}, folder / "model.safetensors")
     assert linked(build_meta_model(folder, MODEL_CLASS, torch.float32).lm_head.weight) is not None
     save_file({**tensors, "lm_head.weight": embeddings + 1}, folder / "model.safetensors")
-    with pytest.raises(UnsupportedModelError, match=r"ties .*but their values differ"):
-        build_meta_model(folder, MODEL_CLASS, torch.float32)
+    untied = build_meta_model(folder, MODEL_CLASS, torch.float32)
+    theirs = LlavaForConditionalGeneration.from_pretrained(folder)
+    assert untied.lm_head.weight is not untied.model.language_model.embed_tokens.weight
+    assert torch.equal(read_linked(untied.lm_head.weight), theirs.lm_head.weight)
+    assert torch.equal(
+        read_linked(untied.model.language_model.embed_tokens.weight), theirs.model.language_model.embed_tokens.weight
+    )
 
 
 def test_values_beyond_fp16_are_refused(tmp_path: Path) -> None:

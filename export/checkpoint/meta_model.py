@@ -6,9 +6,9 @@ are real.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 import transformers
@@ -23,6 +23,8 @@ from promprune.export.checkpoint.packed import PackedWeights, packed_weights
 from promprune.export.checkpoint.weights import LinkedWeight, StoredTensor, link, linked, stored_tensors
 
 __all__ = ["build_meta_model", "fake_mode_of", "make_fake"]
+
+PACKED: Final = (".qweight", ".weight_packed")  # how the keys of packed weights end
 
 
 def build_meta_model(folder: Path, model_class: str, dtype: torch.dtype) -> Any:
@@ -126,7 +128,11 @@ def _by_parameter(model: Any, tensors: Mapping[str, StoredTensor]) -> dict[str, 
 
 
 def _link_all(model: nn.Module, found: Mapping[str, StoredTensor], folder: Path) -> None:
-    """Link every parameter and load every persistent buffer; for a tied parameter one of its names is enough."""
+    """Link every parameter and load every persistent buffer; for a tied parameter one of its names is enough.
+
+    Like transformers, untie parameters that a checkpoint stores with different values, such as a head that was
+    fine-tuned on its own.
+    """
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
@@ -138,8 +144,10 @@ def _link_all(model: nn.Module, found: Mapping[str, StoredTensor], folder: Path)
             continue
         for name in held:
             _check_shape(found[name], tuple(parameter.shape), name)
-        _refuse_different([found[name] for name in held])
         link(parameter, LinkedWeight(aliases[0], found[held[0]]))
+        for name in held[1:]:
+            if not _has_equal_values(found[held[0]], found[name]):
+                link(_untie(model, name), LinkedWeight(name, found[name]))
     buffers = dict(model.named_buffers())
     for name in model.state_dict().keys() & buffers.keys():
         if name not in found:
@@ -148,22 +156,43 @@ def _link_all(model: nn.Module, found: Mapping[str, StoredTensor], folder: Path)
         _check_shape(found[name], tuple(buffers[name].shape), name)
         buffers[name].copy_(found[name].read(buffers[name].dtype))
     if missing:
+        _refuse_missing(sorted(missing), found, folder)
+
+
+def _refuse_missing(missing: list[str], found: Mapping[str, StoredTensor], folder: Path) -> None:
+    """Refuse a checkpoint without the weights of some parameters."""
+    adapted = next((stored.key for stored in found.values() if ".lora_" in stored.key), None)
+    if adapted is not None:
         raise ModelError(
-            f"{folder} has no weights for {len(missing)} tensors, such as {sorted(missing)[0]}",
-            expected="a complete checkpoint: missing weights would be random",
+            f"{folder} has weights of a LoRA adapter that is not merged, such as {adapted}",
+            expected="a merged checkpoint",
+            fix="merge the adapter with merge_and_unload of peft, and save the model",
         )
+    packed = next((stored.key for stored in found.values() if stored.key.endswith(PACKED)), None)
+    if packed is not None:
+        raise ModelError(
+            f"{folder} has packed weights, such as {packed}, and config.json does not say how",
+            expected="quantization_config in config.json, or in its text_config",
+            fix="copy it from quantize_config.json, or export the original checkpoint",
+        )
+    raise ModelError(
+        f"{folder} has no weights for {len(missing)} tensors, such as {missing[0]}",
+        expected="a complete checkpoint: missing weights would be random",
+    )
 
 
-def _refuse_different(tied: Sequence[StoredTensor]) -> None:
-    first, *others = tied
-    for other in others:
-        pairs = zip(first.chunks(), other.chunks(), strict=True)
-        if not all(torch.equal(a.double(), b.double()) for a, b in pairs):
-            raise UnsupportedModelError(
-                f"config.json ties {first.key} to {other.key}, but their values differ",
-                expected="one value for tied weights",
-                fix='set "tie_word_embeddings" to false in config.json',
-            )
+def _untie(model: nn.Module, name: str) -> nn.Parameter:
+    """Give one name of a shared parameter a parameter of its own, without data."""
+    owner, _, own = name.rpartition(".")
+    module = model.get_submodule(owner)
+    parameter = nn.Parameter(torch.empty_like(module.get_parameter(own)), requires_grad=False)
+    module.register_parameter(own, parameter)
+    return parameter
+
+
+def _has_equal_values(first: StoredTensor, second: StoredTensor) -> bool:
+    pairs = zip(first.chunks(), second.chunks(), strict=True)
+    return all(torch.equal(a.double(), b.double()) for a, b in pairs)
 
 
 def _check_shape(stored: StoredTensor, shape: tuple[int, ...], name: str) -> None:

@@ -41,6 +41,7 @@ __all__ = [
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
+ADAPTER_FILE: Final = "adapter_model.safetensors"
 CHUNK_ELEMENTS: Final = 4 * 1024 * 1024  # elements that are read, converted and written at a time
 
 _MAX_HEADER_BYTES: Final = 100_000_000  # limit of the safetensors format
@@ -268,6 +269,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     if (folder / SINGLE_FILE).is_file():
         return (folder / SINGLE_FILE,)
     if not (folder / INDEX_FILE).is_file():
+        _refuse_unindexed(folder)
         raise ModelError(
             f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: no *.safetensors weights",
             expected="weights in safetensors format; pickled .bin files can run code and are not read",
@@ -278,6 +280,23 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         if "/" in name or "\\" in name or not (folder / name).is_file():
             raise ModelError(f"{folder / INDEX_FILE} names {name!r}, which is not there", expected=_EXPECTED)
     return tuple(folder / name for name in names)
+
+
+def _refuse_unindexed(folder: Path) -> None:
+    """Refuse a folder whose safetensors files are those of an adapter, or lack their index."""
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if names == [ADAPTER_FILE]:
+        raise ModelError(
+            f"{folder} has the weights of an adapter ({ADAPTER_FILE}), and none of a model",
+            expected=_EXPECTED,
+            fix="merge the adapter into its base model with merge_and_unload of peft, and save the model",
+        )
+    if names:
+        raise ModelError(
+            f"{folder} has {', '.join(names[:3])}{' and others' if names[3:] else ''}, but no {INDEX_FILE}",
+            expected=f"{SINGLE_FILE}, or shards with their index",
+            fix=f"download {INDEX_FILE} too" if names[1:] else f"rename the file to {SINGLE_FILE} if it is complete",
+        )
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -43,6 +43,12 @@ def local_folder(name: str | None) -> Path | None:
         return embedded_model_folder()
     folder = Path(name)
     if folder.is_dir():
+        if not (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
+            raise ModelError(
+                f"{folder} is a LoRA adapter (adapter_config.json), not a model",
+                expected=EXPECTED_MODEL,
+                fix="merge it into its base model with merge_and_unload of peft, and save the model",
+            )
         if not (folder / "config.json").is_file():
             raise ModelError(f"{folder} has no config.json", expected=EXPECTED_MODEL)
         return folder
