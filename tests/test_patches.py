@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from promprune.errors import PackageError
-from promprune.runtime.images.grid import GridPreprocessor, closest_shape
+from promprune.runtime.images.grid import GridPreprocessor, PixelRange, choose_grid
 
 SIZE = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 64}
 
@@ -51,17 +52,39 @@ def test_another_grid_is_what_transformers_makes_of_the_resized_image(preprocess
 @pytest.mark.parametrize(
     ("height", "width", "index"),
     [
-        (100, 100, 0),
-        (100, 160, 1),
-        (160, 100, 2),
+        (140, 140, 0),
+        (140, 190, 1),
+        (190, 140, 2),
         (100, 10_000, 1),
         (600, 700, 3),  # as square as the first, and nearer in size
-        (250, 200, 2),
+        (280, 200, 2),
     ],
 )
 def test_an_image_takes_the_grid_that_distorts_it_least(height: int, width: int, index: int) -> None:
-    grids = [(112, 112), (112, 168), (168, 112), (672, 672)]
-    assert closest_shape(height, width, grids) == index
+    grids = [(4, 4), (4, 6), (6, 4), (24, 24)]
+    assert choose_grid(height, width, grids, PixelRange(side=28, least=3136, most=10**8)) == index
+
+
+def test_an_image_takes_the_grid_that_transformers_would_give_it() -> None:
+    pixels = PixelRange(side=28, least=3136, most=28 * 28 * 1280)
+    assert choose_grid(427, 640, [(18, 18), (14, 21), (15, 23)], pixels) == 2  # 14 x 21 distorts it less
+    assert choose_grid(427, 640, [(18, 18), (14, 21)], pixels) == 1
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(427, 640), (30, 31), (5, 900), (4000, 3000), (57, 1000), (28, 5600), (1, 200)]
+)
+def test_the_size_is_that_of_transformers(height: int, width: int) -> None:
+    for least, most in ((3136, 50_176), (3136, 12_845_056), (100_352, 602_112)):
+        rows, columns = smart_resize(height, width, 28, least, most)
+        found = PixelRange(side=28, least=least, most=most).shape_of(height, width)
+        assert found == (rows // 28, columns // 28)
+
+
+def test_a_strip_that_transformers_refuses_takes_the_closest_grid() -> None:
+    pixels = PixelRange(side=28, least=3136, most=10**8)
+    assert pixels.shape_of(10, 2001) is None
+    assert choose_grid(10, 2001, [(4, 4), (4, 6)], pixels) == 1
 
 
 @pytest.mark.parametrize("change", ['"patch_size": 0', '"do_resize": false', '"merge_size": "two"'])

@@ -29,6 +29,7 @@ from promprune.export.families.base import (
 )
 from promprune.package.image import GridLayout, GridRecord
 from promprune.package.manifest import VISION_ENCODER
+from promprune.runtime.images.grid import PixelRange, choose_grid
 
 __all__ = ["GridVisionEncoder", "Qwen25VL", "window_order"]
 
@@ -231,6 +232,13 @@ class Qwen25VL(Family):
         most = math.floor(math.sqrt(size["longest_edge"]) / self.token_pixels)
         tokens = min(max(DEFAULT_SIDE, least), most)
         return ((tokens, tokens),)
+
+    def resize(self, image: Image.Image) -> Image.Image:
+        """Return an image in the size of its grid."""
+        size = self.processor.image_processor.size
+        pixels = PixelRange(side=self.token_pixels, least=size["shortest_edge"], most=size["longest_edge"])
+        height, width = self.sample_sizes[choose_grid(image.height, image.width, self.grids, pixels)]
+        return image.resize((width, height), resample=Image.Resampling.BICUBIC)
 
     def reference(self, image: Image.Image) -> VisionReference:
         """Preprocess and encode one image that has the size of a grid, with transformers."""

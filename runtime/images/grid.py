@@ -1,17 +1,18 @@
 """One of several sizes for every image, each with a vision graph: Qwen2-VL and Qwen2.5-VL.
 
-A picture of any size is resized to one of the grids that a package has graphs for. If that is the size that
-``smart_resize`` would have chosen, the patches are equal to those of transformers.
+A picture of any size is resized to one of the grids that a package has graphs for: the one that transformers'
+``smart_resize`` would choose, and then the patches are equal to those of transformers; or else the closest one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -23,13 +24,15 @@ from promprune.package.package import Package
 from promprune.runtime.images.base import ImageProcessor, PreprocessedImage, expect, expected_graph, selected_tokens
 from promprune.runtime.images.encoded import EncodedImage, TokenGrid, TokenSelection
 from promprune.runtime.images.positions import ImagePositions
-from promprune.runtime.images.preprocess import PixelFile, normalize, pixel_levels, read_pixel_file
+from promprune.runtime.images.preprocess import PixelFile, SizeDict, normalize, pixel_levels, read_pixel_file
 from promprune.runtime.sessions import Array
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["GridPreprocessor", "GridProcessor", "closest_shape", "grid_positions"]
+__all__ = ["GridPreprocessor", "GridProcessor", "PixelRange", "choose_grid", "grid_positions"]
+
+_MAX_ASPECT_RATIO: Final = 200  # the limit of transformers' smart_resize
 
 
 class GridProcessor(ImageProcessor):
@@ -58,12 +61,12 @@ class GridProcessor(ImageProcessor):
         patches = self._counts[graph].num_tokens * self.preprocessor.group
         return expected_graph(self._package, graph, pixel_values=("float32", (patches, self.preprocessor.patch_values)))
 
-    def view(self, image: Image) -> Image:
+    def view(self, image: Image, *, alone: bool = True) -> Image:
         """Return the image in the size of its grid."""
         return self._resize_to_grid(image, self._grid_for(image))
 
-    def preprocess(self, image: Image) -> PreprocessedImage:
-        """Return ``pixel_values [1, patches, values of a patch]`` for the grid that distorts the image least."""
+    def preprocess(self, image: Image, *, alone: bool = True) -> PreprocessedImage:
+        """Return ``pixel_values [1, patches, values of a patch]`` for the grid of the image."""
         grid = self._grid_for(image)
         resized = self._resize_to_grid(image, grid)
         return PreprocessedImage(
@@ -93,9 +96,9 @@ class GridProcessor(ImageProcessor):
         return known.get(shape, selection.keep_tokens)
 
     def _grid_for(self, image: Image) -> GridRecord:
-        grids, side = list(self._grids.values()), self.preprocessor.token_pixels
-        sizes = [(grid.rows * side, grid.columns * side) for grid in grids]
-        return grids[closest_shape(image.height, image.width, sizes)]
+        grids = list(self._grids.values())
+        shapes = [(grid.rows, grid.columns) for grid in grids]
+        return grids[choose_grid(image.height, image.width, shapes, self.preprocessor.pixels)]
 
     def _resize_to_grid(self, image: Image, grid: GridRecord) -> Image:
         return self.preprocessor.resized(image, rows=grid.rows, columns=grid.columns)
@@ -108,6 +111,7 @@ class _Qwen2VlFile(PixelFile, frozen=True):
     patch_size: int = 14
     temporal_patch_size: int = 2
     merge_size: int = 2
+    size: SizeDict = SizeDict(shortest_edge=56 * 56, longest_edge=28 * 28 * 1280)
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,12 @@ class GridPreprocessor:
         return self._config.patch_size * self._config.merge_size
 
     @property
+    def pixels(self) -> PixelRange:
+        """The sizes that transformers would resize pictures to."""
+        size = self._config.size
+        return PixelRange(side=self.token_pixels, least=size.shortest_edge or 0, most=size.longest_edge or sys.maxsize)
+
+    @property
     def patch_values(self) -> int:
         """Number of values per patch: channels x times x pixels of a square."""
         return 3 * self._config.temporal_patch_size * self._config.patch_size**2
@@ -166,17 +176,52 @@ class GridPreprocessor:
         return moving.reshape(1, rows * columns * self.group, self.patch_values)
 
 
-def closest_shape(height: int, width: int, grids: Iterable[tuple[int, int]]) -> int:
-    """Return the index of the grid that distorts a picture least; among equals, of the one nearest in size.
+@dataclass(frozen=True, kw_only=True)
+class PixelRange:
+    """The sizes that transformers' image processor resizes pictures to.
+
+    Attributes:
+        side: of the square of pixels that becomes one token.
+        least, most: number of pixels of a picture.
+    """
+
+    side: int
+    least: int
+    most: int
+
+    def shape_of(self, height: int, width: int) -> tuple[int, int] | None:
+        """Return rows and columns of tokens for a picture, as ``smart_resize``; None if it refuses the picture."""
+        if max(height, width) > _MAX_ASPECT_RATIO * min(height, width):
+            return None
+        rows, columns = round(height / self.side), round(width / self.side)
+        area = rows * columns * self.side**2
+        if area > self.most:
+            shrink = math.sqrt(height * width / self.most) * self.side
+            return max(1, math.floor(height / shrink)), max(1, math.floor(width / shrink))
+        if area < self.least:
+            grow = math.sqrt(self.least / (height * width)) / self.side
+            return math.ceil(height * grow), math.ceil(width * grow)
+        return rows, columns
+
+
+def choose_grid(height: int, width: int, grids: Sequence[tuple[int, int]], pixels: PixelRange) -> int:
+    """Return the index of the grid for a picture.
+
+    It is the grid that transformers would choose, or else the one that distorts the picture least; among equals, the
+    one nearest in size.
 
     Args:
         height, width: size of the picture, in pixels.
-        grids: height and width of each grid, in pixels.
+        grids: rows and columns of tokens of each grid.
+        pixels: the sizes that transformers would choose from.
     """
+    own = pixels.shape_of(height, width)
+    if own in grids:
+        return grids.index(own)
 
     def distance(grid: tuple[int, int]) -> tuple[float, float]:
         aspect = (grid[1] * height) / (grid[0] * width)
-        area = (grid[0] * grid[1]) / (height * width)
+        area = (grid[0] * grid[1] * pixels.side**2) / (height * width)
         return abs(math.log(aspect)), abs(math.log(area))
 
     distances = [distance(grid) for grid in grids]
