@@ -23,11 +23,12 @@ from promprune.runtime.engine.config import GenerationConfig
 from promprune.runtime.engine.engine import Engine
 from promprune.runtime.engine.language_model import LanguageModel
 from promprune.runtime.engine.loading import expect_same_width, open_language_model, same_language_model
-from promprune.runtime.engine.prompt import Message, PromptBuilder, as_messages, read_json
+from promprune.runtime.engine.prompt import PromptBuilder, as_messages, read_json
 from promprune.runtime.engine.request import Request
 from promprune.runtime.engine.result import Result, Stopwatch
 from promprune.runtime.engine.sampling import eos_token_ids_of
 from promprune.runtime.engine.stream import AnswerStream
+from promprune.runtime.engine.template import Message
 from promprune.runtime.images.encoded import EncodedImage
 from promprune.runtime.images.encoder import ImageEncoder, Images, ImageSource, PreparedImage, as_image_list
 from promprune.runtime.sessions import Session
@@ -219,7 +220,7 @@ class VisionLanguagePipeline(Closing):
         config = config_from_options(GenerationConfig, options)
         watch = watch or Stopwatch()
         with watch.stage("preprocess"):
-            preprocessed = [self._preprocess(image, watch, config) for image in as_image_list(images)]
+            preprocessed = self._preprocess(as_image_list(images), watch, config)
         with watch.stage("prompt"):
             placeholders = [image.num_placeholders for image in preprocessed]
             prompt_ids = self.prompts.build(as_messages(prompt, len(preprocessed)), placeholders)
@@ -238,9 +239,14 @@ class VisionLanguagePipeline(Closing):
                 watch=watch,
             )
 
-    def _preprocess(self, image: ImageSource, watch: Stopwatch, config: GenerationConfig) -> PreparedImage:
-        watch.check(config.timeout_s)
-        return self.encoder.preprocess(image)
+    def _preprocess(
+        self, images: Sequence[ImageSource], watch: Stopwatch, config: GenerationConfig
+    ) -> list[PreparedImage]:
+        prepared = []
+        for image in images:
+            watch.check(config.timeout_s)
+            prepared.append(self.encoder.preprocess(image, alone=len(images) == 1))
+        return prepared
 
     @property
     def sessions(self) -> dict[str, Session]:

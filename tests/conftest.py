@@ -18,8 +18,10 @@ from promprune.export import ExportResult
 from tests.support.shared import Shared
 from tests.support.skips import fail_wrong_skip
 from tests.support.tiny_models import (
+    save_tiny_granite_vision,
     save_tiny_llava,
     save_tiny_llava_next,
+    save_tiny_llava_onevision,
     save_tiny_qwen,
     save_tiny_siglip_llava,
     tiny_language_model,
@@ -143,6 +145,30 @@ def tiny_mistral(shared: Shared) -> Path:
 def mistral_export(tiny_mistral: Path, shared: Shared) -> ExportResult:
     """It, exported and verified: 2 of 16 visual tokens per crop."""
     return shared.export("mistral", tiny_mistral, ratio=0.12)
+
+
+@pytest.fixture(scope="session")
+def tiny_onevision(shared: Shared) -> Path:
+    """A random LLaVA-OneVision of 16 visual tokens per crop."""
+    return shared.make("tiny-onevision", save_tiny_llava_onevision)
+
+
+@pytest.fixture(scope="session")
+def onevision_export(tiny_onevision: Path, shared: Shared) -> ExportResult:
+    """It, exported and verified: 2 of 16 visual tokens per crop."""
+    return shared.export("onevision", tiny_onevision, ratio=0.12)
+
+
+@pytest.fixture(scope="session")
+def tiny_granite(shared: Shared) -> Path:
+    """A random Granite Vision of 16 visual tokens per crop."""
+    return shared.make("tiny-granite", save_tiny_granite_vision)
+
+
+@pytest.fixture(scope="session")
+def granite_export(tiny_granite: Path, shared: Shared) -> ExportResult:
+    """It, exported and verified: 2 of 16 visual tokens per crop."""
+    return shared.export("granite", tiny_granite, ratio=0.12)
 
 
 @pytest.fixture(scope="session")

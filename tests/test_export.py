@@ -206,7 +206,7 @@ def test_ratio_and_count_settle_t() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vision_feature_layer": [-2, -1]}, "one layer"),
+        ({"vision_feature_layer": [-2, 9]}, "tower of 3 layers"),
         ({"vision_feature_layer": 9}, "tower of 3 layers"),
         ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy = 'full'"),
     ],

@@ -354,7 +354,7 @@ def test_bf16_is_verified(tiny_llava_next: Path, tmp_path: Path) -> None:
         ({"image_grid_pinpoints": [[56, 112]]}, "image_grid_pinpoints = .*as in its config.json"),
         ({"image_grid_pinpoints": [], "preprocessor": {"image_grid_pinpoints": []}}, "at least one"),
         ({"preprocessor": {"crop_size": {"height": 42, "width": 42}}}, "crops of 42 x 42 pixels; expected 56 x 56"),
-        ({"vision_feature_layer": [-2, -1]}, "one layer"),
+        ({"vision_feature_layer": [-2, 9]}, "tower of 3 layers"),
         ({"vision_feature_select_strategy": "full"}, "CLS"),
     ],
 )

@@ -20,7 +20,7 @@ from promprune.runtime import VisionLanguagePipeline, draw_kept_tokens
 from promprune.runtime.images.crop import CropPreprocessor
 from tests.support.hugging_face import PHOTOGRAPHS, QUESTIONS, Reference, messages_of
 from tests.support.shared import Shared
-from tests.support.tiny_models import PATCH_SIZE, SIGLIP_IMAGE_SIZE, save_tiny_siglip_llava
+from tests.support.tiny_models import PATCH_SIZE, SIGLIP_IMAGE_SIZE, save_tiny_llava, save_tiny_siglip_llava
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,23 @@ def test_saliency_is_the_attention_that_patches_receive(tiny_siglip: Path) -> No
     torch.testing.assert_close(saliency, attentions[-1].mean(dim=(1, 2)))
     torch.testing.assert_close(saliency.sum(dim=1), torch.ones(3))
     torch.testing.assert_close(features, wanted)
+
+
+@pytest.mark.parametrize("save", [save_tiny_llava, save_tiny_siglip_llava])
+@torch.no_grad()
+def test_features_of_several_layers_are_side_by_side(save: Any, tmp_path: Path) -> None:
+    """As in Granite Vision; the saliency is that of the last of them."""
+    folder = save(tmp_path / "checkpoint", vision_feature_layer=[-3, 0, -1])
+    eager = LlavaForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    pixel_values = processor.image_processor([Image.open(path) for path in PHOTOGRAPHS], return_tensors="pt")[
+        "pixel_values"
+    ]
+    attention = eager.model.vision_tower(pixel_values, output_attentions=True).attentions[-1].mean(dim=1)
+    features, saliency = Llava(eager, processor).vision_modules[0].module(pixel_values)
+    wanted = torch.stack(list(eager.get_image_features(pixel_values, return_dict=True).pooler_output))
+    torch.testing.assert_close(features, wanted)
+    torch.testing.assert_close(saliency, attention[:, 0, 1:] if save is save_tiny_llava else attention.mean(dim=1))
 
 
 @pytest.mark.parametrize("images", [PHOTOGRAPHS[:1], PHOTOGRAPHS[1:]], ids=["one", "two"])

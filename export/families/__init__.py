@@ -11,11 +11,12 @@ from typing import Final
 from promprune.export.families.base import Family, Grids, VisionModule, VisionReference
 from promprune.export.families.llava import Llava
 from promprune.export.families.llava_next import LlavaNext
+from promprune.export.families.llava_onevision import LlavaOnevision
 from promprune.export.families.qwen2_5_vl import Qwen25VL
 from promprune.export.families.qwen2_vl import Qwen2VL
 
 __all__ = ["FAMILIES", "Family", "Grids", "VisionModule", "VisionReference"]
 
 FAMILIES: Final[dict[str, type[Family]]] = {
-    family.model_type: family for family in (Llava, LlavaNext, Qwen25VL, Qwen2VL)
+    family.model_type: family for family in (Llava, LlavaNext, LlavaOnevision, Qwen25VL, Qwen2VL)
 }

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from PIL.Image import Image, Resampling
+from PIL.Image import Image
 from torch import Tensor, nn
 
-from promprune.errors import ConfigError
+from promprune.errors import ConfigError, UnsupportedModelError
 from promprune.package.image import AnyresLayout, CropLayout, GridLayout
 from promprune.package.manifest import VISION_ENCODER
 from promprune.runtime.images.encoded import TokenGrid
-from promprune.runtime.images.grid import closest_shape
 
 __all__ = ["Family", "Grids", "ImageTokens", "SampleInput", "VisionModule", "VisionReference", "single_grid"]
 
@@ -117,6 +116,7 @@ class Family(ABC):
     Attributes:
         model_type: as in ``config.json``.
         model_class: name of the class in ``transformers`` that loads it.
+        towers: ``model_type`` of the vision towers that it is exported with; empty if it has one of its own.
         position_axes: leading axes of ``position_ids``, before ``[B, S]``: empty, or ``(3,)`` if every token has
             three rotary positions: time, height and width.
         grids: the sizes of images that are exported; empty if the family has no choice of sizes.
@@ -131,6 +131,7 @@ class Family(ABC):
     model_type: ClassVar[str]
     model_class: ClassVar[str]
     position_axes: ClassVar[tuple[int, ...]] = ()
+    towers: ClassVar[Collection[str]] = ()
 
     def __init__(self, model: Any, processor: Any, grids: Grids = ()) -> None:
         self.model = model
@@ -188,6 +189,18 @@ class Family(ABC):
         """
         return None
 
+    @classmethod
+    def refuse_tower(cls, kind: str) -> None:
+        """Refuse a vision tower that this family is not exported with.
+
+        Raises:
+            UnsupportedModelError: it is another one.
+        """
+        if kind not in cls.towers:
+            raise UnsupportedModelError(
+                f"this model has a {kind!r} vision tower", expected=" or ".join(map(repr, cls.towers))
+            )
+
     def choose_grids(self, grids: Grids) -> Grids:
         """Return the sizes of images to export, given the requested ones.
 
@@ -204,11 +217,8 @@ class Family(ABC):
         return ()
 
     def resize(self, image: Image) -> Image:
-        """Return an image in a size that :meth:`reference` takes: that of the closest grid, if there are grids."""
-        if not self.grids:
-            return image
-        height, width = self.sample_sizes[closest_shape(image.height, image.width, self.sample_sizes)]
-        return image.resize((width, height), resample=Resampling.BICUBIC)
+        """Return an image in a size that :meth:`reference` takes: any size, unless the family has a choice of sizes."""
+        return image
 
     @property
     def embed_tokens(self) -> nn.Module:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from promprune.errors import UnsupportedModelError
 from promprune.export.families.base import Family, ImageTokens, SampleInput, VisionModule, VisionReference, single_grid
-from promprune.export.families.towers.table import TOWERS, vision_encoder
+from promprune.export.families.towers.table import TOWERS, feature_layers, vision_encoder
 from promprune.package.image import AnyresLayout, CropLayout
 
 __all__ = ["Llava"]
@@ -24,13 +24,14 @@ class Llava(Family):
 
     model_type = "llava"
     model_class = "LlavaForConditionalGeneration"
-    towers: ClassVar[Collection[str]] = tuple(TOWERS)  # the towers that this family is exported with
+    towers: ClassVar[Collection[str]] = tuple(TOWERS)
 
     def build_vision_modules(self) -> tuple[VisionModule, ...]:
         """Return the tower and the projector."""
         side, patches = self.side, self.patches
         pixel_values = SampleInput(sample=torch.zeros(2, 3, side, side), dims={0: "batch_size"})
-        encoder = vision_encoder(self.model, self.towers)
+        self.refuse_tower(self.config.vision_config.model_type)
+        encoder = vision_encoder(self.model)
         return (VisionModule(module=encoder, inputs={"pixel_values": pixel_values}, num_tokens=patches**2),)
 
     def build_layout(self) -> CropLayout | AnyresLayout:
@@ -78,11 +79,11 @@ class Llava(Family):
 
         Returns:
             What ``encode`` returned, and the saliency ``[B, N]``, fp32: the attention from the CLS token to each
-            patch in the layer that the features are taken from, mean over heads; without a CLS token, the mean
+            patch in the last layer that the features are taken from, mean over heads; without a CLS token, the mean
             attention that each patch receives from all patches.
         """
-        layer = self.config.vision_feature_layer  # hidden_states[k] is the output of layer k, counted from 1
-        attention = self.model.model.vision_tower.encoder.layers[layer if layer < 0 else layer - 1].self_attn
+        layer = max(feature_layers(self.config))  # counted from 1
+        attention = self.model.model.vision_tower.encoder.layers[layer - 1].self_attn
         seen: list[Tensor] = []
         hook = attention.register_forward_pre_hook(
             lambda module, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True

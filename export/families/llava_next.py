@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Final
 
 import torch
 from PIL import Image
@@ -16,7 +18,9 @@ from promprune.export.families.llava import Llava
 from promprune.package.image import IMAGE_NEWLINE_FILE, AnyresLayout
 from promprune.runtime.images.anyres import fit_to_canvas, image_token_indices, token_grids, view_of
 
-__all__ = ["LlavaNext"]
+__all__ = ["AnyresReference", "LlavaNext"]
+
+MAX_SAMPLE_CANVASES: Final = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +41,6 @@ class LlavaNext(Llava):
 
     model_type = "llava_next"
     model_class = "LlavaNextForConditionalGeneration"
-    towers = ("clip_vision_model",)
 
     def build_vision_modules(self) -> tuple[VisionModule, ...]:
         """Return the tower and the projector, with a mask of the tokens that are not padding."""
@@ -64,9 +67,16 @@ class LlavaNext(Llava):
     def sample_sizes(self) -> tuple[tuple[int, int], ...]:
         """Sizes that fill a canvas, and sizes that leave padding above and below, or at the sides."""
         sizes = []
-        for index, (height, width) in enumerate(self.canvases):
+        for index, (height, width) in enumerate(self.sample_canvases):
             sizes.append([(height, width), (height * 3 // 4, width), (height, width * 2 // 3)][index % 3])
         return tuple(sizes)
+
+    @property
+    def sample_canvases(self) -> tuple[tuple[int, int], ...]:
+        """The canvases that a package is verified on: all, or the smallest ones if there are many."""
+        if len(self.canvases) <= MAX_SAMPLE_CANVASES:
+            return self.canvases
+        return tuple(sorted(self.canvases, key=math.prod)[:MAX_SAMPLE_CANVASES])
 
     @property
     def arrays(self) -> Mapping[str, Tensor]:
@@ -78,12 +88,7 @@ class LlavaNext(Llava):
         inputs = self.processor.image_processor(images=[image], return_tensors="pt")
         image_size = (image.height, image.width)
         pixel_values = inputs["pixel_values"][0].float()
-        hidden, saliency = self.encode_with_saliency(
-            lambda: self.model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[
-                self.config.vision_feature_layer
-            ]
-        )
-        features = self.model.model.multi_modal_projector(hidden[:, 1:])
+        features, saliency = self.encode_with_saliency(lambda: self._project(pixel_values, image_size))
         mask = self._token_mask(features, image_size)
         used = mask.any(dim=1)
         return AnyresReference(
@@ -116,14 +121,28 @@ class LlavaNext(Llava):
         tokens = torch.cat([whole, self._unpadded(crops, reference.image_size).flatten(1).T])
         if len(token_indices) < len(tokens):
             return tokens[token_indices]
+        return self.pack(reference)
+
+    def pack(self, reference: AnyresReference) -> Tensor:
+        """Return all features of an image as transformers gives them to the language model, with newlines."""
         packed: list[Tensor]
         packed, _ = self.model.model.pack_image_features(
             [reference.all_features],
             [reference.image_size],
-            vision_feature_select_strategy="default",
+            vision_feature_select_strategy=self.config.vision_feature_select_strategy,
             image_newline=self.model.model.image_newline,
         )
         return packed[0]
+
+    def _project(self, pixel_values: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """Return transformers' features of every crop of one image, before they are arranged: ``[crops, N, D]``."""
+        seen: list[Tensor] = []
+        hook = self.model.model.multi_modal_projector.register_forward_hook(lambda *call: seen.append(call[2]))
+        try:
+            self.model.get_image_features(pixel_values[None], image_sizes=torch.tensor([image_size]))
+        finally:
+            hook.remove()
+        return seen[0]
 
     def _token_mask(self, features: Tensor, image_size: tuple[int, int]) -> Tensor:
         """Return which tokens of crops ``[crops, N, D]`` are not padding: bool ``[crops, N]``."""

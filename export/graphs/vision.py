@@ -58,9 +58,12 @@ def encoder_graph(vision: VisionModule, *, opset: int) -> ir.Model:
 
 
 def _shallow(encoder: nn.Module) -> tuple[nn.Module, Repetition | None]:
-    """Return the encoder to trace, and the layers to repeat: all but two and the last, if its ``layers`` are alike."""
-    layers = getattr(encoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or len(layers) < 4 or not alike(layers):
+    """Return the encoder to trace, and the layers to repeat: all but two and the last, if its ``layers`` are alike.
+
+    If the features come from several layers, all are traced.
+    """
+    layers, several = getattr(encoder, "layers", None), len(getattr(encoder, "feature_layers", ())) > 1
+    if not isinstance(layers, nn.ModuleList) or several or len(layers) < 4 or not alike(layers):
         return encoder, None
     first, second, *rest, last = layers
     return with_layers(encoder, [first, second, last]), Repetition(path="layers", template=1, layers=rest)

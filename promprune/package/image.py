@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Final
 
 import msgspec
@@ -19,6 +20,7 @@ __all__ = [
 ]
 
 VISION_ENCODER: Final = "vision_encoder"  # name of the first vision graph, and of the only one of most packages
+SHRINK_ABOVE: Final = 1.1  # transformers' threshold for the ratio of the sides
 IMAGE_NEWLINE_FILE: Final = "image_newline.npy"  # float32 [D]; in packages of layout "anyres"
 
 
@@ -70,6 +72,9 @@ class AnyresLayout(_Layout, frozen=True, tag_field="kind", tag="anyres"):
     side: Count  # of a crop, pixels
     patches: Count  # per row and per column of a crop: patches**2 == num_tokens
     canvases: Annotated[tuple[tuple[Count, Count], ...], msgspec.Meta(min_length=1)]  # height, width; pixels
+    # If all tokens are kept, a picture with more tokens than some 1.2 times these many crops is shrunk to them.
+    shrink_to_crops: Count | None = None
+    one_crop_each: bool = False  # whether each of several images in one prompt is a single crop
 
     @property
     def max_crops(self) -> int:
@@ -83,7 +88,21 @@ class AnyresLayout(_Layout, frozen=True, tag_field="kind", tag="anyres"):
         grids = [
             (height * self.patches // self.side, width * self.patches // self.side) for height, width in self.canvases
         ]
-        return keep_tokens + max(rows * (columns + 1) for rows, columns in grids)
+        return keep_tokens + max(self._max_shown(rows, columns) for rows, columns in grids)
+
+    def shrunk(self, rows: int, columns: int) -> tuple[int, int]:
+        """Return the rows and columns of a picture's tokens if all of them are kept; transformers' arithmetic."""
+        if self.shrink_to_crops is None:
+            return rows, columns
+        ratio = math.sqrt(rows * columns / (self.shrink_to_crops * self.patches**2))
+        return (int(rows // ratio), int(columns // ratio)) if ratio > SHRINK_ABOVE else (rows, columns)
+
+    def _max_shown(self, rows: int, columns: int) -> int:
+        """Return the most tokens of a picture on a canvas of this size, including newlines; less padding is more."""
+        if self.shrink_to_crops is None:
+            return rows * (columns + 1)
+        most = math.floor(SHRINK_ABOVE**2 * self.shrink_to_crops * self.patches**2)
+        return min(rows * columns, most) + rows
 
 
 class GridRecord(Record, frozen=True):

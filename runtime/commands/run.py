@@ -343,7 +343,8 @@ def _check_pictures(output: Path, num_images: int, *, interactive: bool) -> None
 def _show(asked: _Asked) -> None:
     """Draw the kept tokens of images without a question."""
     with ImageEncoder.from_package(asked.package, **vars(asked.loading)) as encoder:
-        selections = [encoder.encode_image(path).selection for path in asked.images]
+        alone = len(asked.images) == 1
+        selections = [encoder.encode_image(path, alone=alone).selection for path in asked.images]
         _draw(encoder, asked, selections)
     if asked.as_json:
         print_json({**asked.report(encoder.device), "selection": [selection.to_dict() for selection in selections]})
@@ -360,7 +361,8 @@ def _draw(encoder: ImageEncoder, asked: _Asked, selections: Sequence[TokenSelect
         return
     for number, (path, selection) in enumerate(zip(asked.images, selections, strict=True), start=1):
         target = output if number == 1 else output.with_stem(f"{output.stem}-{number}")
-        _save(draw_kept_tokens(encoder.view(path), selection), target)
+        view = encoder.view(path, alone=len(selections) == 1)
+        _save(draw_kept_tokens(view, selection), target)
         if not asked.as_json:
             console.print(f"[dim]kept tokens of {plain(path.name)}: {plain(str(target))}[/]", soft_wrap=True)
 

@@ -1,4 +1,4 @@
-"""A batch of crops per image, some of whose tokens are padding: LLaVA-NeXT.
+"""A batch of crops per image, some of whose tokens are padding: LLaVA-NeXT and LLaVA-OneVision.
 
 The model sees a picture twice: once stretched to one square crop (the overview), and once enlarged, with its
 proportions, on the best fitting of the model's canvases, which is divided into crops. The area of the canvas around the
@@ -10,6 +10,9 @@ selection runs once per crop; crops that are entirely padding are not run.
 If all tokens are kept, the language model gets the same input as from transformers: the tokens of both grids in this
 order, with ``image_newline`` after every row of the second. From a pruned package it gets the kept tokens without
 newlines: in the order of the numbering (``order="spatial"``), or crop by crop as picked (``order="selection"``).
+
+LLaVA-OneVision differs in two ways. If all tokens are kept, a large picture's tokens are shrunk to those of nine crops.
+And if a prompt has several images, each is a single crop, padded to a square, with one newline at the end.
 """
 
 from __future__ import annotations
@@ -62,10 +65,12 @@ class PreprocessedCrops(PreprocessedImage):
     Attributes:
         token_indices: int64 [crops, N]; index of each token among all tokens of the image, -1 for padding.
         grids: the grids of the image's tokens.
+        single: whether it is one crop only, because the prompt has several images.
     """
 
     token_indices: npt.NDArray[np.int64]
     grids: tuple[TokenGrid, ...]
+    single: bool = False
 
 
 class AnyresProcessor(ImageProcessor):
@@ -97,14 +102,18 @@ class AnyresProcessor(ImageProcessor):
             inputs["token_mask"] = ("bool", (self._counts.num_tokens,))
         return expected_graph(self._package, graph, width=len(self._newline), **inputs)
 
-    def view(self, image: Image) -> Image:
-        """Return the overview, and to its right the picture on the canvas without padding."""
+    def view(self, image: Image, *, alone: bool = True) -> Image:
+        """Return the overview, and to its right the picture on the canvas without padding; or the single crop."""
+        if self._layout.one_crop_each and not alone:
+            return self.preprocessor.squared(image)
         fit = fit_to_canvas(image.height, image.width, self._layout)
         whole, canvas = self.preprocessor.whole(image), self.preprocessor.canvas(image, fit)
         return view_of(whole, canvas, fit, self._layout)
 
-    def preprocess(self, image: Image) -> PreprocessedCrops:
+    def preprocess(self, image: Image, *, alone: bool = True) -> PreprocessedCrops:
         """Return the crops that are not entirely padding, with masks of their tokens."""
+        if self._layout.one_crop_each and not alone:
+            return self._preprocess_single(image)
         fit = fit_to_canvas(image.height, image.width, self._layout)
         whole, canvas = self.preprocessor.whole(image), self.preprocessor.canvas(image, fit)
         token_indices = image_token_indices(fit, self._layout)
@@ -115,7 +124,7 @@ class AnyresProcessor(ImageProcessor):
             feeds["token_mask"] = mask[used]
             placeholders = int(np.minimum(mask.sum(axis=1), self._counts.keep_tokens).sum())
         else:
-            placeholders = int(mask.sum()) + len(fit.rows)
+            placeholders = self._num_placeholders(token_grids(fit, self._layout), single=False)
         digest = hashlib.sha256(repr(fit).encode())
         for picture in (whole, canvas):
             digest.update(picture.tobytes())
@@ -126,6 +135,23 @@ class AnyresProcessor(ImageProcessor):
             num_placeholders=placeholders,
             token_indices=token_indices[used],
             grids=token_grids(fit, self._layout),
+        )
+
+    def _preprocess_single(self, image: Image) -> PreprocessedCrops:
+        """Return an image as a single crop, all of whose tokens may be kept."""
+        squared = self.preprocessor.squared(image)
+        indices = np.arange(self._counts.num_tokens)[None]
+        feeds: dict[str, Array] = {"pixel_values": self.preprocessor.pixel_values([squared])}
+        if self._counts.is_pruned:
+            feeds["token_mask"] = np.ones(indices.shape, bool)
+        return PreprocessedCrops(
+            graph=self.graphs[0],
+            feeds=feeds,
+            digest=hashlib.sha256(b"single" + squared.tobytes()).digest(),
+            num_placeholders=self._counts.keep_tokens + (not self._counts.is_pruned),
+            token_indices=indices,
+            grids=(_overview(self._layout),),
+            single=True,
         )
 
     def postprocess(self, outputs: Mapping[str, Array], image: PreprocessedImage) -> EncodedImage:
@@ -155,34 +181,70 @@ class AnyresProcessor(ImageProcessor):
 
     def num_placeholders(self, selection: TokenSelection) -> int:
         """Return the number of kept tokens plus newlines."""
-        newlines = 0 if self._counts.is_pruned else sum(grid.rows for grid in selection.grids[1:])
-        return selection.keep_tokens + newlines
+        if self._counts.is_pruned:
+            return selection.keep_tokens
+        single = self._layout.one_crop_each and len(selection.grids) == 1
+        return self._num_placeholders(selection.grids, single=single)
+
+    def _num_placeholders(self, grids: Sequence[TokenGrid], *, single: bool) -> int:
+        """Return the number of tokens of an image, including newlines, if all are kept."""
+        whole, *shown = grids
+        if not shown:
+            return whole.num_tokens + single
+        rows, columns = self._layout.shrunk(shown[0].rows, shown[0].columns)
+        return whole.num_tokens + rows * (columns + 1)
 
     def _with_newlines(self, features: Array, image: PreprocessedCrops) -> Array:
         whole, *shown = image.grids
-        parts = [features[: whole.num_tokens]]
-        for grid in shown:
-            rows = features[whole.num_tokens :].reshape(grid.rows, grid.columns, features.shape[1])
-            newlines = np.broadcast_to(self._newline.astype(features.dtype), (grid.rows, 1, features.shape[1]))
-            parts.append(np.concatenate([rows, newlines], axis=1).reshape(-1, features.shape[1]))
-        return np.concatenate(parts)
+        newline = self._newline.astype(features.dtype)
+        if not shown:
+            return np.concatenate([features, newline[None]]) if image.single else features
+        (grid,) = shown
+        picture = features[whole.num_tokens :].reshape(grid.rows, grid.columns, features.shape[1])
+        picture = resize_bilinearly(picture, *self._layout.shrunk(grid.rows, grid.columns))
+        newlines = np.broadcast_to(newline, (len(picture), 1, len(newline)))
+        rows = np.concatenate([picture, newlines], axis=1).reshape(-1, len(newline))
+        return np.concatenate([features[: whole.num_tokens], rows])
 
 
 def token_grids(fit: CanvasFit, layout: AnyresLayout) -> tuple[TokenGrid, ...]:
     """Return the grids of an image's tokens, side by side; without the second if it has no rows."""
-    side, patches = layout.side, layout.patches
-    whole = TokenGrid(rows=patches, columns=patches, left=0, top=0, width=side, height=side)
+    whole = _overview(layout)
     if not fit.rows:
         return (whole,)
     shown = TokenGrid(
         rows=len(fit.rows),
         columns=len(fit.columns),
-        left=side + _GAP,
+        left=layout.side + _GAP,
         top=0,
         width=_pixels(len(fit.columns), layout),
         height=_pixels(len(fit.rows), layout),
     )
     return whole, shown
+
+
+def _overview(layout: AnyresLayout) -> TokenGrid:
+    return TokenGrid(rows=layout.patches, columns=layout.patches, left=0, top=0, width=layout.side, height=layout.side)
+
+
+def resize_bilinearly(picture: Array, rows: int, columns: int) -> Array:
+    """Resize features ``[H, W, D]`` to ``[rows, columns, D]`` like torch's bilinear ``interpolate``; same dtype."""
+    if picture.shape[:2] == (rows, columns):
+        return picture
+    down, across = (_bilinear_weights(*sizes) for sizes in ((picture.shape[0], rows), (picture.shape[1], columns)))
+    resized = np.einsum("rh,hwd->rwd", down, picture.astype(np.float32))
+    wanted: Array = np.einsum("cw,rwd->rcd", across, resized).astype(picture.dtype)
+    return wanted
+
+
+def _bilinear_weights(size: int, wanted: int) -> npt.NDArray[np.float32]:
+    """Return the weight of each of ``size`` samples in each of ``wanted`` samples: float32 [wanted, size]."""
+    places = np.maximum((np.arange(wanted) + 0.5) * (size / wanted) - 0.5, 0)
+    lower = places.astype(np.int64)
+    weights = np.zeros((wanted, size))
+    np.add.at(weights, (np.arange(wanted), lower), 1 - (places - lower))
+    np.add.at(weights, (np.arange(wanted), np.minimum(lower + 1, size - 1)), places - lower)
+    return weights.astype(np.float32)
 
 
 def view_of(whole: Image, canvas: Image, fit: CanvasFit, layout: AnyresLayout) -> Image:
@@ -241,8 +303,8 @@ class _LlavaNextFile(PixelFile, frozen=True):
     """The keys of ``preprocessor_config.json`` that are used; the defaults are LlavaNextImageProcessor's."""
 
     size: SizeDict = SizeDict(shortest_edge=224)
-    do_center_crop: bool = True
-    crop_size: SizeDict = SizeDict(height=224, width=224)
+    do_center_crop: bool | None = True
+    crop_size: SizeDict | None = SizeDict(height=224, width=224)
     image_grid_pinpoints: tuple[tuple[int, int], ...] = ()
 
 
@@ -300,7 +362,8 @@ class AnyresPreprocessor:
         config = read_pixel_file(path, _LlavaNextFile)
         size = config.size
         square = (size.height, size.width) if size.height and size.width else (size.shortest_edge, size.shortest_edge)
-        crop = (config.crop_size.height, config.crop_size.width) if config.do_center_crop else square
+        cropped = config.crop_size if config.do_center_crop else None
+        crop = (cropped.height, cropped.width) if cropped else square
         if not config.do_resize or not square == crop == (layout.side, layout.side):
             raise PackageError(
                 f"{path} makes crops of {crop[0]} x {crop[1]} pixels from pictures of {square[0]} x {square[1]}",
@@ -316,6 +379,15 @@ class AnyresPreprocessor:
     def whole(self, image: Image) -> Image:
         """Return an RGB picture stretched to one crop, 8 bits."""
         return image.resize((self._side, self._side), resample=self._config.resample)
+
+    def squared(self, image: Image) -> Image:
+        """Return an RGB picture in the middle of a square of the mean colour, as one crop, 8 bits."""
+        from PIL import Image as PILImage
+
+        longest = max(image.size)
+        square = PILImage.new("RGB", (longest, longest), tuple(int(level * 255) for level in self._config.image_mean))
+        square.paste(image, ((longest - image.width) // 2, (longest - image.height) // 2))
+        return self.whole(square)
 
     def canvas(self, image: Image, fit: CanvasFit) -> Image:
         """Return an RGB picture on its canvas, 8 bits."""

@@ -67,12 +67,22 @@ class ImageProcessor(ABC):
         """Return the inputs and outputs that a vision graph must have for preprocessing and postprocessing."""
 
     @abstractmethod
-    def view(self, image: Image) -> Image:
-        """Return the part of an 8-bit RGB image that the model sees; ``TokenSelection.grids`` are boxes in it."""
+    def view(self, image: Image, *, alone: bool = True) -> Image:
+        """Return the part of an 8-bit RGB image that the model sees; ``TokenSelection.grids`` are boxes in it.
+
+        Args:
+            image: the image.
+            alone: whether it is the only image of its prompt.
+        """
 
     @abstractmethod
-    def preprocess(self, image: Image) -> PreprocessedImage:
-        """Return the inputs of the vision graph for an 8-bit RGB image."""
+    def preprocess(self, image: Image, *, alone: bool = True) -> PreprocessedImage:
+        """Return the inputs of the vision graph for an 8-bit RGB image.
+
+        Args:
+            image: the image.
+            alone: whether it is the only image of its prompt.
+        """
 
     @abstractmethod
     def postprocess(self, outputs: Mapping[str, Array], image: PreprocessedImage) -> EncodedImage:

@@ -71,11 +71,11 @@ class CropProcessor(ImageProcessor):
         pixels = (3, self.preprocessor.height, self.preprocessor.width)
         return expected_graph(self._package, graph, pixel_values=("float32", pixels))
 
-    def view(self, image: Image) -> Image:
+    def view(self, image: Image, *, alone: bool = True) -> Image:
         """Return the part of the crop that is divided into patches."""
         return self.preprocessor.crop(image).crop((0, 0, self._grid.width, self._grid.height))
 
-    def preprocess(self, image: Image) -> PreprocessedImage:
+    def preprocess(self, image: Image, *, alone: bool = True) -> PreprocessedImage:
         """Return ``pixel_values [1, 3, height, width]``."""
         crop = self.preprocessor.crop(image)
         return PreprocessedImage(

@@ -87,32 +87,44 @@ class ImageEncoder(Closing):
             check_graph(file, session.inputs.values(), session.outputs.values(), expected, source="its preprocessing")
         return cls(package.manifest, processor, sessions, config)
 
-    def encode_image(self, image: ImageSource) -> EncodedImage:
+    def encode_image(self, image: ImageSource, *, alone: bool = True) -> EncodedImage:
         """Return the kept visual tokens of one image.
+
+        Args:
+            image: the image.
+            alone: whether it is the only image of its prompt. LLaVA-OneVision sees one of several as a single crop.
 
         Raises:
             ImageError: it cannot be read.
             BackendError: the vision graph failed, or returned values that are not finite.
         """
-        return self.encode(self.preprocess(image))[0]
+        return self.encode(self.preprocess(image, alone=alone))[0]
 
-    def view(self, image: str | Path | bytes | Image | npt.NDArray[np.uint8]) -> Image:
+    def view(self, image: str | Path | bytes | Image | npt.NDArray[np.uint8], *, alone: bool = True) -> Image:
         """Return the part of an image that the model sees, in the size in which it sees it; 8-bit RGB.
+
+        Args:
+            image: the image.
+            alone: as in :meth:`encode_image`.
 
         Raises:
             ImageError: it cannot be read.
         """
-        return self.processor.view(load_image(image, max_pixels=self._max_pixels))
+        return self.processor.view(load_image(image, max_pixels=self._max_pixels), alone=alone)
 
-    def preprocess(self, source: ImageSource) -> PreparedImage:
+    def preprocess(self, source: ImageSource, *, alone: bool = True) -> PreparedImage:
         """Read and preprocess one image; an encoded image is returned unchanged.
+
+        Args:
+            source: the image.
+            alone: as in :meth:`encode_image`.
 
         Raises:
             ImageError: the image cannot be read.
             ConfigError: it was encoded by a package with other shapes.
         """
         if not isinstance(source, EncodedImage):
-            return self.processor.preprocess(load_image(source, max_pixels=self._max_pixels))
+            return self.processor.preprocess(load_image(source, max_pixels=self._max_pixels), alone=alone)
         size = self.sessions[self.processor.graphs[0]].outputs["image_features"].shape[-1]
         expected = (self.processor.num_placeholders(source.selection), size)
         if source.image_features.shape != expected:

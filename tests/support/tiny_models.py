@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
+    GraniteConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -22,6 +23,9 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessorPil,
     LlavaProcessor,
     MistralConfig,
     PreTrainedTokenizerFast,
@@ -211,6 +215,97 @@ def save_tiny_llava_next(
     _processor(LlavaNextProcessor, LlavaNextImageProcessorPil(**{**crops, **(preprocessor or {})})).save_pretrained(
         folder
     )
+    return folder
+
+
+def _siglip_config(**changes: Any) -> SiglipVisionConfig:
+    settings = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": IMAGE_SIZE,
+        "patch_size": PATCH_SIZE,
+        "vision_use_head": False,
+    }
+    return SiglipVisionConfig(**{**settings, **changes})
+
+
+ONEVISION_PINPOINTS = [[56, 56], [56, 112], [112, 56], [112, 112], [168, 112], [56, 168]]
+
+
+def save_tiny_llava_onevision(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
+    """Write a random LLaVA-OneVision with crops of 16 visual tokens; images of more than two crops are shrunk."""
+    config = LlavaOnevisionConfig(
+        vision_config=_siglip_config(),
+        text_config=tiny_language_model("qwen2", tie_word_embeddings=True),
+        tie_word_embeddings=True,
+        **{
+            "image_grid_pinpoints": ONEVISION_PINPOINTS,
+            "image_token_index": 3,
+            "video_token_index": 4,
+            "vision_aspect_ratio": "anyres_max_2",
+            **changes,
+        },
+    )
+    randomised(LlavaOnevisionForConditionalGeneration, config, seed).save_pretrained(folder)
+    LlavaOnevisionImageProcessorPil(
+        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, image_grid_pinpoints=ONEVISION_PINPOINTS
+    ).save_pretrained(folder)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+GRANITE_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}\n{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
+def save_tiny_granite_vision(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
+    """Write a random Granite Vision: a LLaVA-NeXT with SigLIP, the features of several layers, and a Granite."""
+    text = _text_config(
+        GraniteConfig,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.5,
+        attention_multiplier=0.2,
+        logits_scaling=4.0,
+    )
+    config = LlavaNextConfig(
+        vision_config=_siglip_config(),
+        text_config=text,
+        tie_word_embeddings=True,
+        **{
+            "image_grid_pinpoints": PINPOINTS,
+            "image_token_index": 3,
+            "vision_feature_layer": [-4, -2, -1],
+            "vision_feature_select_strategy": "full",
+            **changes,
+        },
+    )
+    randomised(LlavaNextForConditionalGeneration, config, seed).save_pretrained(folder)
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    LlavaNextProcessor(
+        image_processor=LlavaNextImageProcessorPil(
+            size=size,
+            crop_size=size,
+            image_mean=[0.5, 0.5, 0.5],
+            image_std=[0.5, 0.5, 0.5],
+            image_grid_pinpoints=PINPOINTS,
+        ),
+        tokenizer=byte_tokenizer(),
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="full",
+        chat_template=GRANITE_CHAT_TEMPLATE,
+        num_additional_image_tokens=0,
+    ).save_pretrained(folder)
     return folder
 
 

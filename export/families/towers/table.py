@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -12,7 +11,7 @@ from promprune.errors import UnsupportedModelError
 from promprune.export.families.towers.clip import ClipVisionEncoder
 from promprune.export.families.towers.siglip import SiglipVisionEncoder
 
-__all__ = ["TOWERS", "Tower", "vision_encoder"]
+__all__ = ["TOWERS", "Tower", "feature_layers", "vision_encoder"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +19,7 @@ class Tower:
     """A kind of vision tower.
 
     Attributes:
-        encoder: class of its graph; called with the tower, the projector and the number of layers that run.
+        encoder: class of its graph; called with the tower, the projector and the layers of the features.
         strategy: the only supported ``vision_feature_select_strategy``: the one whose visual tokens are the patches.
         reason: why only this one is supported; ends the error message.
     """
@@ -41,36 +40,37 @@ TOWERS: Final[dict[str, Tower]] = {
 }
 
 
-def vision_encoder(model: Any, towers: Collection[str]) -> nn.Module:
+def vision_encoder(model: Any) -> nn.Module:
     """Return the vision tower and projector of a LLaVA model as the module of its vision graph.
 
     Args:
-        model: ``LlavaForConditionalGeneration`` or ``LlavaNextForConditionalGeneration``.
-        towers: ``model_type`` of the towers that this family is exported with.
+        model: one of transformers' LLaVA models, with a tower of this table.
 
     Raises:
-        UnsupportedModelError: the model has another tower, or its features are not the patches of one layer.
+        UnsupportedModelError: its visual tokens are not the patches.
     """
     config = model.config
-    kind, layer = config.vision_config.model_type, config.vision_feature_layer
-    if kind not in towers:
-        raise UnsupportedModelError(f"this model has a {kind!r} vision tower", expected=" or ".join(map(repr, towers)))
-    tower = TOWERS[kind]
+    tower = TOWERS[config.vision_config.model_type]
     if config.vision_feature_select_strategy != tower.strategy:
         raise UnsupportedModelError(
             f"this model has vision_feature_select_strategy = {config.vision_feature_select_strategy!r}",
             expected=f"{tower.strategy!r}, {tower.reason}",
         )
-    if not isinstance(layer, int):
+    return tower.encoder(model.model.vision_tower, model.model.multi_modal_projector, feature_layers(config))
+
+
+def feature_layers(config: Any) -> tuple[int, ...]:
+    """Return the layers whose outputs are concatenated to the features, counted from 1; 0 is the input of the first.
+
+    Raises:
+        UnsupportedModelError: the tower has no such layers.
+    """
+    stated, layers = config.vision_feature_layer, int(config.vision_config.num_hidden_layers)
+    found = [stated] if isinstance(stated, int) else list(stated)
+    counted = tuple(layer if layer >= 0 else layers + 1 + layer for layer in found)
+    if not counted or min(counted) < 0 or not 1 <= max(counted) <= layers:
         raise UnsupportedModelError(
-            f"this model has vision_feature_layer = {layer}",
-            expected="one layer: with several, it is not defined which layer's attention is the saliency",
+            f"this model has vision_feature_layer = {stated} in a tower of {layers} layers",
+            expected="the outputs of its layers",
         )
-    layers = int(config.vision_config.num_hidden_layers)
-    run = layer if layer >= 0 else layers + 1 + layer  # hidden_states[k] is the output of layer k
-    if not 1 <= run <= layers:
-        raise UnsupportedModelError(
-            f"this model has vision_feature_layer = {layer} in a tower of {layers} layers",
-            expected="the output of one of its layers",
-        )
-    return tower.encoder(model.model.vision_tower, model.model.multi_modal_projector, run)
+    return counted

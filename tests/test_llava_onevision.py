@@ -1,0 +1,256 @@
+"""LLaVA-OneVision packages against transformers: inputs of the language model, logits, answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    LlavaOnevisionImageProcessorPil,
+    LlavaOnevisionProcessor,
+)
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+
+from promprune.errors import UnsupportedModelError
+from promprune.export import ExportResult, export_package
+from promprune.export.checkpoint.loading import load_checkpoint
+from promprune.export.config import ExportConfig
+from promprune.method.reference import select_tokens
+from promprune.package.image import AnyresLayout
+from promprune.runtime import VisionLanguagePipeline, draw_kept_tokens
+from promprune.runtime.images.anyres import AnyresPreprocessor, fit_to_canvas, resize_bilinearly, token_grids
+from tests.support.tiny_models import CHAT_TEMPLATE, IMAGE_SIZE, save_tiny_llava_onevision
+from tests.test_llava_next import SIZES, assert_close, picture, prefill
+
+KEEP = 2
+BATCH = [
+    ([picture((120, 40))], "What is it?"),
+    ([picture((64, 64), 1), picture((30, 90), 2)], "Which of the two is larger, the first or the second?"),
+    ([], "No image"),
+]
+
+
+class Reference:
+    """A checkpoint in transformers, with eager attention."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager").eval()
+        self.image_processor = AutoImageProcessor.from_pretrained(folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.patches = IMAGE_SIZE // self.model.config.vision_config.patch_size
+
+    def ids(self, question: str, placeholders: list[int]) -> torch.Tensor:
+        """Tokenize a question about images, with so many placeholders for each."""
+        content = [*[{"type": "image"}] * len(placeholders), {"type": "text", "text": question}]
+        messages = [{"role": "user", "content": content}]
+        template = self.tokenizer.chat_template or CHAT_TEMPLATE
+        text = self.tokenizer.apply_chat_template(
+            messages, chat_template=template, add_generation_prompt=True, tokenize=False
+        )
+        for count in placeholders:
+            text = text.replace("<image>", "<IMAGE>" * count, 1)
+        return self.tokenizer(text.replace("<IMAGE>", "<image>"), return_tensors="pt").input_ids
+
+    def inputs(self, images: list[Image.Image], question: str) -> dict[str, torch.Tensor]:
+        """Return the inputs of transformers' own model; several images as one list, so that they belong together."""
+        if not images:
+            return {"input_ids": self.ids(question, [])}
+        values = self.image_processor(images=[images], return_tensors="pt")
+        counts = [len(features) for features in self.model.get_image_features(**values).pooler_output]
+        return {"input_ids": self.ids(question, counts), **values}
+
+    @torch.no_grad()
+    def whole(self, images: list[Image.Image], question: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return inputs_embeds [length, D] and logits [V] of transformers' own path."""
+        seen: list[torch.Tensor] = []
+        hook = self.model.model.language_model.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+        )
+        logits = self.model(**self.inputs(images, question)).logits
+        hook.remove()
+        return seen[0][0].numpy(), logits[0, -1].numpy()
+
+    @torch.no_grad()
+    def pruned(self, images: list[Image.Image], question: str) -> tuple[np.ndarray, np.ndarray]:
+        """The same with the tokens that the method in float64 chooses, crop by crop, in raster order of the image."""
+        kept = [self.kept(image, alone=len(images) == 1) for image in images]
+        ids = self.ids(question, [len(features) for features in kept])
+        embeds = self.model.get_input_embeddings()(ids)
+        if kept:
+            embeds[ids == self.model.config.image_token_id] = torch.cat(kept)
+        logits = self.model(inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.int64)).logits
+        return embeds[0].numpy(), logits[0, -1].numpy()
+
+    def kept(self, image: Image.Image, *, alone: bool) -> torch.Tensor:
+        values = self.image_processor(images=[[image] if alone else [image, image]], return_tensors="pt")
+        tower = self.model.model.vision_tower(
+            values["pixel_values"][0], output_attentions=True, output_hidden_states=True
+        )
+        layers = self.model.config.vision_feature_layer
+        layers = [layers] if isinstance(layers, int) else layers
+        hidden = torch.cat([tower.hidden_states[layer] for layer in layers], dim=-1)
+        features = self.model.model.multi_modal_projector(hidden)
+        saliency = tower.attentions[-1].mean(dim=(1, 2))
+        crops, tokens = saliency.shape
+        order = torch.arange(tokens)
+        if alone:
+            size, n = (image.height, image.width), self.patches
+            shape = get_anyres_image_grid_shape(size, self.model.config.image_grid_pinpoints, IMAGE_SIZE)
+            numbers = torch.arange(tokens, crops * tokens).view(*shape, n, n, 1).permute(4, 0, 2, 1, 3)
+            order = torch.cat([order, unpad_image(numbers.flatten(1, 2).flatten(2, 3), size).flatten()])
+        mask = torch.zeros(crops * tokens, dtype=torch.bool).index_fill(0, order, True).view(crops, tokens)
+        chosen = torch.zeros_like(mask)
+        for crop in mask.any(dim=1).nonzero()[:, 0]:
+            picks = select_tokens(features[crop].double(), saliency[crop].double(), KEEP, token_mask=mask[crop])
+            chosen[crop, picks.token_indices] = True
+        return features.flatten(0, 1)[order[chosen.flatten()[order]]]
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_onevision: Path) -> Reference:
+    return Reference(tiny_onevision)
+
+
+@pytest.fixture(scope="module")
+def full(tiny_onevision: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    output = tmp_path_factory.mktemp("onevision") / "full"
+    export_package(ExportConfig(model=str(tiny_onevision), ratio=1.0, output=output))
+    with VisionLanguagePipeline.from_package(output, provider="cpu", num_threads=1) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def pruned(onevision_export: ExportResult) -> Any:
+    with VisionLanguagePipeline.from_package(onevision_export.output, provider="cpu", num_threads=1) as loaded:
+        yield loaded
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_with_nothing_removed_the_language_model_gets_transformers_inputs(
+    full: Any, reference: Reference, size: tuple[int, int]
+) -> None:
+    """Shrunk if there are more tokens than those of two crops, with a newline after every row."""
+    image = picture(size)
+    embeds, _, logits = prefill(full, [([image], "What is it?")])
+    expected, expected_logits = reference.whole([image], "What is it?")
+    assert_close(embeds[0], expected, "fp32")
+    assert_close(logits[0], expected_logits, "fp32")
+
+
+def test_batches_and_several_images_with_nothing_removed(full: Any, reference: Reference) -> None:
+    embeds, mask, logits = prefill(full, BATCH)
+    for row, (images, question) in enumerate(BATCH):
+        expected, expected_logits = reference.whole(images, question)
+        assert_close(embeds[row, -len(expected) :], expected, "fp32")
+        assert mask[row].sum() == len(expected)
+        assert_close(logits[row], expected_logits, "fp32")
+
+
+@torch.no_grad()
+def test_answers_with_nothing_removed_are_generates(full: Any, reference: Reference) -> None:
+    for images, question in BATCH:
+        inputs = reference.inputs(images, question)
+        expected = reference.model.generate(**inputs, max_new_tokens=32, do_sample=False)
+        result = full.generate(images, question, max_new_tokens=32)
+        assert list(result.token_ids) == expected[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("size", [size for size in SIZES if min(size) > 1], ids=str)
+def test_pruned_inputs_are_the_tokens_that_the_method_chooses(
+    pruned: Any, reference: Reference, size: tuple[int, int]
+) -> None:
+    image = picture(size)
+    embeds, _, logits = prefill(pruned, [([image], "What is it?")])
+    expected, expected_logits = reference.pruned([image], "What is it?")
+    assert_close(embeds[0], expected, "fp32")
+    assert_close(logits[0], expected_logits, "fp32")
+
+
+def test_pruned_batches_streams_chats_and_several_images(pruned: Any, reference: Reference) -> None:
+    embeds, _, logits = prefill(pruned, BATCH)
+    for row, (images, question) in enumerate(BATCH):
+        expected, expected_logits = reference.pruned(images, question)
+        assert_close(embeds[row, -len(expected) :], expected, "fp32")
+        assert_close(logits[row], expected_logits, "fp32")
+    one_by_one = [pruned.generate(*request, max_new_tokens=10).token_ids for request in BATCH]
+    assert [row.token_ids for row in pruned.generate_batch(BATCH, max_new_tokens=10)] == one_by_one
+    assert [pruned.stream(*request, max_new_tokens=10).result.token_ids for request in BATCH] == one_by_one
+    chat = pruned.chat()
+    chat.ask("Which?", BATCH[1][0], max_new_tokens=4)
+    again = chat.ask("And why?", max_new_tokens=4)
+    assert again.token_ids == pruned.generate(BATCH[1][0], chat.messages[:-1], max_new_tokens=4).token_ids
+    assert again.timings.reused_tokens > 20
+
+
+def test_one_of_several_images_is_one_crop(pruned: Any, full: Any) -> None:
+    image = picture((120, 40))
+    for pipeline in (pruned, full):
+        selection = pipeline.encode_image(image, alone=False).selection
+        assert [(grid.rows, grid.columns) for grid in selection.grids] == [(4, 4)]
+        view = pipeline.encoder.view(image, alone=False)
+        assert view.size == (IMAGE_SIZE, IMAGE_SIZE)
+        draw_kept_tokens(view, selection)
+        encoded = [pipeline.encode_image(each, alone=False) for each in BATCH[1][0]]
+        again = pipeline.generate(encoded, BATCH[1][1], max_new_tokens=6).token_ids
+        assert again == pipeline.generate(*BATCH[1], max_new_tokens=6).token_ids
+
+
+def test_every_crop_of_a_large_image_keeps_tokens(pruned: Any) -> None:
+    selection = pruned.encode_image(picture((112, 168))).selection
+    assert selection.num_tokens == 16 + 8 * 12
+    assert selection.keep_tokens == 7 * KEEP
+
+
+@given(
+    height=st.integers(1, 3000),
+    width=st.integers(1, 3000),
+    sides=st.sampled_from([((384, 384), (768, 1152), (2304, 2304), (384, 2304)), ((384, 768), (1536, 384))]),
+)
+@settings(max_examples=200, deadline=None)
+def test_placeholders_are_counted_like_transformers(height: int, width: int, sides: Any) -> None:
+    layout = AnyresLayout(side=384, patches=27, canvases=sides, shrink_to_crops=9, one_crop_each=True)
+    _, *shown = token_grids(fit_to_canvas(height, width, layout), layout)
+    rows, columns = layout.shrunk(shown[0].rows, shown[0].columns) if shown else (0, 0)
+    processor = LlavaOnevisionProcessor.__new__(LlavaOnevisionProcessor)
+    processor.image_processor = LlavaOnevisionImageProcessorPil(image_grid_pinpoints=[list(side) for side in sides])
+    processor.num_image_tokens, processor.vision_aspect_ratio = 27**2, "anyres_max_9"
+    expected = processor._get_number_of_features(height, width, 384, 384)
+    assert 27**2 + rows * (columns + 1) == expected
+    assert expected <= layout.max_placeholders(27**2)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 7), (9, 2), (13, 13)])
+def test_features_are_resized_like_torch(rows: int, columns: int) -> None:
+    values = torch.randn(13, 9, 5, generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.interpolate(values.permute(2, 0, 1)[None], (rows, columns), mode="bilinear")[0]
+    found = resize_bilinearly(values.numpy(), rows, columns)
+    np.testing.assert_allclose(found, expected.permute(1, 2, 0), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(56, 56), (1, 1), (61, 47), (640, 427), (31, 500), (500, 31)])
+def test_crops_are_those_of_the_image_processor(
+    onevision_export: ExportResult, reference: Reference, size: tuple[int, int]
+) -> None:
+    layout: Any = onevision_export.manifest.image.layout
+    ours = AnyresPreprocessor.from_file(onevision_export.output / "preprocessor_config.json", layout)
+    image = picture(size)
+    canvas = ours.canvas(image, fit_to_canvas(image.height, image.width, layout))
+    alone, several = (reference.image_processor([[image] * count], return_tensors="np") for count in (1, 2))
+    np.testing.assert_array_equal(ours.pixel_values([ours.whole(image), canvas]), alone["pixel_values"][0])
+    np.testing.assert_array_equal(ours.pixel_values([ours.squared(image)]), several["pixel_values"][0])
+
+
+def test_an_unknown_way_to_shrink_is_refused(tmp_path: Path) -> None:
+    folder = save_tiny_llava_onevision(tmp_path / "checkpoint", vision_aspect_ratio="anyres")
+    checkpoint = load_checkpoint(str(folder))
+    with pytest.raises(UnsupportedModelError, match="vision_aspect_ratio = 'anyres'; expected 'anyres_max_'"):
+        checkpoint.family(checkpoint.meta_model, checkpoint.processor)
