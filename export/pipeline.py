@@ -194,8 +194,9 @@ def write_client_files(folder: Path, checkpoint: Checkpoint, family: Family, tok
         (folder / CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
     preprocessor = processor.image_processor.to_dict()
     preprocessor["image_processor_type"] = preprocessor["image_processor_type"].removesuffix("Pil").removesuffix("Fast")
-    if family.layout.patch_pixels is not None:
+    if not family.layout.grid_sizes:
         preprocessor.setdefault("do_center_crop", False)  # SigLIP's file lacks it; clients would assume true
+    if family.layout.patch_pixels is not None:
         preprocessor["processor_class"] = type(processor).__name__
         _write_json(folder / "processor_config.json", _placeholders(family, tokens))
     _write_json(folder / "preprocessor_config.json", preprocessor)

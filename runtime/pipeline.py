@@ -168,14 +168,18 @@ class VisionLanguagePipeline(Closing):
         """Begin a conversation, in which every image is encoded and every text is prefilled only once."""
         return Chat(self, system)
 
-    def encode_image(self, image: ImageSource) -> EncodedImage:
+    def encode_image(self, image: ImageSource, *, alone: bool = True) -> EncodedImage:
         """Return the kept visual tokens of one image, for later prompts or for a language model that runs elsewhere.
+
+        Args:
+            image: the image.
+            alone: as in :meth:`ImageEncoder.encode_image`.
 
         Raises:
             ImageError: it cannot be read.
             BackendError: the vision graph failed, or its outputs are not finite.
         """
-        return self.encoder.encode_image(image)
+        return self.encoder.encode_image(image, alone=alone)
 
     def engine(
         self,

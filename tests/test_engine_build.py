@@ -140,6 +140,8 @@ TINY_EXPORTS = {
     "llava": "tiny_export",
     "llava with SigLIP": "siglip_export",
     "llava_next": "next_export",
+    "llava_next with SigLIP and several feature layers": "granite_export",
+    "llava_onevision": "onevision_export",
     "qwen2_5_vl": "tiny_qwen_export",
     "qwen2_vl": "tiny_qwen2_export",
 }

@@ -34,8 +34,10 @@ from promprune.export.verify.tensors import relative_error
 from promprune.export.verify.verification import verify_package
 from tests.support.tiny_models import (
     randomised,
+    save_tiny_granite_vision,
     save_tiny_llava,
     save_tiny_llava_next,
+    save_tiny_llava_onevision,
     save_tiny_qwen,
     save_tiny_siglip_llava,
     tiny_qwen2_5_vl,
@@ -63,6 +65,8 @@ TINY: Final[Mapping[str, Callable[[Path, int], Any]]] = {
     "LLaVA, deep": lambda folder, seed: save_tiny_llava(folder, seed=seed, **DEEP),
     "LLaVA, SigLIP": lambda folder, seed: save_tiny_siglip_llava(folder, seed=seed),
     "LLaVA, SigLIP, deep": save_deep_siglip,
+    "LLaVA-OneVision": lambda folder, seed: save_tiny_llava_onevision(folder, seed=seed),
+    "Granite Vision": lambda folder, seed: save_tiny_granite_vision(folder, seed=seed),
     "LLaVA-NeXT": lambda folder, seed: save_tiny_llava_next(folder, seed=seed),
     "Qwen2.5-VL": lambda folder, seed: save_tiny_qwen(folder, tiny_qwen2_5_vl(seed=seed)),
     "Qwen2-VL": lambda folder, seed: save_tiny_qwen(folder, tiny_qwen2_vl(seed=seed)),
