@@ -86,7 +86,7 @@ MODULE_PREFIXES = {
 }
 
 
-def _clip_config(**changes: Any) -> CLIPVisionConfig:
+def clip_config(**changes: Any) -> CLIPVisionConfig:
     settings = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -99,7 +99,7 @@ def _clip_config(**changes: Any) -> CLIPVisionConfig:
     return CLIPVisionConfig(**{**settings, **changes})
 
 
-def _text_config(config_class: Any = LlamaConfig, **changes: Any) -> Any:
+def text_config(config_class: Any = LlamaConfig, **changes: Any) -> Any:
     settings = {
         "vocab_size": len(SPECIAL_TOKENS) + 256,
         "hidden_size": 48,
@@ -120,7 +120,7 @@ def llava_config(
 ) -> LlavaConfig:
     """A configuration; ``vision`` and ``text`` change those of its parts."""
     settings = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default", "image_token_id": 3, **changes}
-    return LlavaConfig(vision_config=_clip_config(**vision), text_config=_text_config(**text), **settings)
+    return LlavaConfig(vision_config=clip_config(**vision), text_config=text_config(**text), **settings)
 
 
 def randomised(model_class: Any, config: Any, seed: int) -> Any:
@@ -202,7 +202,7 @@ def save_tiny_llava_next(
         changes: to the model's configuration.
     """
     config = LlavaNextConfig(
-        vision_config=_clip_config(),
+        vision_config=clip_config(),
         text_config=text or tiny_language_model(),
         **{"image_grid_pinpoints": PINPOINTS, "image_token_index": 3, **changes},
     )
@@ -218,7 +218,7 @@ def save_tiny_llava_next(
     return folder
 
 
-def _siglip_config(**changes: Any) -> SiglipVisionConfig:
+def siglip_config(**changes: Any) -> SiglipVisionConfig:
     settings = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -237,7 +237,7 @@ ONEVISION_PINPOINTS = [[56, 56], [56, 112], [112, 56], [112, 112], [168, 112], [
 def save_tiny_llava_onevision(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     """Write a random LLaVA-OneVision with crops of 16 visual tokens; images of more than two crops are shrunk."""
     config = LlavaOnevisionConfig(
-        vision_config=_siglip_config(),
+        vision_config=siglip_config(),
         text_config=tiny_language_model("qwen2", tie_word_embeddings=True),
         tie_word_embeddings=True,
         **{
@@ -269,7 +269,7 @@ GRANITE_CHAT_TEMPLATE = (
 
 def save_tiny_granite_vision(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     """Write a random Granite Vision: a LLaVA-NeXT with SigLIP, the features of several layers, and a Granite."""
-    text = _text_config(
+    text = text_config(
         GraniteConfig,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
@@ -279,7 +279,7 @@ def save_tiny_granite_vision(folder: Path, *, seed: int = 0, **changes: Any) -> 
         logits_scaling=4.0,
     )
     config = LlavaNextConfig(
-        vision_config=_siglip_config(),
+        vision_config=siglip_config(),
         text_config=text,
         tie_word_embeddings=True,
         **{
@@ -312,7 +312,7 @@ def save_tiny_granite_vision(folder: Path, *, seed: int = 0, **changes: Any) -> 
 def tiny_language_model(kind: str = "llama", **changes: Any) -> Any:
     """Configuration of a language model that LLaVA-NeXT checkpoints have: "llama", "mistral" or "qwen2"."""
     classes = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
-    return _text_config(classes[kind], **{"max_position_embeddings": 1024, **changes})
+    return text_config(classes[kind], **{"max_position_embeddings": 1024, **changes})
 
 
 def reshape_checkpoint(
