@@ -91,7 +91,11 @@ class Preparation:
             options = self._generation_options(chat)
             request = model.pipeline.request(images, messages, watch=watch, **options)
             request.max_new_tokens = min(request.max_new_tokens, self._config.max_new_tokens)
-            views = [_jpeg(model.pipeline.encoder.view(image)) for image in images] if chat.shows_views else []
+            views = (
+                [_jpeg(model.pipeline.encoder.view(image, alone=len(images) == 1)) for image in images]
+                if chat.shows_views
+                else []
+            )
             return Prepared(request, views)
 
         def encode() -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Final
 
 import transformers
@@ -43,7 +42,6 @@ from tests.support.tiny_models import (
 
 __all__ = ["PUBLIC", "PublicCheckpoint"]
 
-NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 GROUPED: Final = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 64}
 EACH_HEAD: Final = {"num_attention_heads": 6, "num_key_value_heads": 6}
 LLAMA_3: Final = {
@@ -97,10 +95,10 @@ class PublicCheckpoint:
 
     text: Any = LlamaConfig
     heads: Mapping[str, int] = field(default_factory=lambda: EACH_HEAD)
-    language: Mapping[str, Any] = NOTHING
+    language: Mapping[str, Any] = field(default_factory=dict)
     siglip: bool = False
     crops: bool = False
-    model: Mapping[str, Any] = NOTHING
+    model: Mapping[str, Any] = field(default_factory=dict)
     template: str = CHAT_TEMPLATE
 
     def __call__(self, folder: Path) -> Path:
