@@ -15,6 +15,7 @@ from promprune.export.verify import precision
 from promprune.export.verify.language import _part_at_a_tie
 from promprune.export.verify.verification import verify_package
 from promprune.package.manifest import CheckRecord, VerificationRecord
+from promprune.package.package import read_package
 from tests.support.tiny_models import save_tiny_llava
 
 
@@ -56,7 +57,7 @@ def test_beyond_the_fixed_limit_transformers_own_half_precision_decides(
     half: ExportResult, peaked: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "MIN_IN_COMMON", 1.1)  # no package reaches it
-    record = verify_package(half.output, half.manifest, load_checkpoint(str(peaked)), num_images=4)
+    record = verify_package(read_package(half.output), load_checkpoint(str(peaked)), num_images=4)
     common = check_of(record, "kept tokens in common with fp32")
     assert "; transformers in fp16: " in common.detail
     own = float(common.detail.split("fp16: ")[1].split()[0])
@@ -66,7 +67,7 @@ def test_beyond_the_fixed_limit_transformers_own_half_precision_decides(
 
 def test_other_kept_tokens_are_refused(half: ExportResult, tmp_path: Path) -> None:
     other = load_checkpoint(str(save_tiny_llava(tmp_path / "other", seed=1, vision={"num_hidden_layers": 6})))
-    record = verify_package(half.output, half.manifest, other, num_images=4)
+    record = verify_package(read_package(half.output), other, num_images=4)
     assert not check_of(record, "kept tokens in common with fp32").passed
 
 

@@ -21,13 +21,13 @@ from transformers import (
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from promprune.errors import UnsupportedModelError
-from promprune.export import ExportResult, export_package
+from promprune.export import ExportResult
 from promprune.export.checkpoint.loading import load_checkpoint
-from promprune.export.config import ExportConfig
 from promprune.method.reference import select_tokens
 from promprune.package.image import AnyresLayout
 from promprune.runtime import VisionLanguagePipeline, draw_kept_tokens
 from promprune.runtime.images.anyres import AnyresPreprocessor, fit_to_canvas, resize_bilinearly, token_grids
+from tests.support.shared import Shared
 from tests.support.tiny_models import CHAT_TEMPLATE, IMAGE_SIZE, save_tiny_llava_onevision
 from tests.test_llava_next import SIZES, assert_close, picture, prefill
 
@@ -121,10 +121,9 @@ def reference(tiny_onevision: Path) -> Reference:
 
 
 @pytest.fixture(scope="module")
-def full(tiny_onevision: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    output = tmp_path_factory.mktemp("onevision") / "full"
-    export_package(ExportConfig(model=str(tiny_onevision), ratio=1.0, output=output))
-    with VisionLanguagePipeline.from_package(output, provider="cpu", num_threads=1) as loaded:
+def full(tiny_onevision: Path, shared: Shared) -> Any:
+    export = shared.export("onevision-full", tiny_onevision, ratio=1.0, verify=False)
+    with VisionLanguagePipeline.from_package(export.output, provider="cpu", num_threads=1) as loaded:
         yield loaded
 
 

@@ -80,13 +80,17 @@ def check_precision(
     ]
     got = [(frozenset(indices.tolist()), int(count[0])) for indices, count in rows]
     by_graph = [one for name in runs for one in references if one.graph == name]  # the order of the runs
-    wanted = [_kept(chosen) for one in by_graph for chosen in choose_tokens(subject.family, subject.manifest, one)]
+    wanted = [
+        _kept(chosen) for one in by_graph for chosen in choose_tokens(subject.family, subject.package.manifest, one)
+    ]
     found, least, most, detail = Closeness.of(got, wanted), MIN_IN_COMMON, MAX_COUNT_DIFFERENCE, f"{len(got)} images"
     if not found.within_limits:
         own = _own_closeness(subject, checkpoint, samples, references)
         least = min(least, own.in_common - IN_COMMON_SLACK)
         most = max(most, own.count_difference + COUNT_SLACK)
-        detail += f"; transformers in {subject.manifest.dtype}: {own.in_common:.3f} and {own.count_difference:.3f}"
+        detail += (
+            f"; transformers in {subject.package.manifest.dtype}: {own.in_common:.3f} and {own.count_difference:.3f}"
+        )
     yield check("kept tokens in common with fp32", found.in_common, ">=", least, detail)
     yield check("saliency count differs from fp32's by, as a share of T", found.count_difference, "<=", most, detail)
 
@@ -95,14 +99,16 @@ def _own_closeness(
     subject: Subject, checkpoint: Checkpoint, samples: Sequence[Sample], references: Sequence[VisionReference]
 ) -> Closeness:
     """Measure how close transformers' own selections in the package's dtype are to those in fp32."""
-    half = torch_dtype(subject.manifest.dtype)
+    half = torch_dtype(subject.package.manifest.dtype)
     relink = subject.weights.link_to if subject.weights else None
     model = checkpoint.out_of_core_model(dtype=half, rounded_to=half, relink=relink)
-    family = checkpoint.family(model, checkpoint.processor, subject.manifest.image.layout.grid_sizes)
+    family = checkpoint.family(model, checkpoint.processor, subject.package.manifest.image.layout.grid_sizes)
     own, wanted = [], []
     for sample, reference in zip(samples, references, strict=True):
-        own += [_kept(chosen) for chosen in choose_tokens(family, subject.manifest, family.reference(sample.image))]
-        wanted += [_kept(chosen) for chosen in choose_tokens(subject.family, subject.manifest, reference)]
+        own += [
+            _kept(chosen) for chosen in choose_tokens(family, subject.package.manifest, family.reference(sample.image))
+        ]
+        wanted += [_kept(chosen) for chosen in choose_tokens(subject.family, subject.package.manifest, reference)]
     return Closeness.of(own, wanted)
 
 

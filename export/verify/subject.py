@@ -84,7 +84,7 @@ class Subject:
     @property
     def judges_saliency(self) -> bool:
         """Whether the error of the saliency is judged itself; in half precision, the selection is (precision.py)."""
-        return self.manifest.dtype == "fp32" or self.has_int8_activations
+        return self.package.manifest.dtype == "fp32" or self.has_int8_activations
 
     @contextlib.contextmanager
     def package_weights(self) -> Iterator[None]:
