@@ -19,6 +19,7 @@ from promprune.package.manifest import DECODER, EMBED_TOKENS
 from promprune.package.package import read_package
 from promprune.runtime.chat import Chat
 from promprune.runtime.engine.cache import CachedPrefix
+from promprune.runtime.engine.chat_template import Message
 from promprune.runtime.engine.config import GenerationConfig
 from promprune.runtime.engine.engine import Engine
 from promprune.runtime.engine.language_model import LanguageModel
@@ -28,7 +29,6 @@ from promprune.runtime.engine.request import Request
 from promprune.runtime.engine.result import Result, Stopwatch
 from promprune.runtime.engine.sampling import eos_token_ids_of
 from promprune.runtime.engine.stream import AnswerStream
-from promprune.runtime.engine.template import Message
 from promprune.runtime.images.encoded import EncodedImage
 from promprune.runtime.images.encoder import ImageEncoder, Images, ImageSource, PreparedImage, as_image_list
 from promprune.runtime.sessions import Session
