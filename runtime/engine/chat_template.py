@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from promprune.errors import PromptError, UnsupportedModelError
-from promprune.runtime.engine.template import compile_template, rendering
+from promprune.runtime.engine.template import OverBudgetError, compile_template, rendering
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -57,8 +57,8 @@ class ChatTemplate:
         return compile_template(self.source)
 
     @cached_property
-    def content(self) -> Literal["parts", "text"]:
-        """The form in which it takes the content of a message."""
+    def _content(self) -> Literal["parts", "text"]:
+        """The form in which it takes the content of a message; found within the budget of the first rendering."""
         return "text" if self._failure("parts") and not self._failure("text") else "parts"
 
     def refuse_unusable(self) -> None:
@@ -67,7 +67,11 @@ class ChatTemplate:
         Raises:
             UnsupportedModelError: it fails, or does not write the text and one placeholder.
         """
-        failure = self._failure(self.content)
+        try:
+            with rendering():
+                failure = self._failure(self._content)
+        except (OverBudgetError, PromptError) as error:
+            failure = str(error)
         if failure:
             raise UnsupportedModelError(
                 f"the chat template of this model cannot render a question about one image ({failure})",
@@ -77,9 +81,8 @@ class ChatTemplate:
 
     def arrange(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """Return messages whose content is a list of parts, with their content in the form that the template takes."""
-        if self.content == "parts":
-            return [dict(message) for message in messages]
-        return [{**message, "content": self._as_text(message["content"])} for message in messages]
+        with rendering():
+            return self._arrange(messages)
 
     def render(self, messages: Sequence[Message]) -> str:
         """Return the text of messages, whose content is a list of parts, up to the assistant's next answer.
@@ -88,7 +91,13 @@ class ChatTemplate:
             PromptError: it is too long.
             Exception: of jinja, or any error of the Python code that jinja compiled from the template.
         """
-        return self._render(self.arrange(messages))
+        with rendering():
+            return self._render(self._arrange(messages))
+
+    def _arrange(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        if self._content == "parts":
+            return [dict(message) for message in messages]
+        return [{**message, "content": self._as_text(message["content"])} for message in messages]
 
     def _render(self, messages: Sequence[Message]) -> str:
         values = {
@@ -99,14 +108,19 @@ class ChatTemplate:
             "documents": None,
             **self.special_tokens,
         }
-        with rendering():
-            return _concatenate(self.compiled.generate(values))
+        return _concatenate(self.compiled.generate(values))
 
     def _failure(self, content: Literal["parts", "text"]) -> str:
-        """Say why a question about one image cannot be rendered with its content in this form; empty if it can."""
+        """Say why a question about one image cannot be rendered with its content in this form; empty if it can.
+
+        Raises:
+            OverBudgetError, PromptError: it takes too long, or makes too much text.
+        """
         parts = [{"type": "image"}, {"type": "text", "text": _PROBE}]
         try:
             text = self._render([{"role": "user", "content": parts if content == "parts" else self._as_text(parts)}])
+        except (OverBudgetError, PromptError):
+            raise
         except Exception as error:  # any error of the Python code that jinja compiled from the template
             return f"{type(error).__name__}: {error}"
         if _PROBE not in text or repr(_PROBE) in text:

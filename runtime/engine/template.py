@@ -24,7 +24,7 @@ from jinja2.filters import FILTERS
 from jinja2.runtime import LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-__all__ = ["MAX_TEMPLATE_BYTES", "compile_template", "rendering"]
+__all__ = ["MAX_TEMPLATE_BYTES", "OverBudgetError", "compile_template", "rendering"]
 
 MAX_TEMPLATE_BYTES: Final = 128 * 1024  # the longest published chat templates have some 20 kB
 _MAX_SECONDS: Final = 1.0  # of CPU time
@@ -58,6 +58,10 @@ _LONG_NUMBER: Final = re.compile(r"\d{4}")
 _NESTED_FIELD: Final = re.compile(r"\{[^{}]*\{")
 
 
+class OverBudgetError(TemplateError):
+    """A template needs more than its budget; rendering it again would, too."""
+
+
 class _Budget:
     """What is left for one rendering."""
 
@@ -67,12 +71,12 @@ class _Budget:
 
     def check_time(self) -> None:
         if thread_time() > self._end:
-            raise TemplateError(f"it takes more than {_MAX_SECONDS:g} s")
+            raise OverBudgetError(f"it takes more than {_MAX_SECONDS:g} s")
 
     def charge(self, characters: int) -> None:
         self._characters -= characters
         if self._characters < 0:
-            raise TemplateError(f"it makes texts of more than {_MAX_CHARACTERS} characters")
+            raise OverBudgetError(f"it makes texts of more than {_MAX_CHARACTERS} characters")
 
 
 _BUDGET: Final[ContextVar[_Budget | None]] = ContextVar("budget", default=None)
