@@ -46,12 +46,12 @@ def record(package: Path, given: argparse.Namespace) -> list[dict[str, Any]]:
             VisionLanguagePipeline.from_package(package, **options) as pipeline,
         ):
             model = pipeline.language_model
-            ids = np.random.default_rng(0).integers(5, 200, (1, given.length))
+            ids = np.random.default_rng(0).integers(5, 200, (given.rows, given.length))
             embeds = model.embed.run({"input_ids": ids})["inputs_embeds"]
-            cache = model.decoder.caches.empty(1, given.length + given.steps + WARM_UP)
+            cache = model.decoder.caches.empty(given.rows, given.length + given.steps + WARM_UP)
             _, cache = model.decoder.forward(embeds, cache)
             for _ in range(given.steps + WARM_UP):
-                _, cache = model.decode([5], cache)
+                _, cache = model.decode([5] * given.rows, cache)
             events: list[dict[str, Any]] = json.loads(Path(model.decoder.session._open().end_profiling()).read_text())
             return events
 
@@ -88,13 +88,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("package", type=Path)
     parser.add_argument("--portable", action="store_true", help="the portable decoder, not the lowered one")
+    parser.add_argument("--rows", type=int, default=1, help="rows of the batch (%(default)s)")
     parser.add_argument("--length", type=int, default=617, help="tokens of the prompt (%(default)s)")
     parser.add_argument("--steps", type=int, default=16, help="decode steps (%(default)s)")
     parser.add_argument("--threads", type=int, help="threads of ONNX Runtime")
     given = parser.parse_args()
-    prefill, *steps = runs_of(record(given.package, given))
-    result = {"prefill": show(f"prefill of {given.length} tokens", [prefill])}
-    result["decode"] = show(f"decode step after {given.length} tokens", steps[WARM_UP:])
+    runs = runs_of(record(given.package, given))
+    result = {"prefill": show(f"prefill of {given.length} tokens", runs[:1])}
+    result["decode"] = show(f"decode step of {given.rows} after {given.length} tokens", runs[-given.steps :])
     print(json.dumps(result))
 
 
