@@ -12,6 +12,7 @@
     ├── VerificationError       an exported graph disagrees with its source
     ├── DeadlineError           an answer took longer than it was allowed to
     ├── BackendError            an execution backend cannot be loaded, or fails while running
+    │   └── WorkerError             the process of an untrusted package crashed, hung, or ran out of memory
     ├── MissingDependencyError  an optional extra is not installed
     └── OutputError             an output cannot be written to the requested place
 
@@ -37,6 +38,7 @@ __all__ = [
     "PromptError",
     "UnsupportedModelError",
     "VerificationError",
+    "WorkerError",
 ]
 
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # control characters, which a terminal would execute
@@ -102,6 +104,10 @@ class VerificationError(PrompruneError):
 
 class BackendError(PrompruneError):
     """An execution backend cannot be loaded, or fails while running."""
+
+
+class WorkerError(BackendError):
+    """The process of an untrusted package crashed, ran out of memory, or did not answer in time."""
 
 
 class MissingDependencyError(PrompruneError):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Any, Self, TypeAlias, cast
 
 from promprune.checks import config_from_options
 from promprune.closing import Closing
@@ -33,6 +33,7 @@ from promprune.runtime.images.encoded import EncodedImage
 from promprune.runtime.images.encoder import ImageEncoder, Images, ImageSource, PreparedImage, as_image_list
 from promprune.runtime.sessions import Session
 from promprune.runtime.sessions.config import RuntimeConfig
+from promprune.runtime.untrusted import UntrustedPipeline
 
 __all__ = ["Prompt", "VisionLanguagePipeline"]
 
@@ -74,7 +75,8 @@ class VisionLanguagePipeline(Closing):
 
         Args:
             path: its folder.
-            options: fields of :class:`RuntimeConfig`.
+            options: fields of :class:`RuntimeConfig`. With ``untrusted=True``, an
+                :class:`~promprune.runtime.untrusted.UntrustedPipeline` is returned, which has fewer methods.
 
         Raises:
             PackageError: it is not a package, it is damaged, its graphs differ from its manifest, or its tokenizer or
@@ -83,6 +85,8 @@ class VisionLanguagePipeline(Closing):
             ConfigError: an option is unknown or out of range.
         """
         config = config_from_options(RuntimeConfig, options)
+        if config.untrusted:
+            return cast("Self", UntrustedPipeline(path, config))
         package = read_package(Path(path), check_weights=config.check_weights)
         folder, manifest = package.folder, package.manifest
         expect_same_width(manifest)

@@ -126,6 +126,10 @@ def run(
     check_weights: Annotated[
         bool, typer.Option("--check-weights", help="Also check the SHA-256 of the weights.")
     ] = RuntimeConfig.check_weights,
+    untrusted: Annotated[
+        bool,
+        typer.Option("--untrusted", help="Run the package in a process of its own, with limits of memory and time."),
+    ] = RuntimeConfig.untrusted,
     version: Version = False,
 ) -> None:
     """Answer a question about images with an exported package.
@@ -164,11 +168,14 @@ def run(
             cuda_graphs=cuda_graphs,
             prefill_chunk=prefill_chunk,
             max_image_pixels=max_image_pixels,
+            untrusted=untrusted,
         ),
         show_tokens=show_tokens,
         stats=stats,
         as_json=as_json,
     )
+    if untrusted and (interactive or show_tokens is not None):
+        raise typer.BadParameter("received --untrusted with --interactive or --show-tokens; expected one of them")
     if show_tokens is not None:
         _check_pictures(show_tokens, len(asked.images), interactive=interactive)
     if interactive:
@@ -217,7 +224,8 @@ def _answer(asked: _Asked, question: str) -> None:
         if not asked.images and not asked.as_json:
             console.print("[dim]no --image: answering from the text alone[/]")
         result = answer.result if asked.as_json else _print_answer(answer)
-        _draw(pipeline.encoder, asked, result.selection)
+        if asked.show_tokens is not None:
+            _draw(pipeline.encoder, asked, result.selection)
         if asked.as_json:
             model = {"model": pipeline.manifest.source.model, "load_ms": round(load_ms, 3)}
             print_json({**result.to_dict(), **asked.report(pipeline.device), **model})

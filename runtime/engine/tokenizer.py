@@ -39,8 +39,8 @@ _PARTS: Final[Mapping[str, frozenset[str]]] = {
          "Sequence", "Strip", "StripAccents")
     ),
     "pre_tokenizer": frozenset(
-        ("BertPreTokenizer", "ByteLevel", "Digits", "Metaspace", "Punctuation", "Sequence", "Split", "UnicodeScripts",
-         "Whitespace", "WhitespaceSplit")
+        ("BertPreTokenizer", "ByteLevel", "CharDelimiterSplit", "Digits", "FixedLength", "Metaspace", "Punctuation",
+         "Sequence", "Split", "UnicodeScripts", "Whitespace", "WhitespaceSplit")
     ),
     "post_processor": frozenset(
         ("BertProcessing", "ByteLevel", "RobertaProcessing", "Sequence", "TemplateProcessing")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from promprune.checks import config_from_options
+from promprune.checks import config_from_options, require
 from promprune.closing import Closing
 from promprune.errors import ConfigError
 from promprune.package.agree import check_graph
@@ -77,9 +77,11 @@ class ImageEncoder(Closing):
         """Load the vision graphs of a package.
 
         Raises:
+            ConfigError: the package is ``untrusted``, which only a pipeline can be.
             PackageError: a graph differs from the manifest.
             BackendError: a graph, or the requested provider, cannot be loaded.
         """
+        require(not config.untrusted, "untrusted", True, "VisionLanguagePipeline.from_package with it")
         processor = open_processor(package)
         sessions = {name: open_session(package, name, config) for name in processor.graphs}
         for name, session in sessions.items():

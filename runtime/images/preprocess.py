@@ -42,6 +42,7 @@ __all__ = [
     "load_image",
     "normalize",
     "pixel_levels",
+    "read_image_file",
     "read_pixel_file",
 ]
 
@@ -116,16 +117,22 @@ def load_image(
         if len(source) > _FILE_BYTES_PER_PIXEL * max_pixels:
             raise _too_many_bytes("the image", len(source), max_pixels)
         return _open(bytes(source), "the image", max_pixels)
-    if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
-        raise ImageError(f"{source[:100]} is a URL", expected="a file", fix="download it first, or pass its bytes")
     if isinstance(source, (str, Path)):
-        return _open(_read(Path(source), max_pixels), str(source), max_pixels)
+        return _open(read_image_file(source, max_pixels=max_pixels), str(source), max_pixels)
     raise ImageError(
         f"received an image of type {type(source).__name__}", expected="a file, bytes, a PIL image or an array"
     )
 
 
-def _read(path: Path, max_pixels: int) -> bytes:
+def read_image_file(source: str | Path, *, max_pixels: int) -> bytes:
+    """Return the content of an image file.
+
+    Raises:
+        ImageError: it is a URL, missing, not a file, or has more than 4 bytes per pixel of ``max_pixels``.
+    """
+    if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
+        raise ImageError(f"{source[:100]} is a URL", expected="a file", fix="download it first, or pass its bytes")
+    path = Path(source)
     try:
         if not path.exists():
             raise ImageError(f"{path} does not exist", expected="an image file", fix="check the path")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal, get_args
 
-from promprune.checks import check_integer, check_name, require
+from promprune.checks import check_integer, check_name, check_number, require
 
 __all__ = ["BACKENDS", "Provider", "RuntimeConfig", "usable_cpus"]
 
@@ -43,6 +44,10 @@ class RuntimeConfig:
         accuracy_level: how ONNX Runtime multiplies by quantized weights: 4 for activations in int8, which is the
             fastest; 0 for exact products. The levels in between are those of its ``MatMulNBits``.
         lowered: use the decoder that was lowered for ONNX Runtime, if the package has one that is up to date.
+        untrusted: run the package in a process of its own, on the CPU, with limits of memory and time; see
+            :mod:`promprune.runtime.untrusted`.
+        worker_memory_mb: address space of that process, in MiB; None for 3 GiB plus three times the package's files.
+        worker_timeout_s: most seconds for loading the package there, and for a request without ``timeout_s``.
 
     Raises:
         ConfigError: a value has the wrong type, or is out of its range.
@@ -58,6 +63,9 @@ class RuntimeConfig:
     cuda_graphs: bool = False
     accuracy_level: int = 4
     lowered: bool = True
+    untrusted: bool = False
+    worker_memory_mb: int | None = None
+    worker_timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
         check_name(self, "backend", tuple(BACKENDS))
@@ -67,6 +75,11 @@ class RuntimeConfig:
         check_integer(self, "image_cache_size", least=0)
         check_integer(self, "prefill_chunk", least=1, optional=True)
         check_integer(self, "accuracy_level", least=0, most=4)
+        check_integer(self, "worker_memory_mb", least=1, optional=True)
+        most = threading.TIMEOUT_MAX
+        check_number(self, "worker_timeout_s", lambda value: 0 < value < most, "seconds above 0")
+        on_cpu = self.backend == "onnxruntime" and self.provider in ("auto", "cpu")
+        require(on_cpu or not self.untrusted, "untrusted", self.untrusted, "the backend onnxruntime on the CPU with it")
         engines = self.backend == "tensorrt"
         require(engines or not self.cuda_graphs, "cuda_graphs", self.cuda_graphs, "the backend 'tensorrt' with it")
 
