@@ -66,8 +66,6 @@ async function refusal(response) {
 function explain(response, error) {
   const seconds = Number(response.headers.get("retry-after"));
   switch (response.status) {
-    case 401:
-      return "This server needs an API key, and the one it got is missing or wrong.";
     case 413:
       return "The image is too large for this server. Choose a smaller one.";
     case 429:
@@ -91,7 +89,10 @@ async function* serverSentEvents(stream, signal) {
       if (done) return;
       const events = (rest + value).split("\n\n");
       rest = events.pop();
-      for (const event of events) yield event.replace(/^data: /, "");
+      for (const event of events) {
+        signal.throwIfAborted();
+        yield event.replace(/^data: /, "");
+      }
     }
   } catch (error) {
     if (signal.aborted) throw error;

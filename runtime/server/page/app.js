@@ -34,12 +34,13 @@ async function answer(card, signal) {
   card.begin();
   try {
     for await (const event of ask(card.model, state.image, question.value.trim(), state.key, signal)) card.show(event);
+    card.end();
   } catch (error) {
-    if (error.name === "AbortError") card.setNote("Stopped.");
-    if (error.name === "AbortError" || error.concernsAll) throw error;
+    const isStopped = error.name === "AbortError";
+    card.end(isStopped ? "Stopped." : "");
+    if (isStopped || error.concernsAll) throw error;
     card.setError(textOf(error));
   } finally {
-    card.end();
     drawTimings();
   }
 }
@@ -64,8 +65,9 @@ function showRunning(isRunning) {
 
 /** Tell what went wrong; nothing for an empty text. */
 function say(error) {
+  if (error.status === 401) return askForKey();
   find("alert").textContent = error && textOf(error);
-  if (error?.status === 401) showKeyForm();
+  find("alert").scrollIntoView({ block: "nearest" });
 }
 
 function textOf(error) {
@@ -124,7 +126,9 @@ function offer(select, models, chosen) {
 /** Name the cards after the chosen models; a card whose model is another one than before forgets its answer. */
 function showChoice() {
   const chosen = selects.map((select) => state.models.find(({ id }) => id === select.value));
-  cards.forEach((card, i) => card.model === (chosen[i]?.id ?? "") || card.setModel(chosen[i]));
+  const changed = cards.map((card, i) => card.model !== (chosen[i]?.id ?? ""));
+  if (changed.includes(true)) state.running?.abort();
+  cards.forEach((card, i) => changed[i] && card.setModel(chosen[i]));
   find("cards").dataset.count = cards.filter((card) => card.model).length;
   find("comparison").textContent = "";
 }
@@ -140,7 +144,8 @@ function preferred(models, ratio) {
   return models.find((model) => model.promprune.ratio === ratio) ?? models[0];
 }
 
-function showKeyForm() {
+function askForKey() {
+  find("key-alert").textContent = state.key && "The server does not accept this key.";
   keyForm.hidden = false;
   find("key").focus();
 }
@@ -249,6 +254,7 @@ addEventListener("paste", (event) => {
 
 for (const name of ["dragenter", "dragover", "dragleave", "drop"]) {
   addEventListener(name, (event) => {
+    if (!event.dataTransfer.types.includes("Files")) return; // text that is dragged into the question
     event.preventDefault();
     document.body.classList.toggle("dragging", name === "dragenter" || name === "dragover");
     const [file] = name === "drop" ? event.dataTransfer.files : [];

@@ -25,6 +25,7 @@ export class Card {
     this.image = this.timings = null;
     this.text = "";
     this.root.dataset.state = "empty";
+    this.answer.removeAttribute("aria-busy");
     this.svg.setAttribute("hidden", "");
     this.svg.replaceChildren();
     this.legend.hidden = this.facts.hidden = true;
@@ -57,10 +58,13 @@ export class Card {
     if (reason === "length") this.setNote("The answer reached the limit on its length.");
   }
 
-  end() {
+  /** End the answer, with a note if that is not the answer's own end; nothing if it was forgotten before. */
+  end(note = "") {
+    if (this.root.dataset.state !== "running") return;
     this.answer.removeAttribute("aria-busy");
     this.root.dataset.state = "done";
-    if (!this.text && this.timings) this.setNote("The answer is empty.");
+    if (note) this.setNote(note);
+    else if (!this.text && this.timings) this.setNote("The answer is empty.");
   }
 
   showImage(image) {
@@ -75,7 +79,7 @@ export class Card {
     this.legend.replaceChildren(...(entries.length ? entries : [`All ${image.visual_tokens} tokens are kept`]));
     this.legend.hidden = this.facts.hidden = false;
     const { visual_tokens: all, kept_tokens: kept, spectral_entropy: entropy } = image;
-    this.setFact("tokens", kept === all ? `${all}` : `${all} \u2192 ${kept}`, kept === all ? "" : `${Math.round((100 * kept) / all)} %`);
+    this.setFact("tokens", kept === all ? `${all}` : `${all} \u2192 ${kept}`);
     this.setFact("entropy", entropy === null ? "\u2013" : entropy.toFixed(3));
     for (const name of ["prompt", "first", "speed", "answer"]) this.setFact(name, "\u2013");
     this.setFact("parts", "");

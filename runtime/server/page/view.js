@@ -21,10 +21,11 @@ export function drawView(svg, image) {
   const kept = keptFor(image);
   const parts = [element("image", { href: image.view, width, height })];
   if (kept.length) {
-    const boxes = image.token_indices.map((token) => boxOf(token, image.grids));
-    const clear = boxes.map((box) => rectangle(box, 0)).join("");
-    parts.push(element("path", { class: "dropped", d: `M0 0H${width}V${height}H0Z${clear}` }));
-    for (const { reason, tokens } of kept) parts.push(...frames(reason, tokens.map((token) => boxOf(token, image.grids))));
+    const clear = boxesByGrid(image.token_indices, image.grids).flat().map((box) => rectangle(box, 0));
+    parts.push(element("path", { class: "dropped", d: `M0 0H${width}V${height}H0Z${clear.join("")}` }));
+    for (const { reason, tokens } of kept) {
+      for (const boxes of boxesByGrid(tokens, image.grids)) parts.push(...frames(reason, boxes));
+    }
   }
   svg.replaceChildren(...parts);
 }
@@ -42,20 +43,23 @@ function describe(image) {
   return `The image as the model sees it. Of ${image.visual_tokens} tokens, ${kept.join(" and ")} are kept.`;
 }
 
-/** Return the box of a token, which is numbered grid by grid, in pixels of the view. */
-function boxOf(token, grids) {
-  let index = token;
-  for (const { rows, columns, left, top, width, height } of grids) {
-    if (index < rows * columns) {
-      const size = { width: width / columns, height: height / rows };
-      return { left: left + (index % columns) * size.width, top: top + Math.floor(index / columns) * size.height, ...size };
-    }
-    index -= rows * columns;
-  }
-  throw new RangeError(`token ${token} is in no grid`);
+/** Return the boxes of tokens, which are numbered grid by grid: a list for each grid, in pixels of the view. */
+function boxesByGrid(tokens, grids) {
+  let first = 0;
+  return grids.map((grid) => {
+    const [width, height] = [grid.width / grid.columns, grid.height / grid.rows];
+    const indices = tokens.map((token) => token - first).filter((index) => index >= 0 && index < grid.rows * grid.columns);
+    first += grid.rows * grid.columns;
+    return indices.map((index) => ({
+      left: grid.left + (index % grid.columns) * width,
+      top: grid.top + Math.floor(index / grid.columns) * height,
+      width,
+      height,
+    }));
+  });
 }
 
-/** Return frames inside boxes: dark below, so that they are visible on any image, and coloured above. */
+/** Return frames inside boxes of one size: dark below, so that they are visible on any image, and coloured above. */
 function frames(reason, boxes) {
   if (!boxes.length) return [];
   const side = Math.min(boxes[0].width, boxes[0].height);
