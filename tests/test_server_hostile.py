@@ -404,7 +404,7 @@ HTTP: Final = {
     "no content type": POST.replace(b"content-type: application/json\r\n", b"") + b"content-length: 2\r\n\r\n{}",
     "form": POST.replace(b"application/json", b"multipart/form-data; boundary=a") + b"content-length: 2\r\n\r\n{}",
     "expects": POST + b"expect: 100-continue\r\ncontent-length: 2\r\n\r\n{}",
-    "websocket": GET.replace(b"/v1/models", b"/") + b"connection: upgrade\r\nupgrade: websocket\r\n\r\n",
+    "websocket": GET.replace(b"/v1/models", b"/none") + b"connection: upgrade\r\nupgrade: websocket\r\n\r\n",
     "h2c": GET.replace(b"/v1/models", b"/none") + b"connection: upgrade, http2-settings\r\nupgrade: h2c\r\n\r\n",
 }
 

@@ -149,6 +149,7 @@ def _serve(packages: list[str], settings: ServerConfig, loading: RuntimeConfig) 
         if not settings.is_local and not settings.api_keys:
             log_event("open", logging.WARNING, reason="everybody who reaches this address may ask; see --api-keys")
         for model in catalog:
+            model.warm_up()
             log_event("model", name=model.name, device=model.pipeline.device)
         serve(make_app(catalog, settings), settings, listening)
 

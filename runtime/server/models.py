@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+import numpy as np
+
 from promprune.closing import Closing
 from promprune.errors import ConfigError
 from promprune.package.manifest import Manifest, read_manifest
@@ -33,6 +35,14 @@ class ServedModel:
     name: str
     pipeline: VisionLanguagePipeline
     created: int
+
+    def warm_up(self) -> None:
+        """Answer once, so that the first client does not wait for what is loaded on first use.
+
+        Raises:
+            BackendError, PackageError: the model cannot answer.
+        """
+        self.pipeline.generate(np.zeros((64, 64, 3), np.uint8), "a", max_new_tokens=2, ignore_eos=True)
 
     def card(self, max_images: int) -> ModelCard:
         """Describe it for ``/v1/models``."""
