@@ -16,6 +16,8 @@ from tests.support.hugging_face import PHOTOGRAPHS
 from tests.test_llava_next import assert_close, picture, prefill
 from tests.test_llava_onevision import Reference as OnevisionReference
 
+pytestmark = pytest.mark.slow  # little differs from LLaVA-NeXT and LLaVA-OneVision
+
 SIZES = [(112, 112), (64, 48), (200, 150), (33, 200), (640, 480)]
 BATCH = [
     ([picture((120, 40))], "What is it?"),
@@ -73,7 +75,6 @@ def test_batches_streams_chats_and_several_images(pruned: Any, reference: Refere
     assert again.token_ids == pruned.generate(BATCH[0][0], chat.messages[:-1], max_new_tokens=4).token_ids
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_with_nothing_removed_everything_is_transformers(
     tiny_granite: Path, reference: Reference, tmp_path: Path

@@ -35,7 +35,16 @@ def package(tiny_export: ExportResult, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     "family",
-    ["tiny_export", "siglip_export", "next_export", "tiny_qwen_export", "tiny_qwen2_export", "embedded_export"],
+    [
+        "tiny_export",
+        "siglip_export",
+        "next_export",
+        "onevision_export",
+        pytest.param("granite_export", marks=pytest.mark.slow),
+        "tiny_qwen_export",
+        "tiny_qwen2_export",
+        "embedded_export",
+    ],
 )
 def test_every_family_is_lowered_at_the_end_of_an_export(family: str, request: pytest.FixtureRequest) -> None:
     result: ExportResult = request.getfixturevalue(family)

@@ -151,7 +151,10 @@ def _fused_inputs(node: ir.Node) -> tuple[ir.Value, ir.Value, float]:
 
 
 def _plain_inputs(node: ir.Node) -> tuple[ir.Value, ir.Value, float]:
-    """Return query, mask and scale of ``MatMul(Softmax(MatMul(query * scale, keys) + mask), values)``."""
+    """Return query, mask and scale of ``MatMul(Softmax(MatMul(query * scale, keys) + mask), values)``.
+
+    If the scale is not the usual one, as in Granite, its root is on both sides.
+    """
     softmax = producer_of(node.inputs[0])
     add = producer_of(softmax.inputs[0]) if softmax is not None and softmax.op_type == "Softmax" else None
     scores = producer_of(add.inputs[0]) if add is not None and add.op_type == "Add" else None
@@ -160,9 +163,15 @@ def _plain_inputs(node: ir.Node) -> tuple[ir.Value, ir.Value, float]:
     if scaled is None or scaled.op_type != "Mul" or mask is None:
         raise _other_form(node.outputs[0], "MatMul(Softmax(MatMul(query * scale, keys) + mask), values)")
     query, scale = scaled.inputs[0], single_constant(scaled.inputs[1])
-    if query is None or scale is None:
+    if query is None or scale is None or scores is None:
         raise _other_form(node.outputs[0], "queries scaled by a number")
-    return query, mask, scale
+    keys = producer_of(scores.inputs[1])
+    if keys is None or keys.op_type != "Mul":
+        return query, mask, scale
+    root = single_constant(keys.inputs[1])
+    if root is None:
+        raise _other_form(node.outputs[0], "keys scaled by a number")
+    return query, mask, scale * root
 
 
 def _window_of(mask: ir.Value) -> int | None:
