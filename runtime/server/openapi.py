@@ -25,6 +25,18 @@ _ERRORS: Final = {
     "500": "The server failed.",
     "504": "The request took too long.",
 }
+# The data of the last event is [DONE].
+_EVENT: Final = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {"$ref": "#/components/schemas/ChatChunk"},
+        }
+    },
+}
 _COMMON: Final = ("401", "405", "421")
 
 
@@ -58,7 +70,7 @@ def openapi_document(models: Sequence[str]) -> dict[str, Any]:
 def _chat() -> dict[str, Any]:
     content = {
         "application/json": {"schema": _reference("ChatCompletion")},
-        "text/event-stream": {"schema": {"type": "string"}},
+        "text/event-stream": {"itemSchema": _EVENT},  # OpenAPI 3.2's way to describe one event; 3.1 has none
     }
     return {
         "operationId": "createChatCompletion",
