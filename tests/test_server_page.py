@@ -221,6 +221,25 @@ def test_tokens_of_several_grids_are_drawn_in_their_boxes(browser: Browser, serv
 
 
 @needs_browser
+def test_the_image_can_be_enlarged(page: Page) -> None:
+    take_sample(page)
+    ask(page)
+    small = card(page, 0).locator(".view svg").bounding_box()
+    card(page, 0).get_by_role("button", name="Enlarge").press("Enter")
+    large = page.locator("dialog svg").bounding_box()
+    assert small["width"] < large["width"] <= 1280
+    assert small["height"] < large["height"] <= 720
+    assert page.locator("dialog .frame").count() == 2
+    assert accessibility_violations(page) == []
+    page.keyboard.press("Escape")
+    expect(page.locator("dialog")).to_be_hidden()
+    assert page.evaluate("document.activeElement.textContent") == "Enlarge"
+    card(page, 1).get_by_role("button", name="Enlarge").click()
+    page.get_by_role("button", name="Close").click()
+    expect(page.locator("dialog")).to_be_hidden()
+
+
+@needs_browser
 def test_the_ratios_can_be_chosen(page: Page) -> None:
     assert page.locator("#other").input_value() == FULL
     page.locator("#model").select_option(FULL)
@@ -363,6 +382,16 @@ def test_errors_of_one_answer_are_sentences(browser: Browser, server: RunningSer
         ask(page)
         assert card(page, 0).locator(".error").inner_text() == ""
         assert card(page, 0).locator(".answer").inner_text() != ""
+
+
+@needs_browser
+def test_markup_in_an_answer_is_text(page: Page) -> None:
+    markup = "<img src=http://elsewhere.invalid/x onerror=alert(1)><script>alert(2)</script>"
+    event = {"choices": [{"index": 0, "delta": {"content": markup}}]}
+    answer_with(page, body=f"data: {json.dumps(event)}\n\ndata: [DONE]\n\n")
+    take_sample(page)
+    ask(page)
+    assert card(page, 0).locator(".answer").inner_text() == markup
 
 
 @needs_browser

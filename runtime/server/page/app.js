@@ -228,7 +228,11 @@ question.addEventListener("keydown", (event) => {
 });
 
 find("stop").addEventListener("click", () => state.running?.abort());
-addEventListener("keydown", (event) => event.key === "Escape" && state.running?.abort());
+addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && !find("enlarged").open) state.running?.abort();
+});
+
+find("enlarged").addEventListener("click", () => find("enlarged").close());
 
 find("file").addEventListener("change", (event) => {
   const [file] = event.target.files;

@@ -7,8 +7,9 @@ export class Card {
     this.root = document.getElementById("card").content.cloneNode(true).firstElementChild;
     this.svg = this.root.querySelector("svg");
     this.answer = this.root.querySelector(".answer");
-    this.legend = this.root.querySelector(".legend");
+    this.caption = this.root.querySelector(".caption");
     this.facts = this.root.querySelector(".facts");
+    this.root.querySelector(".quiet").addEventListener("click", () => this.enlarge());
     this.setModel(null);
   }
 
@@ -28,7 +29,7 @@ export class Card {
     this.answer.removeAttribute("aria-busy");
     this.svg.setAttribute("hidden", "");
     this.svg.replaceChildren();
-    this.legend.hidden = this.facts.hidden = true;
+    this.caption.hidden = this.facts.hidden = true;
     this.answer.textContent = "";
     this.setNote("");
     this.setError("");
@@ -76,13 +77,19 @@ export class Card {
       entry.append(swatch(reason), `${tokens.length} ${label}`);
       return entry;
     });
-    this.legend.replaceChildren(...(entries.length ? entries : [`All ${image.visual_tokens} tokens are kept`]));
-    this.legend.hidden = this.facts.hidden = false;
+    this.root.querySelector(".legend").replaceChildren(...(entries.length ? entries : [`All ${image.visual_tokens} tokens are kept`]));
+    this.caption.hidden = this.facts.hidden = false;
     const { visual_tokens: all, kept_tokens: kept, spectral_entropy: entropy } = image;
     this.setFact("tokens", kept === all ? `${all}` : `${all} \u2192 ${kept}`);
     this.setFact("entropy", entropy === null ? "\u2013" : entropy.toFixed(3));
     for (const name of ["prompt", "first", "speed", "answer"]) this.setFact(name, "\u2013");
     this.setFact("parts", "");
+  }
+
+  enlarge() {
+    const dialog = document.getElementById("enlarged");
+    dialog.firstElementChild.replaceChildren(this.svg.cloneNode(true));
+    dialog.showModal();
   }
 
   showTimings(timings) {
