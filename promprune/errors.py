@@ -41,7 +41,8 @@ __all__ = [
     "WorkerError",
 ]
 
-_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # control characters, which a terminal would execute
+# Control characters, which a terminal would execute, and the bytes of names that are not UTF-8.
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class PrompruneError(Exception):

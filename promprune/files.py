@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
+import hashlib
 import os
 import platform
 import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,7 +30,9 @@ _TAKEN: Final = frozenset({errno.ENOTEMPTY, errno.EEXIST})
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux's numbers
 
 # Part of the names: a process number is meaningful on its own machine only, and machines may share the folder.
-_HOST: Final = re.sub(r"\W", "_", platform.node(), flags=re.ASCII)
+_HOST: Final = re.sub(r"\W", "_", platform.node(), flags=re.ASCII)[:64]
+_MAX_NAME_BYTES: Final = 100  # of a name that is part of a longer one; file systems allow 255
+_ABANDONED_S: Final = 24 * 60 * 60  # after so long without a change, what another machine left is removed
 
 
 def check_output_file(path: Path, option: str, *, suffixes: Sequence[str] = (), new_folder: Path | None = None) -> None:
@@ -118,8 +123,9 @@ def writing_folder(output: Path, *, replace: bool, fix: str) -> Iterator[Path]:
     """Yield an empty folder beside ``output`` that becomes ``output`` by one rename when the block succeeds.
 
     If the block fails, or the process is killed, ``output`` is unchanged. What a killed process left beside it
-    (``.NAME.partial-HOST-PID-*``) is removed by the next process on this machine that writes the same folder (not on
-    Windows). If two processes replace the same folder, the complete output of the later one remains.
+    (``.NAME.partial-HOST-PID-*``) is removed by the next process that writes the same folder: on the same machine at
+    once (not on Windows), elsewhere when nothing in it has changed for a day. If two processes replace the same
+    folder, the complete output of the later one remains.
 
     On Linux, most file systems exchange the old and the new folder atomically. Elsewhere the old one is missing for a
     moment (it is then named ``.NAME.old-HOST-PID-*``); if the process is killed just then, the next one restores it.
@@ -137,7 +143,7 @@ def writing_folder(output: Path, *, replace: bool, fix: str) -> Iterator[Path]:
         _clean_up_after_dead_processes(output)
         if not replace and output.exists():
             raise OutputError(f"{output} already exists", expected="a new folder", fix=fix)
-        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-{_HOST}-{os.getpid()}-", dir=output.parent))
+        partial = Path(tempfile.mkdtemp(prefix=f".{_short(output)}.partial-{_HOST}-{os.getpid()}-", dir=output.parent))
     except OSError as error:
         raise _unwritable(output, error, fix) from error
     try:
@@ -157,7 +163,11 @@ def replace_file(path: Path, content: bytes) -> None:
     Raises:
         OSError: the file cannot be written; the old one is unchanged.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
+    prefix = f".{_short(path)}.partial-"
+    for left in path.parent.glob(f"{glob.escape(prefix)}*"):
+        if left.is_file() and _is_abandoned(left):
+            left.unlink(missing_ok=True)
+    handle, name = tempfile.mkstemp(prefix=prefix, dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)
@@ -230,8 +240,16 @@ def _settle(old: Path, output: Path) -> None:
 
 def _sibling(path: Path, output: Path, kind: str) -> Path:
     """Return the name for another kind of folder beside ``output``, of the same process."""
-    owner = path.name.removeprefix(f".{output.name}.").partition("-")[2]
-    return path.with_name(f".{output.name}.{kind}-{owner}")
+    owner = path.name.removeprefix(f".{_short(output)}.").partition("-")[2]
+    return path.with_name(f".{_short(output)}.{kind}-{owner}")
+
+
+def _short(output: Path) -> str:
+    """Return the name of an output; if it is long, its beginning and a digest, so that more can be added to it."""
+    name = os.fsencode(output.name)
+    if len(name) <= _MAX_NAME_BYTES:
+        return output.name
+    return f"{output.name[: _MAX_NAME_BYTES // 8]}-{hashlib.sha256(name).hexdigest()[:16]}"
 
 
 def _unwritable(output: Path, error: OSError, fix: str) -> OutputError:
@@ -241,16 +259,25 @@ def _unwritable(output: Path, error: OSError, fix: str) -> OutputError:
 
 
 def _clean_up_after_dead_processes(output: Path) -> None:
-    """Restore the folders that killed processes of this machine had moved away, and remove what else they left."""
-    pattern = re.compile(re.escape(f".{output.name}.") + f"(partial|old|gone)-{re.escape(_HOST)}-" + r"(\d+)-")
+    """Restore the folders that killed processes had moved away, and remove what else they left."""
+    pattern = re.compile(re.escape(f".{_short(output)}.") + r"(partial|old|gone)-(\w*)-(\d+)-")
     for path in list(output.parent.iterdir()):
         match = pattern.match(path.name)
-        if match is None or _is_alive(int(match[2])):
+        if match is None or not ((match[2] == _HOST and not _is_alive(int(match[3]))) or _is_abandoned(path)):
             continue
         if match[1] == "old":
             _settle(path, output)
         else:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Return whether nothing in a file or folder has changed for a day."""
+    try:
+        newest = max(inside.lstat().st_mtime for inside in (path, *path.rglob("*")))
+    except OSError:  # it is being changed
+        return False
+    return time.time() - newest > _ABANDONED_S
 
 
 def _is_alive(pid: int) -> bool:

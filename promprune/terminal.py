@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import json
+import os
 import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import typer
@@ -18,18 +22,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, 
 from rich.progress import Progress as Bars
 
 from promprune._version import __version__
-from promprune.errors import MissingDependencyError, PrompruneError, one_line
+from promprune.errors import ConfigError, MissingDependencyError, PrompruneError, one_line
 from promprune.progress import Progress, Step
 
 __all__ = [
     "EXIT_REFUSED",
     "EXIT_USAGE",
     "console",
+    "decode_argument",
     "missing_extra",
     "missing_package",
     "option_type",
     "plain",
     "print_json",
+    "read_stdin",
     "run_command",
     "show_progress",
     "version_callback",
@@ -39,7 +45,13 @@ EXIT_REFUSED: Final = 1  # refused, failed, or failed verification
 EXIT_USAGE: Final = 2
 EXIT_INTERRUPTED: Final = 130
 
-_UNESCAPED: Final = re.compile(r"[\x7f-\x9f]")  # the control characters that JSON does not escape
+# The control characters that JSON does not escape, and the bytes of names that are not UTF-8.
+_UNESCAPED: Final = re.compile(r"[\x7f-\x9f\ud800-\udfff]")
+_MAX_INPUT_BYTES: Final = 8 * 1024 * 1024
+
+# A width of 0, which some terminals report before they are drawn, would cut every line to nothing.
+if os.environ.get("COLUMNS") == "0":
+    del os.environ["COLUMNS"]
 
 # Progress and tables go to stderr; stdout carries the answer, or the JSON.
 console = Console(stderr=True, highlight=False)
@@ -47,9 +59,64 @@ console = Console(stderr=True, highlight=False)
 
 def print_json(content: dict[str, Any]) -> None:
     """Print one JSON object on one line of stdout, with all control characters escaped."""
-    line = json.dumps(content, ensure_ascii=False)
+    line = json.dumps(content, ensure_ascii=(sys.stdout.encoding or "").lower() not in ("utf-8", "utf8"))
     sys.stdout.write(_UNESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", line) + "\n")
     sys.stdout.flush()
+
+
+def read_stdin(*, one_line: bool = False) -> str:
+    """Return the text on stdin, or its next line, which is empty at the end; it is UTF-8 in every locale.
+
+    Raises:
+        ConfigError: it is closed, not UTF-8, or very long.
+    """
+    stream: Any = getattr(sys.stdin, "buffer", sys.stdin)
+    try:
+        content = stream.readline(_MAX_INPUT_BYTES + 1) if one_line else stream.read(_MAX_INPUT_BYTES + 1)
+        if len(content) > _MAX_INPUT_BYTES:
+            raise ConfigError("received a very long text on stdin", expected=f"at most {_MAX_INPUT_BYTES} bytes")
+        return content if isinstance(content, str) else content.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the text on stdin is not text ({error})", expected="UTF-8") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError("stdin is closed", expected="an open stdin") from error
+
+
+def decode_argument(text: str) -> str:
+    """Return a text of the command line as UTF-8, whatever the locale; unchanged if it is not."""
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeError:
+        return text
+
+
+class _Closed(io.TextIOBase):
+    """Takes the place of a standard stream that was closed when the process began."""
+
+    encoding = "utf-8"
+
+    def read(self, size: int | None = -1) -> str:
+        raise OSError(errno.EBADF, "is closed", "stdin")
+
+    def readline(self, size: int = -1) -> str:  # type: ignore[override]
+        raise OSError(errno.EBADF, "is closed", "stdin")
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.EBADF, "is closed", "stdout")
+
+
+def _open_standard_streams() -> None:
+    """Let no other file become stdin, stdout or stderr, and give every stream that was closed an object."""
+    with contextlib.suppress(OSError):
+        while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass
+        os.close(handle)
+    if sys.stdin is None:
+        sys.stdin = _Closed()
+    if sys.stdout is None:
+        sys.stdout = _Closed()
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the process ends
 
 
 def run_command(
@@ -65,6 +132,7 @@ def run_command(
     app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
     app.command()(command)
     signal.signal(signal.SIGTERM, _terminate)
+    _open_standard_streams()
     try:
         exit_code = app(arguments, prog_name=name, standalone_mode=False)
     except PrompruneError as error:

@@ -14,7 +14,7 @@ import pytest
 
 from promprune import files as atomic
 from promprune.errors import OutputError
-from promprune.files import writing_folder
+from promprune.files import replace_file, writing_folder
 
 OTHER_HOST = "elsewhere"
 
@@ -58,6 +58,33 @@ def test_what_other_machines_are_writing_is_left_alone(tmp_path: Path, ended: in
     kept = leave(tmp_path, kind, ended, OTHER_HOST)
     write(tmp_path / "out")
     assert names_in(tmp_path) == {"out", kept.name}
+
+
+@pytest.mark.parametrize("kind", ["partial", "old", "gone"])
+def test_what_another_machine_left_a_day_ago_is_removed(tmp_path: Path, ended: int, kind: str) -> None:
+    left = leave(tmp_path, kind, ended, OTHER_HOST)
+    for path in (left / "file", left):
+        os.utime(path, (0, 0))
+    write(tmp_path / "out", replace=True)
+    assert names_in(tmp_path) == {"out"}
+
+
+def test_what_replaced_a_file_and_was_killed_a_day_ago_is_removed(tmp_path: Path) -> None:
+    old, new = tmp_path / ".report.partial-abc", tmp_path / ".report.partial-def"
+    for path in (old, new):
+        path.write_text("part")
+    os.utime(old, (0, 0))
+    replace_file(tmp_path / "report", b"whole")
+    assert names_in(tmp_path) == {"report", new.name}
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "\u00e9" * 127, "[bold]", "a\udcffb"])
+def test_names_of_any_kind_are_written(tmp_path: Path, name: str) -> None:
+    write(tmp_path / name, "old")
+    write(tmp_path / name, "new", replace=True)
+    assert (tmp_path / name / "file").read_text() == "new"
+    replace_file(tmp_path / name / name, b"whole")
+    assert names_in(tmp_path / name) == {"file", name}
 
 
 def test_the_name_of_the_machine_is_a_part_of_a_file_name() -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 from rich.table import Table
 
-from promprune.errors import ConfigError, PrompruneError
+from promprune.errors import PrompruneError
 from promprune.files import check_output_file, output_errors, replace_file
 from promprune.package.describe import describe_selection
 from promprune.runtime import (
@@ -38,7 +38,15 @@ from promprune.runtime.commands.options import (
     integer_option,
     number_option,
 )
-from promprune.terminal import EXIT_REFUSED, console, plain, print_json, run_command
+from promprune.terminal import (
+    EXIT_REFUSED,
+    console,
+    decode_argument,
+    plain,
+    print_json,
+    read_stdin,
+    run_command,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -241,11 +249,8 @@ def _question(prompt: str | None, *, interactive: bool, as_json: bool, only_show
     if prompt is None and not interactive and not only_show:
         raise typer.BadParameter("received no --prompt; expected --prompt TEXT, --interactive or --show-tokens OUT.png")
     if prompt != "-":
-        return prompt
-    try:
-        return sys.stdin.read().rstrip("\n")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"the prompt on stdin is not text ({error})", expected=sys.stdin.encoding) from error
+        return None if prompt is None else decode_argument(prompt)
+    return read_stdin().rstrip("\n")
 
 
 def _print_answer(answer: AnswerStream) -> Result:
@@ -303,7 +308,7 @@ def _turn(chat: Chat, question: str, images: list[Path], asked: _Asked) -> bool:
 def _read_line() -> str:
     if sys.stdin.isatty():
         console.print("[bold]> [/]", end="")
-    return sys.stdin.readline().strip()
+    return read_stdin(one_line=True).strip()
 
 
 def _print_stats(device: str | None, result: Result, load_ms: float | None) -> None:
