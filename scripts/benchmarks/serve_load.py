@@ -10,7 +10,9 @@ loopback:
    server keeps encoded, and compares every answer with the one that the runtime gave before, without the server.
 2. 1 and 8 clients in turns ask for answers of exactly 64 tokens, ``--rounds`` times for ``--batch-seconds`` each, with
    images that were encoded before. The ratio of their tokens per second says what batching brings.
-3. The server is killed and started again; the time to the first answer is measured.
+3. A server that runs 2 requests and lets 4 wait is asked by all clients for ``--batch-seconds``: it must refuse some
+   with status 429, answer the others correctly, and answer afterwards.
+4. A server is killed and started again; the time to the first answer is measured.
 
 The last line on stdout is JSON. Exit code 1 if an answer was wrong or an error occurred.
 """
@@ -59,6 +61,7 @@ class Tally:
 
     first_token_ms: list[float] = field(default_factory=list)
     tokens: int = 0
+    refused: int = 0
     failures: list[str] = field(default_factory=list)
 
 
@@ -95,6 +98,10 @@ def stream_once(connection: http.client.HTTPConnection, ask: Ask, tally: Tally) 
     """Ask for a stream, and compare its text."""
     start, text, first = time.perf_counter(), "", None
     response = post(connection, ask.body)
+    if response.status == 429:
+        response.read()
+        tally.refused += 1
+        return
     if response.status != 200:
         tally.failures.append(f"status {response.status}: {response.read()[:200]!r}")
         return
@@ -148,6 +155,7 @@ def run_clients(port: int, asks: list[list[Ask]], seconds: float, once: Once) ->
     return Tally(
         [value for tally in tallies for value in tally.first_token_ms],
         sum(tally.tokens for tally in tallies),
+        sum(tally.refused for tally in tallies),
         [failure for tally in tallies for failure in tally.failures],
     )
 
@@ -155,8 +163,9 @@ def run_clients(port: int, asks: list[list[Ask]], seconds: float, once: Once) ->
 class Server:
     """The server's process."""
 
-    def __init__(self, packages: list[Path], threads: int | None) -> None:
-        command = [sys.executable, "-m", "promprune.runtime.commands.serve", "--port", "0", *map(str, packages)]
+    def __init__(self, packages: list[Path], threads: int | None, *options: str) -> None:
+        command = [sys.executable, "-m", "promprune.runtime.commands.serve", "--port", "0", *options]
+        command += map(str, packages)
         if threads is not None:
             command += ["--num-threads", str(threads)]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -177,8 +186,8 @@ class Server:
 
 
 @contextmanager
-def serving(packages: list[Path], threads: int | None) -> Iterator[Server]:
-    server = Server(packages, threads)
+def serving(packages: list[Path], threads: int | None, *options: str) -> Iterator[Server]:
+    server = Server(packages, threads, *options)
     try:
         yield server
     finally:
@@ -207,7 +216,7 @@ def measure_load(server: Server, asks: list[list[Ask]], seconds: float) -> dict[
         "clients": len(asks),
         "seconds": seconds,
         "answers": len(tally.first_token_ms),
-        "failures": len(tally.failures),
+        "failures": len(tally.failures) + tally.refused,
         "first_failures": tally.failures[:3],
         "first_token_p50_ms": round(percentiles[49], 1),
         "first_token_p99_ms": round(percentiles[98], 1),
@@ -243,6 +252,23 @@ def measure_batching(server: Server, packages: list[Path], seconds: float, round
     }
 
 
+def measure_overload(
+    packages: list[Path], threads: int | None, asks: list[list[Ask]], seconds: float
+) -> dict[str, Any]:
+    """Ask a server with small limits from all clients at once, and then once more."""
+    with serving(packages, threads, "--max-batch", "2", "--max-queue", "4") as server:
+        tally, after = run_clients(server.port, asks, seconds, stream_once), Tally()
+        stream_once(http.client.HTTPConnection("127.0.0.1", server.port, timeout=60), asks[0][0], after)
+    failures = [*tally.failures, *after.failures]
+    return {
+        "answers": len(tally.first_token_ms),
+        "refused": tally.refused,
+        "answers_afterwards": len(after.first_token_ms),
+        "failures": len(failures) + (tally.refused == 0) + after.refused,
+        "first_failures": failures[:3],
+    }
+
+
 def measure_restart(packages: list[Path], threads: int | None, ask: Ask) -> dict[str, Any]:
     """Kill a server under load, start another one, and time its first answer."""
     server = Server(packages, threads)
@@ -268,10 +294,12 @@ def main() -> None:
     with serving(args.packages, args.threads) as server:
         load = measure_load(server, asks, args.seconds)
         batching = measure_batching(server, args.packages, args.batch_seconds, args.rounds)
+    overload = measure_overload(args.packages, args.threads, asks, args.batch_seconds)
     restart = measure_restart(args.packages, args.threads, asks[0][0])
     cpus = len(os.sched_getaffinity(0))
-    print(json.dumps({"cpus": cpus, "load": load, "batching": batching, "restart": restart}))
-    sys.exit(bool(load["failures"] or batching["failures"] or restart["failures"]))
+    parts = {"load": load, "batching": batching, "overload": overload, "restart": restart}
+    print(json.dumps({"cpus": cpus, **parts}))
+    sys.exit(any(part["failures"] for part in parts.values()))
 
 
 if __name__ == "__main__":
