@@ -207,6 +207,13 @@ def test_models_are_listed_with_their_ratios(client: openai.OpenAI, server: Runn
     assert error_of(server.client.get("/v1/models/none"), 404)["code"] == "model_not_found"
 
 
+def test_the_openapi_document_names_the_models(server: RunningServer) -> None:
+    document = server.client.get("/openapi.json").json()
+    schema = document["components"]["schemas"]["ChatRequest"]["properties"]
+    assert schema["model"] == {"enum": [PRUNED, FULL]}
+    assert schema["n"]["enum"] == [1, None]
+
+
 def test_packages_of_one_language_model_share_it(packages: list[Path]) -> None:
     with ModelCatalog.load([str(package) for package in packages], RuntimeConfig(provider="cpu")) as catalog:
         first, second = (model.pipeline for model in catalog)

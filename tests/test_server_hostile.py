@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from typing import Any, Final
@@ -123,7 +124,8 @@ FIELDS: Final[list[tuple[str, Any]]] = [
     ("audio", {"voice": "alloy"}),
     ("prediction", {"type": "content"}),
     ("user", 1),
-    ("metadata", {"a": 1}),
+    ("logit_bias", {}),
+    ("tools", [[]] * 500_000),
     ("unknown", 1),
     ("Model", "fake"),
     ("", 1),
@@ -458,3 +460,13 @@ def test_after_all_that_the_server_works(server: RunningServer) -> None:
     assert server.client.post("/v1/chat/completions", json=body).status_code == 200
     assert server.client.get("/healthz").status_code == 200
     assert 'status="500"' not in server.client.get("/metrics").text
+
+
+def test_what_is_ignored_costs_little(server: RunningServer) -> None:
+    """A large array that is built before it is refused would stop all other clients for seconds."""
+    for name in ("metadata", "tools"):
+        body = {"model": MODEL, "messages": [USER], "max_tokens": 1, name: [[]] * 700_000}
+        start = time.process_time()
+        got = server.client.post("/v1/chat/completions", content=json.dumps(body).encode(), headers=JSON_TYPE)
+        assert got.status_code == (200 if name == "metadata" else 400)
+        assert time.process_time() - start < 1.5

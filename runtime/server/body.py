@@ -16,6 +16,7 @@ from promprune.runtime.server.schema import ChatRequest
 __all__ = ["Body", "BodyReader", "client_went_away", "decode_chat"]
 
 _BODIES_IN_MEMORY: Final = 8  # of the largest size; smaller ones are as many as fit into the same memory
+_MISSING: Final = ("tools", "functions", "logit_bias", "audio", "prediction", "web_search_options")
 _DECODER: Final = msgspec.json.Decoder(ChatRequest)
 
 
@@ -128,6 +129,8 @@ def decode_chat(body: bytes | bytearray) -> ChatRequest:
     except msgspec.ValidationError as error:
         text, _, place = str(error).partition(" - at `$")
         param = place.removesuffix("`").removeprefix(".") or None
+        if param is not None and param.partition("[")[0] in _MISSING:
+            text = "this feature is not supported"
         raise ApiError(400, f"{param or 'the request'}: {text}", code="invalid_value", param=param) from error
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise ApiError(400, f"the body is not valid JSON ({error})"[:500], code="invalid_json") from error

@@ -7,7 +7,7 @@ that switches the feature off.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -51,6 +51,10 @@ class _Sent(msgspec.Struct, frozen=True, kw_only=True):
     """An object that the server sends."""
 
 
+# An array of a feature that is missing. The elements of a longer one are refused one by one, not read first.
+Empty = Annotated[list[None], Meta(max_length=0)]
+
+
 class TextPart(_Received, frozen=True, tag_field="type", tag="text"):
     """A text in a message."""
 
@@ -78,8 +82,8 @@ class Message(_Received, frozen=True):
     name: str | None = None
 
     refusal: str | None = None
-    annotations: Annotated[list[Any], Meta(max_length=0)] | None = None
-    tool_calls: Annotated[list[Any], Meta(max_length=0)] | None = None
+    annotations: Empty | None = None
+    tool_calls: Empty | None = None
     function_call: None = None
     audio: None = None
 
@@ -121,7 +125,6 @@ _SWITCHED_OFF: Final = {
     "top_logprobs": 0,
     "frequency_penalty": 0,
     "presence_penalty": 0,
-    "logit_bias": {},
     "tool_choice": "none",
     "function_call": "none",
 }
@@ -158,10 +161,10 @@ class ChatRequest(_Received, frozen=True):
     top_logprobs: Annotated[int | None, only("top_logprobs")] = None
     frequency_penalty: Annotated[float | None, only("frequency_penalty")] = None
     presence_penalty: Annotated[float | None, only("presence_penalty")] = None
-    logit_bias: Annotated[dict[str, float] | None, only("logit_bias")] = None
-    tools: Annotated[list[Any], Meta(max_length=0)] | None = None
+    logit_bias: None = None
+    tools: Empty | None = None
     tool_choice: Annotated[str | None, only("tool_choice")] = None
-    functions: Annotated[list[Any], Meta(max_length=0)] | None = None
+    functions: Empty | None = None
     function_call: Annotated[str | None, only("function_call")] = None
     response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
@@ -171,7 +174,7 @@ class ChatRequest(_Received, frozen=True):
 
     # Accepted and ignored.
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: msgspec.Raw | UnsetType = UNSET  # not decoded: it may be large
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
