@@ -19,10 +19,12 @@ from safetensors import SafetensorError
 from torch import nn
 
 from promprune.errors import ModelError, UnsupportedModelError, first_line
+from promprune.export.checkpoint.limits import MAX_CONFIG_BYTES, check_config
 from promprune.export.checkpoint.meta_model import build_meta_model
 from promprune.export.checkpoint.out_of_core import load_weights, load_weights_on_call
 from promprune.export.checkpoint.weights import weight_files
 from promprune.export.families import FAMILIES, Family
+from promprune.inputs import read_file
 from promprune.package.manifest import SourceRecord, WeightRecord, sha256_of_file
 from promprune.package.sources import EMBEDDED_MODEL, EXPECTED_MODEL, embedded_model_folder, local_folder
 
@@ -209,10 +211,10 @@ def family_of(folder: Path) -> type[Family]:
     """
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(read_file(path, most_bytes=MAX_CONFIG_BYTES))
         model_type = str(config["model_type"])
     except OSError as error:
-        raise ModelError(f"{folder} has no config.json", expected=EXPECTED_MODEL) from error
+        raise ModelError(f"{folder} has no config.json ({error.strerror})", expected=EXPECTED_MODEL) from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ModelError(f"{path} is not a model's configuration", expected="JSON with a model_type") from error
     if model_type not in FAMILIES:
@@ -225,6 +227,7 @@ def family_of(folder: Path) -> type[Family]:
             expected="the format of transformers",
             fix="export the converted checkpoint, such as llava-hf/llava-1.5-7b-hf",
         )
+    check_config(config, path)
     family = FAMILIES[model_type]
     vision = config.get("vision_config")
     if family.towers and isinstance(vision, dict) and vision.get("model_type"):

@@ -12,13 +12,12 @@ from typing import Any, Final
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from promprune.errors import ModelError, UnsupportedModelError, first_line
+from promprune.errors import ModelError, PrompruneError, UnsupportedModelError, first_line
 from promprune.export.checkpoint.packed import PackedWeights, packed_weights
 from promprune.export.checkpoint.weights import LinkedWeight, StoredTensor, link, linked, stored_tensors
 
@@ -48,15 +47,17 @@ def build_meta_model(folder: Path, model_class: str, dtype: torch.dtype) -> Any:
         packed = _take_packing(folder, config)
         with torch.device("meta"):
             model = kind._from_config(config, dtype=dtype, attn_implementation="sdpa")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, StrictDataclassError) as error:
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except PrompruneError:
+        raise
+    except Exception as error:  # transformers and torch raise almost every type of error for damaged configurations
         raise ModelError(
             f"{folder} cannot be loaded as {model_class} ({first_line(error)})",
             expected="a complete checkpoint in Hugging Face format",
         ) from error
     model.eval().requires_grad_(False)
     _make_buffers_real(model)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
     tensors = stored_tensors(folder)
     _link_all(model, _by_parameter(model, packed.combine(tensors) if packed else tensors), folder)
     model.packed_weights = packed

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator
@@ -277,8 +278,8 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         )
     names = sorted(set(_weight_map(folder / INDEX_FILE).values()))
     for name in names:
-        if "/" in name or "\\" in name or not (folder / name).is_file():
-            raise ModelError(f"{folder / INDEX_FILE} names {name!r}, which is not there", expected=_EXPECTED)
+        if "/" in name or "\\" in name or len(os.fsencode(name)) > 255 or not (folder / name).is_file():
+            raise ModelError(f"{folder / INDEX_FILE} names {name[:100]!r}, which is not there", expected=_EXPECTED)
     return tuple(folder / name for name in names)
 
 
