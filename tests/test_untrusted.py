@@ -25,8 +25,9 @@ from promprune.errors import (
 )
 from promprune.runtime import ImageEncoder, RuntimeConfig, VisionLanguagePipeline
 from promprune.runtime.untrusted import Failure, UntrustedPipeline
-from tests.support.endless import write_endless_package
+from tests.support.endless import write_endless_package, write_large_package
 from tests.support.fake_package import TEMPLATE, rewrite_manifest, write_fake_package
+from tests.support.meter import memory
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limits of this kind")
 
@@ -84,6 +85,21 @@ def test_a_graph_without_an_end(tmp_path: Path) -> None:
         with pytest.raises((DeadlineError, WorkerError)):
             pipeline.generate(PICTURE, "What?", timeout_s=0.5)
         assert time.monotonic() - started < 30
+
+
+@pytest.mark.slow
+def test_a_graph_that_needs_more_memory_than_it_may(tmp_path: Path) -> None:
+    write_large_package(tmp_path / "package", side=40_000)  # 6.4 GB
+    begin = memory("VmRSS")
+    refused = 0
+    for _ in range(2):
+        try:
+            with load(tmp_path / "package") as pipeline:
+                pipeline.generate(PICTURE, "What?", max_new_tokens=1)
+        except BackendError:  # when it is loaded, or when it runs
+            refused += 1
+    assert refused == 2
+    assert memory("VmRSS") - begin < 100 * 2**20
 
 
 def test_a_process_that_dies_or_hangs_is_replaced(package: Path) -> None:
