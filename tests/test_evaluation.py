@@ -86,13 +86,17 @@ def test_crops_and_rotary_positions_answer_as_generate_does(family: str, request
                 assert answer == checkpoint.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-def test_crops_are_chosen_from_as_in_a_package(tiny_llava_next: Path, next_export: ExportResult) -> None:
-    pictures, counts = _scenes(), next_export.manifest.tokens_of()
+@pytest.mark.parametrize(
+    ("model", "export"), [("tiny_llava_next", "next_export"), ("tiny_onevision", "onevision_export")]
+)
+def test_crops_are_chosen_from_as_in_a_package(model: str, export: str, request: pytest.FixtureRequest) -> None:
+    checkpoint, result = request.getfixturevalue(model), request.getfixturevalue(export)
+    pictures, counts = _scenes(), result.manifest.tokens_of()
     condition = Condition("torch", "promprune", counts.keep_tokens, counts.num_tokens)
-    config = next_export.manifest.selection.config
-    model = TorchModel(load_checkpoint(str(tiny_llava_next)))
-    ours = ask_torch(model, pictures, [condition], config, max_new_tokens=4)[0]
-    package = ask_package(next_export.output, pictures, max_new_tokens=4)
+    config = result.manifest.selection.config
+    torch_model = TorchModel(load_checkpoint(str(checkpoint)))
+    ours = ask_torch(torch_model, pictures, [condition], config, max_new_tokens=4)[0]
+    package = ask_package(result.output, pictures, max_new_tokens=4)
     assert ours.answers == package.answers
     for one, other in zip(ours.selections, package.selections, strict=True):
         assert one.grids == other.grids
