@@ -174,6 +174,21 @@ def test_pruned_inputs_are_the_tokens_that_the_method_chooses(
     assert_close(logits[0], expected_logits, "fp32")
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_kept_sets_of_fifty_pictures(pruned: Any, reference: Reference) -> None:
+    """Parts of photographs in random places and sizes."""
+    random, equal = np.random.default_rng(0), 0
+    for index in range(50):
+        photograph = picture((400, 300), index)
+        width, height = (int(random.integers(size // 4, size)) for size in photograph.size)
+        left, top = int(random.integers(0, 401 - width)), int(random.integers(0, 301 - height))
+        part = photograph.crop((left, top, left + width, top + height))
+        wanted, found = reference.kept(part, alone=True).numpy(), pruned.encode_image(part).image_features
+        equal += wanted.shape == found.shape and np.allclose(found, wanted, rtol=0, atol=1e-3 * wanted.std())
+    assert equal >= 49
+
+
 def test_pruned_batches_streams_chats_and_several_images(pruned: Any, reference: Reference) -> None:
     embeds, _, logits = prefill(pruned, BATCH)
     for row, (images, question) in enumerate(BATCH):
