@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,26 @@ def test_every_command_prints_what_the_readme_shows(clone: Path) -> None:
         printed = {without_timings(line) for line in (result.stdout + result.stderr).splitlines()}
         missing = [line for line in wanted if without_timings(line) not in printed]
         assert not missing, f"{command} did not print {missing}, but:\n{result.stdout}{result.stderr}"
+
+
+def test_the_served_page_opens(clone: Path) -> None:
+    block = next(
+        block for block in re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL) if "promprune-serve" in block
+    )
+    export, serve = block.strip().splitlines()
+    for command in (shown()[0][0], export):
+        subprocess.run([*shlex.split(command), "--no-verify", "--force"], cwd=clone, capture_output=True, check=True)
+    server = subprocess.Popen([*shlex.split(serve), "--port", "0"], cwd=clone, stderr=subprocess.PIPE, text=True)
+    try:
+        assert server.stderr is not None
+        events = (json.loads(line) for line in server.stderr)
+        url = next(event["url"] for event in events if event["event"] == "listening")
+        with urllib.request.urlopen(url) as page:
+            assert b"promprune" in page.read()
+    finally:
+        server.terminate()
+        server.communicate()
+    assert server.returncode == 0
 
 
 def test_links_lead_somewhere() -> None:

@@ -88,7 +88,8 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         for bound in sockets or []:
             host, port = bound.getsockname()[:2]
-            log_event("listening", host=host, port=port)
+            named = f"[{host}]" if ":" in host else host
+            log_event("listening", url=f"http://{named}:{port}", host=host, port=port)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         log_event("draining", signal=sig)
