@@ -308,7 +308,8 @@ def test_a_form_that_fails_does_not_take_the_report_with_it(
     monkeypatch.setattr("promprune.runtime.bench.tables.to_csv", fail)
     outcome = run(command.main, "a", "-o", str(tmp_path))
     assert outcome.exit_code == 1
-    assert outcome.error_lines == [f"error: {tmp_path} cannot be written (No space left on device); choose another -o"]
+    fix = "free space there, or choose another place"
+    assert outcome.error_lines == [f"error: {tmp_path} cannot be written (No space left on device); {fix}"]
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
     assert read_report(tmp_path / "report.json") == report
     assert "Stages, one prompt at a time" in outcome.stdout

@@ -25,6 +25,7 @@ from tests.support.fake_package import HIDDEN, FakeModel, write_fake_package
 EXPORTS = {
     "llava": "tiny_export",
     "llava_next": "next_export",
+    "llava_onevision": "onevision_export",
     "qwen2_5_vl": "tiny_qwen_export",
     "qwen2_vl": "tiny_qwen2_export",
     "embedded": "embedded_export",

@@ -12,9 +12,8 @@ from PIL import Image
 from promprune.export import ExportResult, export_package
 from promprune.export.config import ExportConfig
 from promprune.runtime import VisionLanguagePipeline
+from tests.support.crops import CropsReference, assert_close, picture, prefill
 from tests.support.hugging_face import PHOTOGRAPHS
-from tests.test_llava_next import assert_close, picture, prefill
-from tests.test_llava_onevision import Reference as OnevisionReference
 
 pytestmark = pytest.mark.slow  # little differs from LLaVA-NeXT and LLaVA-OneVision
 
@@ -26,7 +25,7 @@ BATCH = [
 ]
 
 
-class Reference(OnevisionReference):
+class Reference(CropsReference):
     """Several images of a LLaVA-NeXT are each divided into crops."""
 
     def inputs(self, images: list[Image.Image], question: str) -> dict[str, torch.Tensor]:

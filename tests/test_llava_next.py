@@ -11,7 +11,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-import skimage
 import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaNextForConditionalGeneration
@@ -30,25 +29,8 @@ from promprune.package.manifest import read_manifest, write_manifest
 from promprune.package.package import Package
 from promprune.runtime import EncodedImage, VisionLanguagePipeline, draw_kept_tokens, image_embeds_part
 from promprune.runtime.images import open_processor
+from tests.support.crops import SIZES, assert_close, picture, prefill
 from tests.support.tiny_models import IMAGE_SIZE, save_tiny_llava_next, tiny_language_model
-
-DATA = Path(skimage.__file__).parent / "data"
-# (width, height): every canvas, letterboxes of every kind, and shapes that no token or crop may be left of
-SIZES = [
-    (56, 56), (112, 112), (168, 56), (56, 168), (112, 56), (56, 112), (64, 48), (48, 64), (90, 110), (200, 150),
-    (150, 40), (33, 200), (1, 1), (3, 1), (1, 3), (40, 1), (1, 40), (2000, 3), (3, 2000), (1, 5000), (5000, 1),
-    (57, 55), (113, 111), (640, 480), (27, 91),
-]  # fmt: skip
-TOLERANCE = {"fp32": 2e-5, "fp16": 2e-2}  # of the largest difference, over the standard deviation
-
-
-def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
-    """A photograph in any shape, or noise if it would be tiny."""
-    if min(size) < 8:
-        values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-        return Image.fromarray(values)
-    name = ("chelsea.png", "coffee.png", "astronaut.png")[seed % 3]
-    return Image.open(DATA / name).convert("RGB").resize(size)
 
 
 class Reference:
@@ -112,22 +94,6 @@ class Reference:
             )
             chosen[crop, picks.token_indices] = True
         return features.flatten(0, 1)[order[chosen.flatten()[order]]]
-
-
-def prefill(pipeline: VisionLanguagePipeline, requests: list[tuple[list[Image.Image], str]]) -> tuple[Any, Any, Any]:
-    """Return inputs_embeds [batch, length, D], mask and logits [batch, V] of the runtime's first step."""
-    made = [pipeline.request(*request) for request in requests]
-    for request in made:
-        request.images = [pipeline.encoder.encode(image)[0] for image in request.images]
-    spliced = pipeline.language_model.splice([request.prompt for request in made])
-    decoder = pipeline.language_model.decoder
-    logits, _ = decoder.forward(spliced.embeds, decoder.caches.empty(len(made)), spliced.mask, spliced.positions)
-    return np.asarray(spliced.embeds).astype(np.float32), spliced.mask, logits
-
-
-def assert_close(found: np.ndarray, expected: np.ndarray, dtype: str) -> None:
-    assert found.shape == expected.shape
-    assert np.abs(found - expected).max() <= TOLERANCE[dtype] * expected.std()
 
 
 @pytest.fixture(scope="module")

@@ -10,28 +10,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
     LlavaOnevisionImageProcessorPil,
     LlavaOnevisionProcessor,
 )
-from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from promprune.errors import UnsupportedModelError
 from promprune.export import ExportResult
 from promprune.export.checkpoint.loading import load_checkpoint
-from promprune.method.reference import select_tokens
 from promprune.package.image import AnyresLayout
 from promprune.runtime import VisionLanguagePipeline, draw_kept_tokens
 from promprune.runtime.images.anyres import AnyresPreprocessor, fit_to_canvas, resize_bilinearly, token_grids
+from tests.support.crops import KEEP, SIZES, CropsReference, assert_close, picture, prefill
 from tests.support.shared import Shared
-from tests.support.tiny_models import CHAT_TEMPLATE, IMAGE_SIZE, save_tiny_llava_onevision
-from tests.test_llava_next import SIZES, assert_close, picture, prefill
+from tests.support.tiny_models import IMAGE_SIZE, save_tiny_llava_onevision
 
-KEEP = 2
 BATCH = [
     ([picture((120, 40))], "What is it?"),
     ([picture((64, 64), 1), picture((30, 90), 2)], "Which of the two is larger, the first or the second?"),
@@ -39,85 +32,9 @@ BATCH = [
 ]
 
 
-class Reference:
-    """A checkpoint in transformers, with eager attention."""
-
-    def __init__(self, folder: Path) -> None:
-        self.model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager").eval()
-        self.image_processor = AutoImageProcessor.from_pretrained(folder)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.patches = IMAGE_SIZE // self.model.config.vision_config.patch_size
-
-    def ids(self, question: str, placeholders: list[int]) -> torch.Tensor:
-        """Tokenize a question about images, with so many placeholders for each."""
-        content = [*[{"type": "image"}] * len(placeholders), {"type": "text", "text": question}]
-        messages = [{"role": "user", "content": content}]
-        template = self.tokenizer.chat_template or CHAT_TEMPLATE
-        text = self.tokenizer.apply_chat_template(
-            messages, chat_template=template, add_generation_prompt=True, tokenize=False
-        )
-        for count in placeholders:
-            text = text.replace("<image>", "<IMAGE>" * count, 1)
-        return self.tokenizer(text.replace("<IMAGE>", "<image>"), return_tensors="pt").input_ids
-
-    def inputs(self, images: list[Image.Image], question: str) -> dict[str, torch.Tensor]:
-        """Return the inputs of transformers' own model; several images as one list, so that they belong together."""
-        if not images:
-            return {"input_ids": self.ids(question, [])}
-        values = self.image_processor(images=[images], return_tensors="pt")
-        counts = [len(features) for features in self.model.get_image_features(**values).pooler_output]
-        return {"input_ids": self.ids(question, counts), **values}
-
-    @torch.no_grad()
-    def whole(self, images: list[Image.Image], question: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return inputs_embeds [length, D] and logits [V] of transformers' own path."""
-        seen: list[torch.Tensor] = []
-        hook = self.model.model.language_model.register_forward_pre_hook(
-            lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
-        )
-        logits = self.model(**self.inputs(images, question)).logits
-        hook.remove()
-        return seen[0][0].numpy(), logits[0, -1].numpy()
-
-    @torch.no_grad()
-    def pruned(self, images: list[Image.Image], question: str) -> tuple[np.ndarray, np.ndarray]:
-        """The same with the tokens that the method in float64 chooses, crop by crop, in raster order of the image."""
-        kept = [self.kept(image, alone=len(images) == 1) for image in images]
-        ids = self.ids(question, [len(features) for features in kept])
-        embeds = self.model.get_input_embeddings()(ids)
-        if kept:
-            embeds[ids == self.model.config.image_token_id] = torch.cat(kept)
-        logits = self.model(inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.int64)).logits
-        return embeds[0].numpy(), logits[0, -1].numpy()
-
-    def kept(self, image: Image.Image, *, alone: bool) -> torch.Tensor:
-        values = self.image_processor(images=[[image] if alone else [image, image]], return_tensors="pt")
-        tower = self.model.model.vision_tower(
-            values["pixel_values"][0], output_attentions=True, output_hidden_states=True
-        )
-        layers = self.model.config.vision_feature_layer
-        layers = [layers] if isinstance(layers, int) else layers
-        hidden = torch.cat([tower.hidden_states[layer] for layer in layers], dim=-1)
-        features = self.model.model.multi_modal_projector(hidden)
-        saliency = tower.attentions[-1].mean(dim=(1, 2))
-        crops, tokens = saliency.shape
-        order = torch.arange(tokens)
-        if alone:
-            size, n = (image.height, image.width), self.patches
-            shape = get_anyres_image_grid_shape(size, self.model.config.image_grid_pinpoints, IMAGE_SIZE)
-            numbers = torch.arange(tokens, crops * tokens).view(*shape, n, n, 1).permute(4, 0, 2, 1, 3)
-            order = torch.cat([order, unpad_image(numbers.flatten(1, 2).flatten(2, 3), size).flatten()])
-        mask = torch.zeros(crops * tokens, dtype=torch.bool).index_fill(0, order, True).view(crops, tokens)
-        chosen = torch.zeros_like(mask)
-        for crop in mask.any(dim=1).nonzero()[:, 0]:
-            picks = select_tokens(features[crop].double(), saliency[crop].double(), KEEP, token_mask=mask[crop])
-            chosen[crop, picks.token_indices] = True
-        return features.flatten(0, 1)[order[chosen.flatten()[order]]]
-
-
 @pytest.fixture(scope="module")
-def reference(tiny_onevision: Path) -> Reference:
-    return Reference(tiny_onevision)
+def reference(tiny_onevision: Path) -> CropsReference:
+    return CropsReference(tiny_onevision)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +52,7 @@ def pruned(onevision_export: ExportResult) -> Any:
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_with_nothing_removed_the_language_model_gets_transformers_inputs(
-    full: Any, reference: Reference, size: tuple[int, int]
+    full: Any, reference: CropsReference, size: tuple[int, int]
 ) -> None:
     """Shrunk if there are more tokens than those of two crops, with a newline after every row."""
     image = picture(size)
@@ -145,7 +62,7 @@ def test_with_nothing_removed_the_language_model_gets_transformers_inputs(
     assert_close(logits[0], expected_logits, "fp32")
 
 
-def test_batches_and_several_images_with_nothing_removed(full: Any, reference: Reference) -> None:
+def test_batches_and_several_images_with_nothing_removed(full: Any, reference: CropsReference) -> None:
     embeds, mask, logits = prefill(full, BATCH)
     for row, (images, question) in enumerate(BATCH):
         expected, expected_logits = reference.whole(images, question)
@@ -155,7 +72,7 @@ def test_batches_and_several_images_with_nothing_removed(full: Any, reference: R
 
 
 @torch.no_grad()
-def test_answers_with_nothing_removed_are_generates(full: Any, reference: Reference) -> None:
+def test_answers_with_nothing_removed_are_generates(full: Any, reference: CropsReference) -> None:
     for images, question in BATCH:
         inputs = reference.inputs(images, question)
         expected = reference.model.generate(**inputs, max_new_tokens=32, do_sample=False)
@@ -165,7 +82,7 @@ def test_answers_with_nothing_removed_are_generates(full: Any, reference: Refere
 
 @pytest.mark.parametrize("size", [size for size in SIZES if min(size) > 1], ids=str)
 def test_pruned_inputs_are_the_tokens_that_the_method_chooses(
-    pruned: Any, reference: Reference, size: tuple[int, int]
+    pruned: Any, reference: CropsReference, size: tuple[int, int]
 ) -> None:
     image = picture(size)
     embeds, _, logits = prefill(pruned, [([image], "What is it?")])
@@ -176,7 +93,7 @@ def test_pruned_inputs_are_the_tokens_that_the_method_chooses(
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_kept_sets_of_fifty_pictures(pruned: Any, reference: Reference) -> None:
+def test_kept_sets_of_fifty_pictures(pruned: Any, reference: CropsReference) -> None:
     """Parts of photographs in random places and sizes."""
     random, equal = np.random.default_rng(0), 0
     for index in range(50):
@@ -189,7 +106,7 @@ def test_kept_sets_of_fifty_pictures(pruned: Any, reference: Reference) -> None:
     assert equal >= 49
 
 
-def test_pruned_batches_streams_chats_and_several_images(pruned: Any, reference: Reference) -> None:
+def test_pruned_batches_streams_chats_and_several_images(pruned: Any, reference: CropsReference) -> None:
     embeds, _, logits = prefill(pruned, BATCH)
     for row, (images, question) in enumerate(BATCH):
         expected, expected_logits = reference.pruned(images, question)
@@ -252,7 +169,7 @@ def test_features_are_resized_like_torch(rows: int, columns: int) -> None:
 
 @pytest.mark.parametrize("size", [(56, 56), (1, 1), (61, 47), (640, 427), (31, 500), (500, 31)])
 def test_crops_are_those_of_the_image_processor(
-    onevision_export: ExportResult, reference: Reference, size: tuple[int, int]
+    onevision_export: ExportResult, reference: CropsReference, size: tuple[int, int]
 ) -> None:
     layout: Any = onevision_export.manifest.image.layout
     ours = AnyresPreprocessor.from_file(onevision_export.output / "preprocessor_config.json", layout)

@@ -8,6 +8,7 @@ from typing import Any
 import openai
 import pytest
 import schemathesis
+import schemathesis.specs.openapi.schemas  # else imported while a server's thread runs, which CPython 3.11 can fail at
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error

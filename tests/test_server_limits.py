@@ -248,8 +248,8 @@ def test_a_failing_graph_ends_a_stream_with_an_error(package: Path, monkeypatch:
     def fail(*arguments: Any) -> Any:
         raise BackendError("the graph failed")
 
-    monkeypatch.setattr(LanguageModel, "decode", fail)
     with running_server(package) as server:
+        monkeypatch.setattr(LanguageModel, "decode", fail)
         *_, last, _ = server.chat(MODEL, text_part("a"), stream=True, ignore_eos=True).text.split("\n\n")
         assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
         server.wait_until_idle()

@@ -147,7 +147,8 @@ class PiecewiseSession:
 def load_weights_on_call(model: nn.Module, *, rounded_to: torch.dtype) -> None:
     """Make the modules of a model on the meta device load their weights when they are called, and free them afterwards.
 
-    Convolutions keep their weights, a few megabytes: the vision graph of Qwen uses one without calling the module.
+    Convolutions keep their weights, a few megabytes, and so do modules that contain others: their parameters are used
+    without calling them, such as the patch embedding of Qwen and ``image_newline`` of LLaVA-NeXT.
 
     Args:
         model: the model; every parameter is linked to its tensor in a checkpoint.
@@ -156,7 +157,7 @@ def load_weights_on_call(model: nn.Module, *, rounded_to: torch.dtype) -> None:
     for module in model.modules():
         links = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
         small = sum(parameter.nbytes for parameter in links.values()) < KEPT_BYTES
-        if small or isinstance(module, (nn.Conv2d, nn.Conv3d)):
+        if small or isinstance(module, (nn.Conv2d, nn.Conv3d)) or any(module.children()):
             _Load(links, rounded_to)(module, ())
             continue
         module.register_forward_pre_hook(_Load(links, rounded_to))

@@ -52,6 +52,8 @@ class LoweredDecoder(NamedTuple):
 
 def try_to_lower(package: Package) -> str:
     """Lower the decoder of a package during its export; return the reason if it is impossible, else an empty text."""
+    if package.manifest.dtype == "bf16":
+        return "ONNX Runtime does not run bf16 on a CPU"
     verification = package.manifest.verification
     if verification is not None and verification.not_verified:
         return "the model was verified out of core; promprune-build lowers its decoder if that fits into memory"

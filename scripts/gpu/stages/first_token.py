@@ -48,7 +48,7 @@ class FirstToken:
     def __init__(self, sizes: Sizes, crops: int) -> None:
         config = llava_config(sizes)
         self.model = random_model(LlavaForConditionalGeneration, config, sizes)
-        self.encoder = vision_encoder(self.model, ["clip_vision_model"])
+        self.encoder = vision_encoder(self.model)
         side, patch = config.vision_config.image_size, config.vision_config.patch_size
         self.num_tokens, self.crops = (side // patch) ** 2, crops
         self.keep_tokens = ExportConfig(ratio=RATIO).token_counts(self.num_tokens).keep_tokens
