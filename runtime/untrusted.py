@@ -28,7 +28,7 @@ from promprune.checks import config_from_options
 from promprune.errors import BackendError, ConfigError, PrompruneError, WorkerError
 from promprune.package.manifest import Manifest
 from promprune.runtime.engine.config import GenerationConfig
-from promprune.runtime.engine.result import Result, Timings
+from promprune.runtime.engine.result import Result, ResultStream, Timings
 from promprune.runtime.engine.sampling import FinishReason
 from promprune.runtime.images.encoded import TokenGrid, TokenSelection
 from promprune.runtime.images.encoder import Images, ImageSource, as_image_list
@@ -353,15 +353,11 @@ class UntrustedPipeline:
         self.close()
 
 
-class UntrustedStream:
+class UntrustedStream(ResultStream):
     """The text of one answer while it is generated, then ``result``; see :class:`AnswerStream`."""
 
     def __init__(self, pieces: Iterator[str | Result]) -> None:
         self._pieces = pieces
-        self._result: Result | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        return self
 
     def __next__(self) -> str:
         for piece in self._pieces:
@@ -369,20 +365,6 @@ class UntrustedStream:
                 return piece
             self._result = piece
         raise StopIteration
-
-    @property
-    def result(self) -> Result:
-        """The complete answer; reads the rest of the stream first.
-
-        Raises:
-            BackendError: the stream was closed before its end.
-            PrompruneError: the error that ended the answer.
-        """
-        for _ in self:
-            pass
-        if self._result is None:
-            raise BackendError("the answer was not finished", fix="ask again")
-        return self._result
 
     def close(self) -> None:
         """Stop generating; ends the process, unless the answer is complete."""

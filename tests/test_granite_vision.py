@@ -12,7 +12,7 @@ from PIL import Image
 from promprune.export import ExportResult, export_package
 from promprune.export.config import ExportConfig
 from promprune.runtime import VisionLanguagePipeline
-from tests.support.crops import CropsReference, assert_close, picture, prefill
+from tests.support.crops import CropsReference, assert_all_ways_agree, assert_close, picture, prefill
 from tests.support.hugging_face import PHOTOGRAPHS
 
 pytestmark = pytest.mark.slow  # little differs from LLaVA-NeXT and LLaVA-OneVision
@@ -60,14 +60,7 @@ def test_pruned_inputs_and_logits_are_those_of_the_chosen_tokens(pruned: Any, re
 
 
 def test_batches_streams_chats_and_several_images(pruned: Any, reference: Reference) -> None:
-    embeds, _, logits = prefill(pruned, BATCH)
-    for row, (images, question) in enumerate(BATCH):
-        expected, expected_logits = reference.pruned(images, question)
-        assert_close(embeds[row, -len(expected) :], expected, "fp32")
-        assert_close(logits[row], expected_logits, "fp32")
-    one_by_one = [pruned.generate(*request, max_new_tokens=10).token_ids for request in BATCH]
-    assert [row.token_ids for row in pruned.generate_batch(BATCH, max_new_tokens=10)] == one_by_one
-    assert [pruned.stream(*request, max_new_tokens=10).result.token_ids for request in BATCH] == one_by_one
+    assert_all_ways_agree(pruned, reference, BATCH)
     chat = pruned.chat()
     chat.ask("What is it?", BATCH[0][0], max_new_tokens=4)
     again = chat.ask("And why?", max_new_tokens=4)

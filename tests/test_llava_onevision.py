@@ -21,7 +21,7 @@ from promprune.export.checkpoint.loading import load_checkpoint
 from promprune.package.image import AnyresLayout
 from promprune.runtime import VisionLanguagePipeline, draw_kept_tokens
 from promprune.runtime.images.anyres import AnyresPreprocessor, fit_to_canvas, resize_bilinearly, token_grids
-from tests.support.crops import KEEP, SIZES, CropsReference, assert_close, picture, prefill
+from tests.support.crops import KEEP, SIZES, CropsReference, assert_all_ways_agree, assert_close, picture, prefill
 from tests.support.shared import Shared
 from tests.support.tiny_models import IMAGE_SIZE, save_tiny_llava_onevision
 
@@ -107,14 +107,7 @@ def test_kept_sets_of_fifty_pictures(pruned: Any, reference: CropsReference) -> 
 
 
 def test_pruned_batches_streams_chats_and_several_images(pruned: Any, reference: CropsReference) -> None:
-    embeds, _, logits = prefill(pruned, BATCH)
-    for row, (images, question) in enumerate(BATCH):
-        expected, expected_logits = reference.pruned(images, question)
-        assert_close(embeds[row, -len(expected) :], expected, "fp32")
-        assert_close(logits[row], expected_logits, "fp32")
-    one_by_one = [pruned.generate(*request, max_new_tokens=10).token_ids for request in BATCH]
-    assert [row.token_ids for row in pruned.generate_batch(BATCH, max_new_tokens=10)] == one_by_one
-    assert [pruned.stream(*request, max_new_tokens=10).result.token_ids for request in BATCH] == one_by_one
+    assert_all_ways_agree(pruned, reference, BATCH)
     chat = pruned.chat()
     chat.ask("Which?", BATCH[1][0], max_new_tokens=4)
     again = chat.ask("And why?", max_new_tokens=4)

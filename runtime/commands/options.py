@@ -11,9 +11,12 @@ from promprune.terminal import option_type, version_callback
 
 __all__ = [
     "Backend",
+    "CheckWeights",
     "CudaGraphs",
+    "MaxImagePixels",
     "NumThreads",
     "PackageFolder",
+    "PrefillChunk",
     "Provider",
     "Version",
     "integer_option",
@@ -58,6 +61,19 @@ NumThreads: TypeAlias = Annotated[
 CudaGraphs: TypeAlias = Annotated[
     bool,
     typer.Option("--cuda-graphs", help="Replay the vision encoder and the decode steps of engines as CUDA graphs."),
+]
+PrefillChunk: TypeAlias = Annotated[
+    int | None,
+    integer_option(
+        "Run the prefill in chunks of this many tokens, which limits the scratch memory of long prompts.",
+        show_default="the whole prompt in one chunk",
+    ),
+]
+MaxImagePixels: TypeAlias = Annotated[
+    int, integer_option("Largest image that is decoded, in pixels; half of it for WebP and AVIF.")
+]
+CheckWeights: TypeAlias = Annotated[
+    bool, typer.Option("--check-weights", help="Also check the SHA-256 of the weights.")
 ]
 Version: TypeAlias = Annotated[
     bool, typer.Option("--version", help="Print the version.", callback=version_callback, is_eager=True)

@@ -11,8 +11,11 @@ import typer
 from promprune.errors import ConfigError
 from promprune.runtime.commands.options import (
     Backend,
+    CheckWeights,
     CudaGraphs,
+    MaxImagePixels,
     NumThreads,
+    PrefillChunk,
     Provider,
     Version,
     integer_option,
@@ -78,20 +81,10 @@ def serve(
     backend: Backend = RuntimeConfig.backend,
     provider: Provider = RuntimeConfig.provider,
     num_threads: NumThreads = RuntimeConfig.num_threads,
-    prefill_chunk: Annotated[
-        int | None,
-        integer_option(
-            "Run the prefill in chunks of this many tokens, which limits the scratch memory of long prompts.",
-            show_default="the whole prompt in one chunk",
-        ),
-    ] = RuntimeConfig.prefill_chunk,
+    prefill_chunk: PrefillChunk = RuntimeConfig.prefill_chunk,
     cuda_graphs: CudaGraphs = RuntimeConfig.cuda_graphs,
-    max_image_pixels: Annotated[
-        int, integer_option("Largest image that is decoded, in pixels; half of it for WebP and AVIF.")
-    ] = RuntimeConfig.max_image_pixels,
-    check_weights: Annotated[
-        bool, typer.Option("--check-weights", help="Also check the SHA-256 of the weights.")
-    ] = RuntimeConfig.check_weights,
+    max_image_pixels: MaxImagePixels = RuntimeConfig.max_image_pixels,
+    check_weights: CheckWeights = RuntimeConfig.check_weights,
     version: Version = False,
 ) -> None:
     """Serve exported packages over HTTP, with OpenAI's API for chat completions.

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from promprune.errors import DeadlineError
+from promprune.errors import BackendError, DeadlineError
 from promprune.runtime.engine.sampling import FinishReason
 from promprune.runtime.images.encoded import TokenSelection
 
-__all__ = ["Result", "Stopwatch", "Timings"]
+__all__ = ["Result", "ResultStream", "Stopwatch", "Timings"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,3 +139,23 @@ class Stopwatch:
     def __getitem__(self, name: str) -> float:
         """Return a stage's time, in milliseconds."""
         return self._stages.get(name, 0.0)
+
+
+class ResultStream(Iterator[str]):
+    """The text of one answer in pieces, and its result after the last piece; subclasses set ``_result``."""
+
+    _result: Result | None = None
+
+    @property
+    def result(self) -> Result:
+        """The complete answer; reads the rest of the stream first.
+
+        Raises:
+            BackendError: the stream was closed before its end.
+            PrompruneError: the error that ended the answer.
+        """
+        for _ in self:
+            pass
+        if self._result is None:
+            raise BackendError("the answer was not finished", fix="ask again")
+        return self._result

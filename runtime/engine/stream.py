@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-from promprune.errors import BackendError
 from promprune.runtime.engine.engine import Engine
 from promprune.runtime.engine.request import Request
-from promprune.runtime.engine.result import Result
+from promprune.runtime.engine.result import Result, ResultStream
 
 __all__ = ["AnswerStream"]
 
 
-class AnswerStream:
+class AnswerStream(ResultStream):
     """The text of one answer while it is generated: iterate over it, then read ``result``.
 
     The pieces, concatenated, are ``result.text``. The model runs only while the stream is read, so reading can stop at
@@ -29,10 +28,6 @@ class AnswerStream:
         self._request = request
         self._on_result = on_result
         self._num_read = 0  # of the request's texts
-        self._result: Result | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        return self
 
     def __next__(self) -> str:
         while True:
@@ -50,20 +45,6 @@ class AnswerStream:
             self._result = self._request.result()
             if self._on_result is not None:
                 self._on_result(self._result)
-
-    @property
-    def result(self) -> Result:
-        """The complete answer; reads the rest of the stream first.
-
-        Raises:
-            BackendError: the stream was closed before its end.
-            PrompruneError: the error that ended the answer.
-        """
-        for _ in self:
-            pass
-        if self._result is None:
-            raise BackendError("the answer was not finished", fix="ask again")
-        return self._result
 
     def close(self) -> None:
         """Stop generating."""

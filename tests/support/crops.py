@@ -126,3 +126,17 @@ class CropsReference:
             picks = select_tokens(features[crop].double(), saliency[crop].double(), KEEP, token_mask=mask[crop])
             chosen[crop, picks.token_indices] = True
         return features.flatten(0, 1)[order[chosen.flatten()[order]]]
+
+
+def assert_all_ways_agree(
+    pipeline: VisionLanguagePipeline, reference: CropsReference, batch: list[tuple[list[Image.Image], str]]
+) -> None:
+    """Compare a batch of requests with the pruned reference, and batched and streamed answers with those one by one."""
+    embeds, _, logits = prefill(pipeline, batch)
+    for row, (images, question) in enumerate(batch):
+        expected, expected_logits = reference.pruned(images, question)
+        assert_close(embeds[row, -len(expected) :], expected, "fp32")
+        assert_close(logits[row], expected_logits, "fp32")
+    one_by_one = [pipeline.generate(*request, max_new_tokens=10).token_ids for request in batch]
+    assert [answer.token_ids for answer in pipeline.generate_batch(batch, max_new_tokens=10)] == one_by_one
+    assert [pipeline.stream(*request, max_new_tokens=10).result.token_ids for request in batch] == one_by_one
